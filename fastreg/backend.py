@@ -1,0 +1,110 @@
+"""The one place that decides what runs a step: the Triton kernels, the compiled reference or the reference.
+
+| backend     | where                                                   | what runs                             |
+|-------------|---------------------------------------------------------|---------------------------------------|
+| `triton`    | CUDA and ROCm tensors                                   | the kernels                           |
+| `compiled`  | CPU, from 1 M elements on, where a C++ compiler is found | the reference through `torch.compile` |
+| `reference` | everywhere                                              | plain PyTorch                         |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["triton", "compiled", "reference"]
+
+COMPILE_FROM = 1_000_000
+"""Elements in a step from which compiling the reference pays on a CPU."""
+
+_forced: str | None = None
+
+
+class use_backend:  # noqa: N801  (used like a function)
+    """Force a backend, from now on or for a `with` block.
+
+    `fastreg.use_backend("reference")` holds until the next call; `with fastreg.use_backend("reference"):`
+    restores the former choice at the end.  The environment variable `FASTREG_BACKEND` sets the first one.
+
+    Args:
+        name: `"auto"`, `"triton"`, `"compiled"` or `"reference"`.
+
+    Raises:
+        ValueError: If there is no such backend.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        self._former, _forced = _forced, _checked(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._former
+
+
+def _checked(name: str) -> str:
+    if name not in ("auto", *get_args(Backend)):
+        raise ValueError(f"backend must be 'auto', 'triton', 'compiled' or 'reference', got {name!r}")
+    return name
+
+
+def forced() -> str:
+    """What `use_backend` or `FASTREG_BACKEND` ask for; `"auto"` when neither does."""
+    return _forced if _forced is not None else _checked(os.environ.get("FASTREG_BACKEND", "auto"))
+
+
+def resolve(device: torch.device, elements: int) -> Backend:
+    """The backend for a step over `elements` elements on `device`.
+
+    Raises:
+        RuntimeError: If the forced backend cannot run there; the message says why.
+    """
+    name = forced()
+    if name == "triton":
+        if reason := _no_triton(device):
+            raise RuntimeError(f"backend 'triton' cannot run on {device.type} tensors: {reason}")
+        return "triton"
+    if name == "compiled":
+        if device.type == "cpu" and not has_compiler():
+            raise RuntimeError("backend 'compiled' needs a C++ compiler on a CPU: none of $CXX, g++, clang++, c++ found")
+        return "compiled"
+    if name == "reference":
+        return "reference"
+    if not _no_triton(device) and device.type == "cuda":
+        return "triton"
+    if device.type == "cpu" and elements >= COMPILE_FROM and has_compiler():
+        return "compiled"
+    return "reference"
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    if device.type == "cpu":
+        return "set TRITON_INTERPRET=1 before the first use to run the kernels in Triton's interpreter"
+    return "only CUDA and ROCm devices are supported"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether a C++ compiler is on the path."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)

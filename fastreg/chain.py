@@ -1,0 +1,100 @@
+"""What an optimizer step consists of, as data: buffers, stages and storage, joined to a chain.
+
+A chain names the maths of each stage twice, as a kernel and as its reference, so that one description
+runs on every backend.  Chains are hashable: whatever is compiled is compiled once per chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .reference import storage as reference_storage
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A state tensor of the shape of its parameter.
+
+    Args:
+        name: Its key in `optimizer.state[p]`.
+        dtype: `"parameter"`, or `"compute"`: float32, float64 for float64 parameters; or a dtype.
+        start: Its first content, `"zeros"` or the `"parameter"`.
+    """
+
+    name: str
+    dtype: torch.dtype | Literal["parameter", "compute"] = "parameter"
+    start: Literal["zeros", "parameter"] = "zeros"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of a chain: element-wise maths `(p, u, at, *buffers, *scalars, *words, *numbers) -> (p, u, new)`.
+
+    Args:
+        kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
+        reference: The same function in PyTorch.
+        buffers: The state it reads and writes.
+        scalars: Names of the float64 device scalars it reads.
+        words: Names of the integers it takes, such as a random key.
+        numbers: How many numbers it takes, which may change with every step.
+    """
+
+    kernel: Any
+    reference: Callable[..., Any]
+    buffers: tuple[Buffer, ...] = ()
+    scalars: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    numbers: int = 0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weight is read from and written to memory.
+
+    Args:
+        kernels: The `@triton.jit` functions that read and write, or their places in `fastreg_kernels`.
+        read: Reference of the first, `(*sources) -> weight`.
+        write: Reference of the second, `(weight, at, *words) -> targets`.
+        sources: Where the weight comes from: `"parameter"` or names of `buffers`.
+        targets: Where it goes, likewise.
+        buffers: State it needs besides the parameter.
+        words: Names of the integers that writing takes.
+    """
+
+    kernels: tuple[Any, Any] = ("storage.read_plain", "storage.write_plain")
+    read: Callable[..., Any] = reference_storage.read_plain
+    write: Callable[..., Any] = reference_storage.write_plain
+    sources: tuple[str, ...] = ("parameter",)
+    targets: tuple[str, ...] = ("parameter",)
+    buffers: tuple[Buffer, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+PLAIN = Storage()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in the order in which they run, and the storage around them."""
+
+    stages: tuple[Stage, ...]
+    storage: Storage = PLAIN
+
+    @property
+    def links(self) -> tuple[Stage | Storage, ...]:
+        """Everything that owns buffers and words, in the order in which these are laid out."""
+        return (*self.stages, self.storage)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All buffers, in order."""
+        return tuple(buffer for link in self.links for buffer in link.buffers)
+
+    @property
+    def random(self) -> bool:
+        """Whether anything draws random numbers."""
+        return any(link.words for link in self.links)

@@ -1,0 +1,355 @@
+"""Many tensors, one launch: a batch of parameters and the three ways to run a step over it.
+
+On a GPU a table of addresses and integers in device memory takes the place of kernel arguments.  What is
+static (`Table`) is uploaded when it changes; gradients move every step, so their addresses travel with
+the step counts and numbers in one small copy from pinned memory.  No step waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .chain import Chain
+from .compiled import compiled_step
+from .reference import norm as reference_norm
+from .reference.random import At
+from .reference.step import CHUNK, compute_dtype
+from .reference.step import step as reference_step
+
+BLOCK = 4096
+"""Elements a program updates, in chunks of `WIDTH`: enough to amortise reading its addresses and numbers."""
+WIDTH = 1024
+WARPS = 4
+PARTIALS = 1024
+"""Partial sums that are combined at a time."""
+
+
+@dataclass
+class Batch:
+    """Parameters that take one step together: same device, same dtypes, same chain.
+
+    Parameters and buffers are dense, and every gradient and buffer has the memory layout of its parameter.
+
+    Args:
+        chain: What is done to each.
+        parameters: The local tensors, `n` of them.
+        gradients: Likewise; only read.
+        buffers: For each buffer of the chain, `n` tensors.
+        scalars: For each scalar of the chain, a float64 tensor on the device, 0-d or `[n]`.
+        words: For each word of the chain, an integer for all.
+        firsts: Global index of the first element of each.
+        streams: Random stream of each.
+        rows: Which row of `steps` and `numbers` is whose.
+        steps: Step count of each row.
+        numbers: The numbers of the chain, for each row.
+        copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
+        skip: float32 `[1]` on the device; not 0: the step does nothing.
+        table: What the former batch of the same parameters left on the device.
+    """
+
+    chain: Chain
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    buffers: list[list[Tensor]]
+    scalars: list[Tensor]
+    words: list[int]
+    firsts: list[int]
+    streams: list[int]
+    rows: list[int]
+    steps: list[int]
+    numbers: list[list[float]]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    skip: Tensor | None = None
+    table: Table = field(default_factory=lambda: Table())
+    uploaded: Uploaded | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].device
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of parameter, gradient and buffers."""
+        return tuple(tensors[0].dtype for tensors in (self.parameters, self.gradients, *self.buffers))
+
+    @functools.cached_property
+    def backend(self) -> backend.Backend:
+        """What runs this batch."""
+        return backend.resolve(self.device, sum(p.numel() for p in self.parameters))
+
+
+def run(batch: Batch) -> None:
+    """Take the step."""
+    if batch.backend == "triton":
+        _run_triton(batch)
+    elif batch.skip is None or not batch.skip.item():
+        _run_reference(batch)
+    for place, used in batch.copies:
+        place.copy_(used)
+
+
+def clip_factor(batches: Sequence[Batch], max_norm: Tensor) -> Tensor:
+    """(Σ g², ‖g‖, min(max_norm / (‖g‖ + 1e-6), 1)) over batches of one device: `[3]`, float64, on that device.
+
+    Args:
+        batches: The gradients.
+        max_norm: float64, 0-d, on the device.
+    """
+    if all(batch.backend == "triton" for batch in batches):
+        return _finish(torch.cat([_square_sum(batch) for batch in batches]), max_norm)
+    gradients = [flat(g) for batch in batches for g in batch.gradients]
+    return reference_norm.clip_factor(reference_norm.square_sum(gradients).to(max_norm.device), max_norm)
+
+
+def combine(squares: Sequence[Tensor], max_norm: Tensor) -> Tensor:
+    """`clip_factor` from the Σ g² of several groups of gradients, each 0-d and on the device of `max_norm`."""
+    return reference_norm.clip_factor(torch.stack(tuple(squares)), max_norm)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory: a `[n]` view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+# ------------------------------------------------------------------------------------- reference, compiled
+
+
+def _run_reference(batch: Batch) -> None:
+    chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
+    rows = torch.tensor(batch.numbers, dtype=dtype, device=batch.device)
+    for i, parameter in enumerate(batch.parameters):
+        tensors = [flat(t) for t in (parameter, batch.gradients[i], *(buffer[i] for buffer in batch.buffers))]
+        scalars = [scalar[i] if scalar.dim() else scalar for scalar in batch.scalars]
+        row, first, stream = batch.rows[i], batch.firsts[i], batch.streams[i]
+        for start, stop in _runs(parameter.numel(), first, chain.random):
+            run_of = [t[start:stop] for t in tensors] if stop - start < parameter.numel() else tensors
+            at = first + start
+            if batch.backend == "compiled" and at % 8 == 0 and stop - start > 1:
+                integers = torch.tensor([at, stream, batch.steps[row], *batch.words], device=batch.device)
+                compiled_step(chain, run_of, scalars)(run_of, scalars, integers, rows[row])
+            else:
+                words = [torch.tensor(word, device=batch.device) for word in batch.words]
+                where = At(at - at % 8, at % 8, stream, batch.steps[row])
+                reference_step(chain, run_of[0], run_of[1], run_of[2:], scalars, words, rows[row].unbind(), where)
+
+
+def _runs(count: int, first: int, random: bool) -> Iterable[tuple[int, int]]:
+    """Splits `count` elements where random numbers come in whole groups; without them it need not."""
+    head = min(-first % 8, count) if random else 0
+    if head:
+        yield 0, head
+    for start in range(head, count, CHUNK):
+        yield start, min(start + CHUNK, count)
+
+
+# --------------------------------------------------------------------------------------------------- Triton
+
+
+class Table:
+    """The static side of a batch on the device, kept from step to step while nothing in it changes."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.rows: Tensor
+        self.columns: int
+        self.counts: list[int] = []
+        self.work: Tensor
+
+    def refresh(self, batch: Batch) -> None:
+        """Upload addresses and integers if any differs from last time, the work list if a size does."""
+        columns = [
+            list(map(Tensor.data_ptr, batch.parameters)),
+            list(map(Tensor.numel, batch.parameters)),
+            batch.firsts,
+            batch.streams,
+            batch.rows,
+            *(list(map(Tensor.data_ptr, buffer)) for buffer in batch.buffers),
+            *(_scalar_addresses(scalar, len(batch.parameters)) for scalar in batch.scalars),
+            *([word] * len(batch.parameters) for word in batch.words),
+        ]
+        if columns == self.key:
+            return
+        self.key, self.columns = columns, len(columns)
+        self.rows = _upload(torch.tensor(columns, dtype=torch.int64).T.contiguous(), batch.device)
+        if columns[1] != self.counts:
+            self.counts = columns[1]
+            blocks = torch.tensor([-(-count // BLOCK) for count in self.counts])
+            tensor = torch.arange(len(blocks)).repeat_interleave(blocks)
+            block = torch.arange(len(tensor)) - (blocks.cumsum(0) - blocks)[tensor]
+            self.work = _upload(torch.stack((tensor, block), 1).int(), batch.device)
+
+
+class Uploaded(NamedTuple):
+    """The changing side of a batch on the device."""
+
+    gradients: Tensor  # int64[n], addresses
+    steps: Tensor  # int64[rows]
+    numbers: Tensor  # compute dtype, [rows, numbers]
+
+
+def _begin(batch: Batch) -> Uploaded:
+    """Bring everything but the gradients' contents to the device, once per batch."""
+    if batch.uploaded is None:
+        batch.table.refresh(batch)
+        integers = list(map(Tensor.data_ptr, batch.gradients)) + batch.steps
+        rows = torch.tensor(batch.numbers, dtype=compute_dtype(batch.parameters[0].dtype))
+        numbers = rows.flatten().view(torch.uint8)
+        data = _upload(torch.cat((torch.tensor(integers).view(torch.uint8), numbers)), batch.device)
+        n, m = 8 * len(batch.gradients), 8 * len(integers)
+        batch.uploaded = Uploaded(
+            data[:n].view(torch.int64), data[n:m].view(torch.int64), data[m:].view(rows.dtype).view(rows.shape)
+        )
+    return batch.uploaded
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting; pinned memory comes from the caching allocator, which keeps it while in use."""
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _scalar_addresses(scalar: Tensor, count: int) -> list[int]:
+    start, stride = scalar.data_ptr(), scalar.element_size() if scalar.dim() else 0
+    return [start + i * stride for i in range(count)]
+
+
+def _run_triton(batch: Batch) -> None:
+    kernels = importlib.import_module("fastreg_kernels.step")
+    changing = _begin(batch)
+    if not len(batch.table.work):  # nothing but empty tensors
+        return
+    stages, storage = device_chain(batch.chain, batch.dtypes)
+    with _current(batch.device):
+        kernels.step_kernel[(len(batch.table.work),)](
+            batch.table.rows, changing.gradients, changing.steps, changing.numbers, batch.table.work,
+            _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
+            **step_constants(batch.chain, batch.dtypes), num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _square_sum(batch: Batch) -> Tensor:
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    changing, table = _begin(batch), batch.table
+    partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
+    if len(partial):
+        with _current(batch.device):
+            kernels.square_sum_kernel[(len(partial),)](
+                table.rows, changing.gradients, table.work, partial,
+                **norm_constants(batch.chain, batch.gradients[0].dtype), num_warps=WARPS,
+            )  # fmt: skip
+    return partial
+
+
+def _finish(partial: Tensor, max_norm: Tensor) -> Tensor:
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    out = torch.empty(3, dtype=torch.float64, device=partial.device)
+    with _current(partial.device):
+        kernels.clip_factor_kernel[(1,)](partial, len(partial), max_norm, out, BLOCK=PARTIALS, num_warps=WARPS)
+    return out
+
+
+def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
+    """The compile-time arguments of `step_kernel` for a chain on tensors of these dtypes."""
+    return {
+        "G": _triton(dtypes[1]),
+        "COMPUTE": _triton(compute_dtype(dtypes[0])),
+        "COLUMNS": _columns(chain),
+        "NUMBERS": sum(stage.numbers for stage in chain.stages),
+        "RANDOM": chain.random,
+        "VECTOR": 4 if max(dtype.itemsize for dtype in dtypes) > 2 else 8,
+        "BLOCK": BLOCK,
+        "CHUNK": WIDTH,
+    }
+
+
+def norm_constants(chain: Chain, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `square_sum_kernel`."""
+    return {
+        "G": _triton(dtype),
+        "COMPUTE": _triton(compute_dtype(dtype)),
+        "COLUMNS": _columns(chain),
+        "BLOCK": BLOCK,
+        "CHUNK": WIDTH,
+    }
+
+
+@functools.cache
+def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], Any]:
+    """The chain as `step_kernel` takes it: columns and dtypes for every stage, and the storage."""
+    kernels = importlib.import_module("fastreg_kernels.step")
+    tl = importlib.import_module("triton.language")
+    header = kernels.HEADER.value
+    buffer_columns = range(header, header + len(chain.buffers))
+    scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
+    word_columns = iter(range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain)))
+    number_columns = iter(range(sum(stage.numbers for stage in chain.stages)))
+    buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
+
+    def constant(dtype: torch.dtype) -> Any:
+        return tl.constexpr(_triton(dtype))  # a bare dtype in a tuple compiles ahead of time but not at launch
+
+    stages = []
+    for stage in chain.stages:
+        own = [next(buffers) for _ in stage.buffers]
+        stages.append(
+            kernels.Stage(
+                _device_function(stage.kernel),
+                tuple(column for column, _ in own),
+                tuple(constant(dtype) for _, dtype in own),
+                tuple(islice(scalar_columns, len(stage.scalars))),
+                tuple(islice(word_columns, len(stage.words))),
+                tuple(islice(number_columns, stage.numbers)),
+            )
+        )
+    storage = chain.storage
+    places = {"parameter": (kernels.PARAMETER.value, dtypes[0])}
+    places.update((buffer.name, next(buffers)) for buffer in storage.buffers)
+    sources, targets = ([places[name] for name in names] for names in (storage.sources, storage.targets))
+    return tuple(stages), kernels.Storage(
+        *map(_device_function, storage.kernels),
+        tuple(column for column, _ in sources),
+        tuple(constant(dtype) for _, dtype in sources),
+        tuple(column for column, _ in targets),
+        tuple(constant(dtype) for _, dtype in targets),
+        tuple(islice(word_columns, len(storage.words))),
+    )
+
+
+def _columns(chain: Chain) -> int:
+    header = importlib.import_module("fastreg_kernels.step").HEADER.value
+    scalars = sum(len(stage.scalars) for stage in chain.stages)
+    return header + len(chain.buffers) + scalars + sum(len(link.words) for link in chain.links)
+
+
+def _device_function(kernel: Any) -> Any:
+    if not isinstance(kernel, str):
+        return kernel
+    module, name = kernel.split(".")
+    return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)
+
+
+def _triton(dtype: torch.dtype) -> Any:
+    tl = importlib.import_module("triton.language")
+    return getattr(tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+@functools.cache
+def _never(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.float32, device=device)

@@ -1,0 +1,8 @@
+"""Optimizers that run all their regularizers in one pass over memory."""
+
+from .adamw import AdamW
+from .piece import Phase, Piece
+from .regularizers import EMA, ClipNorm, GradientNoise
+from .sgd import SGD
+
+__all__ = ["EMA", "SGD", "AdamW", "ClipNorm", "GradientNoise", "Phase", "Piece"]

@@ -1,0 +1,108 @@
+"""Where the elements of a parameter are: its memory layout, and its part of a sharded tensor.
+
+Everything below the optimizer works on dense local memory.  This file is where views, channels-last
+tensors and shards of DTensors are brought to that.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shards(NamedTuple):
+    """The parts of a sharded tensor: summing over these process groups sums over the whole tensor."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+    def all_reduce(self, value: Tensor) -> None:
+        """Sum `value` over all shards, in place."""
+        for dim in self.dims:
+            torch.distributed.all_reduce(value, group=self.mesh.get_group(dim))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; the module is not imported for those who have none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the local part of a DTensor."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The part of the gradient that belongs to the local part of the parameter."""
+    if is_dtensor(parameter) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(gradient)
+
+
+def first_element(parameter: Tensor) -> int:
+    """Row-major index of the first local element in the whole tensor: 0 for a tensor that is not sharded.
+
+    Raises:
+        ValueError: If the local elements are not a contiguous run of the whole tensor.
+    """
+    if not is_dtensor(parameter):
+        return 0
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = parameter.placements  # type: ignore[attr-defined]
+    for placement in placements:
+        if not isinstance(placement, Replicate) and (type(placement) is not Shard or placement.dim != 0):
+            raise ValueError(
+                f"parameters must be placed with Shard(0) or Replicate(), got {placements}; "
+                "redistribute them or use a torch optimizer for them"
+            )
+    shape, mesh = parameter.shape, parameter.device_mesh  # type: ignore[attr-defined]
+    _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return offset[0] * shape[1:].numel() if shape else 0
+
+
+def shards(parameter: Tensor) -> Shards | None:
+    """Over which dimensions of which mesh the parameter is split; `None` when the local part is all of it."""
+    if not is_dtensor(parameter):
+        return None
+    placements = parameter.placements  # type: ignore[attr-defined]
+    dims = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
+    return Shards(parameter.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
+
+
+def layout(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor with the same order of dimensions in memory: its own, if it is dense."""
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor itself if it has these strides (where they matter), else a copy that has."""
+    if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def check(parameter: Tensor, gradient: Tensor) -> None:
+    """Refuse what cannot be updated element by element.
+
+    Raises:
+        ValueError: If elements of the parameter share memory, or it is complex.
+        RuntimeError: If the gradient is sparse.
+    """
+    if gradient.layout != torch.strided:
+        raise RuntimeError(f"sparse gradients are not supported, got layout {gradient.layout}; use torch.optim.SparseAdam")
+    if parameter.is_complex():
+        raise ValueError(
+            f"complex parameters are not supported, got dtype {parameter.dtype}; "
+            "hold them as torch.view_as_real(...) or use a torch optimizer for them"
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise ValueError(
+            f"elements of a parameter share memory: shape {tuple(parameter.shape)}, strides {parameter.stride()}; "
+            "use .contiguous() before making it a parameter"
+        )

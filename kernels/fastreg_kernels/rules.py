@@ -1,0 +1,33 @@
+"""Update rules: the running update `u` is the gradient on entry and the step to subtract on return.
+
+A stage is element-wise maths on blocks in compute precision.  Its arguments are the weight, the running
+update, where the block lies, then its state buffers, device scalars, integer words and numbers, in that
+order; it returns the weight, the update and the new state.  Numbers come ready from the host, which
+computes complements and products in double: a stage never combines two of them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def adam(p, u, at, exp_avg, exp_avg_sq, beta1, rest1, beta2, rest2, size, scale, eps):
+    exp_avg = beta1 * exp_avg + rest1 * u
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+    return p, size * (exp_avg / (scale * tl.sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def sgd(p, u, at, lr):
+    return p, lr * u, ()
+
+
+@triton.jit
+def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr_gradient, lr_buffer):
+    momentum_buffer = momentum * momentum_buffer + rest * u
+    return p, lr_gradient * u + lr_buffer * momentum_buffer, (momentum_buffer,)
+
+
+@triton.jit
+def descend(p, u, at):
+    return p - u, u, ()
