@@ -11,7 +11,7 @@ def square_sum_kernel(
     table, gradients, work, partial,
     G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """partial[program] = Σ g² over one block; reads each gradient once, 3.5 instructions per element (fp32)."""
+    """partial[program] = Σ g² over one block; reads each gradient once, 4.5 instructions per element (fp32, sm_90)."""
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
@@ -31,7 +31,7 @@ def square_sum_kernel(
     tl.store(partial + pid, tl.sum(total).to(tl.float64) + tl.sum(rest).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def clip_factor_kernel(partial, count, max_norm, out, BLOCK: tl.constexpr):
     """out = (Σ partial, its root, min(max_norm / (root + 1e-6), 1)), in float64 and in a fixed order."""
     total = tl.zeros([BLOCK], tl.float64)

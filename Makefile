@@ -1,0 +1,53 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test check bench audit clean
+
+help:
+	@echo 'make demo    compare training with and without fastreg'
+	@echo 'make test    run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
+	@echo 'make check   lint, formatting and types'
+	@echo 'make bench   time the optimizer step'
+	@echo 'make audit   read the machine code of every kernel for all targets'
+	@echo 'make clean   remove .venv, caches and build products'
+	@echo
+	@echo 'Each target first creates .venv and installs what it needs. PYTHON=... picks the interpreter.'
+
+install: $(INSTALLED)
+
+# Touched last, so an interrupted install is started again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "fastreg needs Python >= 3.10, but $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fastreg compare
+
+# Triton reads TRITON_INTERPRET when it is imported: interpreting and compiling need a process each.
+test: $(INSTALLED)
+	@TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests --ignore=tests/benchmarks; tests=$$?; \
+	env -u TRITON_INTERPRET $(BIN)/pytest -n 2 tests/benchmarks; audit=$$?; \
+	echo "exit status: tests $$tests, code audit $$audit"; \
+	test $$tests -eq 0 -a $$audit -eq 0
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m fastreg_benchmarks.step
+
+audit: $(INSTALLED)
+	env -u TRITON_INTERPRET $(BIN)/python -m fastreg_benchmarks.audit
+
+clean:
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
