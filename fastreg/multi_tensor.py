@@ -27,9 +27,10 @@ from .reference.step import CHUNK, compute_dtype
 from .reference.step import step as reference_step
 
 BLOCK = 4096
-"""Elements a program updates, in chunks of `WIDTH`: enough to amortise reading its addresses and numbers."""
-WIDTH = 1024
+"""Elements a program updates: enough to amortise reading its addresses and numbers."""
 WARPS = 4
+PER_THREAD = 8
+"""Elements a thread holds at a time: one 128-bit access of 16-bit storage, two of 32-bit storage."""
 PARTIALS = 1024
 """Partial sums that are combined at a time."""
 
@@ -119,34 +120,49 @@ def combine(squares: Sequence[Tensor], max_norm: Tensor) -> Tensor:
 
 def flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory: a `[n]` view."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor if tensor.dim() == 1 else tensor.as_strided((tensor.numel(),), (1,))
 
 
 # ------------------------------------------------------------------------------------- reference, compiled
 
 
 def _run_reference(batch: Batch) -> None:
-    chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
-    rows = torch.tensor(batch.numbers, dtype=dtype, device=batch.device)
-    for i, parameter in enumerate(batch.parameters):
-        tensors = [flat(t) for t in (parameter, batch.gradients[i], *(buffer[i] for buffer in batch.buffers))]
-        scalars = [scalar[i] if scalar.dim() else scalar for scalar in batch.scalars]
-        row, first, stream = batch.rows[i], batch.firsts[i], batch.streams[i]
-        for start, stop in _runs(parameter.numel(), first, chain.random):
-            run_of = [t[start:stop] for t in tensors] if stop - start < parameter.numel() else tensors
-            at = first + start
-            if batch.backend == "compiled" and at % 8 == 0 and stop - start > 1:
-                integers = torch.tensor([at, stream, batch.steps[row], *batch.words], device=batch.device)
-                compiled_step(chain, run_of, scalars)(run_of, scalars, integers, rows[row])
-            else:
-                words = [torch.tensor(word, device=batch.device) for word in batch.words]
-                where = At(at - at % 8, at % 8, stream, batch.steps[row])
-                reference_step(chain, run_of[0], run_of[1], run_of[2:], scalars, words, rows[row].unbind(), where)
+    chain, dtype, threads = batch.chain, compute_dtype(batch.parameters[0].dtype), torch.get_num_threads()
+    rows = torch.tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
+    words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
+    count = len(batch.parameters)
+    columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
+    scalars = (torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)).unbind()
+    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
+    runs = [
+        (i, start, stop)
+        for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True))
+        for start, stop in (_runs(parameter.numel(), first) if chain.random else [(0, parameter.numel())])
+    ]
+    fused = None
+    if batch.backend == "compiled":
+        fused = compiled_step(chain, batch.dtypes, dtype, batch.device, threads)
+        integers = torch.tensor(
+            [[batch.firsts[i] + start, batch.streams[i], batch.steps[batch.rows[i]], *batch.words] for i, start, _ in runs],
+            device=batch.device,
+        ).unbind()
+    for run, (i, start, stop) in enumerate(runs):
+        tensors = [flat(t) for t in (batch.parameters[i], batch.gradients[i], *(b[i] for b in batch.buffers))]
+        if stop - start < tensors[0].numel():
+            tensors = [t[start:stop] for t in tensors]
+        row, first = batch.rows[i], batch.firsts[i] + start
+        if fused is not None and stop - start > 1 and not (chain.random and first % 8):
+            fused(tensors, scalars[i], integers[run], rows[row])
+        elif stop > start:
+            at = At(first - first % 8, first % 8, batch.streams[i], batch.steps[row])
+            parameter, gradient, *buffers = tensors
+            numbers = rows[row].unbind()
+            reference_step(chain, parameter, gradient, buffers, scalars[i].unbind(), words, numbers, at)
 
 
-def _runs(count: int, first: int, random: bool) -> Iterable[tuple[int, int]]:
-    """Splits `count` elements where random numbers come in whole groups; without them it need not."""
-    head = min(-first % 8, count) if random else 0
+def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
+    """Runs of at most `CHUNK` elements, all but the first of which start at a global multiple of 8."""
+    head = min(-first % 8, count)
     if head:
         yield 0, head
     for start in range(head, count, CHUNK):
@@ -195,21 +211,21 @@ class Uploaded(NamedTuple):
 
     gradients: Tensor  # int64[n], addresses
     steps: Tensor  # int64[rows]
-    numbers: Tensor  # compute dtype, [rows, numbers]
+    numbers: Tensor  # compute dtype, [rows · numbers]
 
 
 def _begin(batch: Batch) -> Uploaded:
     """Bring everything but the gradients' contents to the device, once per batch."""
     if batch.uploaded is None:
         batch.table.refresh(batch)
-        integers = list(map(Tensor.data_ptr, batch.gradients)) + batch.steps
+        # Each part starts at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
+        gradients = list(map(Tensor.data_ptr, batch.gradients))
+        integers = [*gradients, *[0] * (len(gradients) % 2), *batch.steps, *[0] * (len(batch.steps) % 2)]
         rows = torch.tensor(batch.numbers, dtype=compute_dtype(batch.parameters[0].dtype))
-        numbers = rows.flatten().view(torch.uint8)
-        data = _upload(torch.cat((torch.tensor(integers).view(torch.uint8), numbers)), batch.device)
-        n, m = 8 * len(batch.gradients), 8 * len(integers)
-        batch.uploaded = Uploaded(
-            data[:n].view(torch.int64), data[n:m].view(torch.int64), data[m:].view(rows.dtype).view(rows.shape)
-        )
+        host = torch.cat((torch.tensor(integers).view(torch.uint8), rows.flatten().view(torch.uint8)))
+        data = _upload(host, batch.device)
+        words, numbers = data[: 8 * len(integers)].view(torch.int64), data[8 * len(integers) :].view(rows.dtype)
+        batch.uploaded = Uploaded(words, words[len(gradients) + len(gradients) % 2 :], numbers)
     return batch.uploaded
 
 
@@ -235,7 +251,7 @@ def _run_triton(batch: Batch) -> None:
         kernels.step_kernel[(len(batch.table.work),)](
             batch.table.rows, changing.gradients, changing.steps, changing.numbers, batch.table.work,
             _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
-            **step_constants(batch.chain, batch.dtypes), num_warps=WARPS,
+            **step_constants(batch.chain, batch.dtypes, _warp()), num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -247,7 +263,7 @@ def _square_sum(batch: Batch) -> Tensor:
         with _current(batch.device):
             kernels.square_sum_kernel[(len(partial),)](
                 table.rows, changing.gradients, table.work, partial,
-                **norm_constants(batch.chain, batch.gradients[0].dtype), num_warps=WARPS,
+                **norm_constants(batch.chain, batch.gradients[0].dtype, _warp()), num_warps=WARPS,
             )  # fmt: skip
     return partial
 
@@ -260,8 +276,8 @@ def _finish(partial: Tensor, max_norm: Tensor) -> Tensor:
     return out
 
 
-def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
-    """The compile-time arguments of `step_kernel` for a chain on tensors of these dtypes."""
+def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
+    """The compile-time arguments of `step_kernel` for a chain on tensors of these dtypes; `warp` is its size."""
     return {
         "G": _triton(dtypes[1]),
         "COMPUTE": _triton(compute_dtype(dtypes[0])),
@@ -270,19 +286,23 @@ def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, A
         "RANDOM": chain.random,
         "VECTOR": 4 if max(dtype.itemsize for dtype in dtypes) > 2 else 8,
         "BLOCK": BLOCK,
-        "CHUNK": WIDTH,
+        "CHUNK": PER_THREAD * WARPS * warp,
     }
 
 
-def norm_constants(chain: Chain, dtype: torch.dtype) -> dict[str, Any]:
+def norm_constants(chain: Chain, dtype: torch.dtype, warp: int) -> dict[str, Any]:
     """The compile-time arguments of `square_sum_kernel`."""
     return {
         "G": _triton(dtype),
         "COMPUTE": _triton(compute_dtype(dtype)),
         "COLUMNS": _columns(chain),
         "BLOCK": BLOCK,
-        "CHUNK": WIDTH,
+        "CHUNK": PER_THREAD * WARPS * warp,
     }
+
+
+def _warp() -> int:
+    return 64 if torch.version.hip else 32
 
 
 @functools.cache

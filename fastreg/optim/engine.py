@@ -135,7 +135,7 @@ class Engine(torch.optim.Optimizer):
             )
         if not parameters:
             return []
-        chains = [self._chain(group) for group in self.param_groups]
+        chains = [self.chain(group) for group in self.param_groups]
         states = [self.state[p] for p in parameters]
         tensors = parameters
         if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, parameters)):
@@ -156,7 +156,8 @@ class Engine(torch.optim.Optimizer):
             for bucket in self._buckets
         ]
 
-    def _chain(self, group: dict[str, Any]) -> Chain:
+    def chain(self, group: dict[str, Any]) -> Chain:
+        """What is done to the parameters of a group."""
         storages = [storage for piece in self._pieces if (storage := piece.storage(group)) is not None]
         if len(storages) > 1:
             raise ValueError(f"only one piece may say how weights are stored, got {storages}")
@@ -308,7 +309,7 @@ class Engine(torch.optim.Optimizer):
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (parameter, group) in zip(saved_ids, parameters, strict=True):
             saved, state = state_dict["state"].get(i, {}), self.state.get(parameter, {})
-            precise = {buffer.name for buffer in self._chain(group).buffers if buffer.dtype != "parameter"}
+            precise = {buffer.name for buffer in self.chain(group).buffers if buffer.dtype != "parameter"}
             for name, value in saved.items():
                 if name in precise:
                     state[name] = value.to(device=parameter.device, copy=True)
@@ -316,7 +317,7 @@ class Engine(torch.optim.Optimizer):
                     state[name] = value.clone()
 
     def _share_seed(self) -> None:
-        if any(self._chain(group).random for group in self.param_groups):
+        if any(self.chain(group).random for group in self.param_groups):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 

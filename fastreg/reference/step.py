@@ -26,7 +26,7 @@ def step(
         parameter: `[n]`, any floating dtype.
         gradient: `[n]`, read only.
         buffers: `[n]` each, those of the stages in order, then those of the storage.
-        scalars: 0-d each, device scalars of the stages in order.
+        scalars: 0-d each in compute precision, device scalars of the stages in order.
         words: 0-d int64 each, integers of the stages in order, then those of the storage.
         numbers: 0-d each in compute precision, those of the stages in order.
         at: Where the elements lie, for random numbers.
@@ -43,7 +43,7 @@ def step(
         own = buffers[b : b + len(stage.buffers)]
         arguments = (
             *(buffer.to(compute) for buffer in own),
-            *(scalar.to(compute) for scalar in scalars[s : s + len(stage.scalars)]),
+            *scalars[s : s + len(stage.scalars)],
             *words[w : w + len(stage.words)],
             *numbers[n : n + stage.numbers],
         )

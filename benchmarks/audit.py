@@ -1,0 +1,234 @@
+"""The code audit: every kernel compiled ahead of time, for GPUs that need not be there, and its machine code read.
+
+A kernel that computes the right numbers can still load one element at a time, spill its registers or do
+arithmetic on scalars in the wrong precision.  No test of results sees that; this does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastreg_kernels import norm as norm_kernels
+from fastreg_kernels import step as step_kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastreg import multi_tensor
+
+from . import sass
+from .chains import Shipped, shipped
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+H200_LANES = 132 * 128 * 1.98e9
+"""Instructions an H200 can issue per second, over all lanes."""
+H200_BYTES = 4.3e12
+"""Bytes per second of a copy on an H200."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel entry point with the arguments it is compiled for.
+
+    Args:
+        name: What the table calls it.
+        kernel: The `@triton.jit` function.
+        arguments: Types of the run-time arguments by name; tuples of stages as they are.
+        constants: Compile-time arguments.
+        reads: Bytes read per element.
+        writes: Bytes written per element.
+        budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    reads: int = 0
+    writes: int = 0
+    budget: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.reads + self.writes
+
+
+@dataclass
+class Report:
+    """What the compiled kernel is like."""
+
+    entry: Entry
+    target: str
+    registers: int
+    local: int  # bytes of stack, spills and local memory
+    shared: int
+    instructions: float | None  # per element, the share of what comes before the loop included
+    narrow: int  # global accesses of the main loop below 128 bits
+    moved: tuple[float, float] | None  # bytes read and written per element in the main loop
+    scalar_arithmetic: list[str] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        """What the audit holds against it, in words."""
+        faults = []
+        if self.local:
+            faults.append(f"{self.local} bytes of local memory")
+        if self.narrow:
+            faults.append(f"{self.narrow} accesses of the main loop are narrower than 128 bits")
+        if self.entry.bytes and self.moved is None and self.target.startswith("sm"):
+            faults.append("no main loop with 128-bit accesses")
+        if self.moved and self.moved != (self.entry.reads, self.entry.writes):
+            faults.append(f"moves {self.moved} bytes per element, documented ({self.entry.reads}, {self.entry.writes})")
+        if self.scalar_arithmetic:
+            faults.append(f"arithmetic on scalars: {self.scalar_arithmetic}")
+        over = self.target == "sm_90" and self.entry.budget and self.instructions
+        if over and self.instructions > self.entry.budget:
+            faults.append(f"{self.instructions:.1f} instructions per element, budget {self.entry.budget}")
+        return faults
+
+    @property
+    def bound(self) -> tuple[str, float] | None:
+        """What limits it on an H200 at perfect issue, and the fraction of the copy bandwidth that leaves."""
+        if not self.instructions:
+            return None
+        fraction = self.entry.bytes / H200_BYTES * H200_LANES / self.instructions
+        return ("memory", 1.0) if fraction >= 1 else ("issue", fraction)
+
+
+def step_entry(
+    name: str, chain: Any, dtypes: tuple[torch.dtype, ...], warp: int = 32, budget: float | None = None
+) -> Entry:
+    """The step kernel as the launcher would run it for a chain on tensors of these dtypes."""
+    stages, storage = multi_tensor.device_chain(chain, dtypes)
+    constants = multi_tensor.step_constants(chain, dtypes, warp)
+    arguments = {
+        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
+        "work": "*i32", "skip": "*fp32", "stages": stages, "storage": storage,
+    }  # fmt: skip
+    sizes = dict(zip(("parameter", "gradient", *(b.name for b in chain.buffers)), (d.itemsize for d in dtypes)))
+    state = sum(sizes[buffer.name] for stage in chain.stages for buffer in stage.buffers)
+    reads = sizes["gradient"] + state + sum(sizes[name] for name in chain.storage.sources)
+    writes = state + sum(sizes[name] for name in chain.storage.targets)
+    return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget)
+
+
+def entries(target: str) -> list[Entry]:
+    """Every entry point of `fastreg_kernels` as it runs on a target; the step kernel once per shipped chain."""
+    warp, chains = TARGETS[target].warp_size, list(shipped())
+    listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, warp, c.budget) for c in chains]
+    pointers = {"table": "*i64", "gradients": "*i64", "work": "*i32", "partial": "*fp64"}
+    for name, dtype, budget in (("fp32", torch.float32, 4.7), ("bf16", torch.bfloat16, 5.2)):
+        constants = multi_tensor.norm_constants(chains[0].chain, dtype, warp)
+        kernel = norm_kernels.square_sum_kernel
+        listed.append(Entry(f"norm {name}", kernel, pointers, constants, dtype.itemsize, 0, budget))
+    finish = {"partial": "*fp64", "count": "i32", "max_norm": "*fp64", "out": "*fp64"}
+    constants = {"BLOCK": multi_tensor.PARTIALS}
+    return [*listed, Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants)]
+
+
+def compile_entry(entry: Entry, target: str) -> Any:
+    """Compile an entry point for a target; pointers are 16-byte aligned, as allocators make them."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+
+    def leaves(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            inner = tuple(leaves(item, (*path, i)) for i, item in enumerate(value))
+            return type(value)(*inner) if hasattr(value, "_fields") else inner
+        constants[path] = value.value if isinstance(value, tl.constexpr) else value
+        return "constexpr"
+
+    for position, (name, value) in enumerate({**entry.arguments, **entry.constants}.items()):
+        signature[name] = value if isinstance(value, str) else leaves(value, (position,))
+    aligned = [i for i, value in enumerate(signature.values()) if isinstance(value, str) and value.startswith("*")]
+    source = ASTSource(entry.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": multi_tensor.WARPS})
+
+
+def audit(entry: Entry, target: str) -> Report:
+    """Compile an entry point and read its code."""
+    compiled = compile_entry(entry, target)
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    report = read(entry, target, compiled)
+    if entry.kernel is step_kernels.step_kernel:
+        # On a block an operation has type tensor<...>; on a scalar f32 it was left to the device to work out
+        # what the host knows better: 1 - beta2 in float32 is off by 1.3e-5 in exp_avg_sq.
+        report.scalar_arithmetic = re.findall(r"arith\.(?:add|sub|mul|div)f [^:]*: f(?:32|64)", compiled.asm["ttir"])
+    return report
+
+
+def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
+    cubin = sass.read(compiled.asm["cubin"])
+    code = cubin.instructions
+    before, loop = sass.main_loop(code)
+    spills = sum(i.width for i in code if i.kind in ("LDL", "STL"))
+    report = Report(
+        entry, target, cubin.registers, cubin.stack + cubin.local + spills, compiled.metadata.shared, None, 0, None
+    )
+    if loop and entry.bytes:
+        loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
+        report.narrow = sum(count for width, count in (loads + stores).items() if width < 16)
+        per_turn = _elements(sum(width * count for width, count in (loads + stores).items()), entry)
+        per_program = entry.constants["BLOCK"] / (32 * multi_tensor.WARPS)
+        report.instructions = len(loop) / per_turn + len(before) / per_program
+        report.moved = tuple(sum(w * c for w, c in kind.items()) / per_turn for kind in (loads, stores))
+    return report
+
+
+def _elements(moved: int, entry: Entry) -> int:
+    """Elements a thread works on in one turn of the main loop: a chunk's share, or a multiple if unrolled."""
+    share = multi_tensor.PER_THREAD
+    return share * max(1, round(moved / entry.bytes / share))
+
+
+def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
+    code = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:?\s+(\d+)", code).group(1))
+
+    wide = re.findall(r"\b(?:global|flat|buffer)_(?:load|store)_dwordx4", code)
+    local = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    report = Report(entry, target, number("vgpr_count"), local, compiled.metadata.shared, None, 0, None)
+    expected = entry.bytes * multi_tensor.PER_THREAD // 16  # accesses of a thread to its elements of one chunk
+    report.narrow = max(0, expected - len(wide))
+    return report
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as aligned text."""
+    rows = [("kernel", "target", "regs", "local", "shared", "bytes", "instr", "instr/byte", "bound on H200", "")]
+    for r in reports:
+        bound = f"{r.bound[0]} ({r.bound[1]:.0%} of copy)" if r.bound else ""
+        instructions = f"{r.instructions:.1f}" if r.instructions else ""
+        ratio = f"{r.instructions / r.entry.bytes:.2f}" if r.instructions else ""
+        bytes_ = str(r.entry.bytes) if r.entry.bytes else ""
+        numbers = map(str, (r.registers, r.local, r.shared))
+        rows.append((r.entry.name, r.target, *numbers, bytes_, instructions, ratio, bound, "; ".join(r.faults) or "ok"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Audit all entry points for the targets given, all of them by default."""
+    parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.audit", description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
+    reports = [audit(entry, target) for target in parser.parse_args(arguments).targets for entry in entries(target)]
+    print(table(reports))
+    return 1 if any(report.faults for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
