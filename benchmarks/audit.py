@@ -1,4 +1,4 @@
-"""The code audit: every kernel compiled ahead of time, for GPUs that need not be there, and its machine code read.
+"""The code audit: every kernel compiled ahead of time, with no GPU needed, and its machine code read.
 
 A kernel that computes the right numbers can still load one element at a time, spill its registers or do
 arithmetic on scalars in the wrong precision.  No test of results sees that; this does.
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastreg_kernels import norm as norm_kernels
-from fastreg_kernels import step as step_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastreg import multi_tensor
+from fastreg_kernels import norm as norm_kernels
+from fastreg_kernels import step as step_kernels
 
 from . import sass
-from .chains import Shipped, shipped
+from .chains import shipped
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,7 +90,9 @@ class Report:
         if self.entry.bytes and self.moved is None and self.target.startswith("sm"):
             faults.append("no main loop with 128-bit accesses")
         if self.moved and self.moved != (self.entry.reads, self.entry.writes):
-            faults.append(f"moves {self.moved} bytes per element, documented ({self.entry.reads}, {self.entry.writes})")
+            faults.append(
+                f"moves {self.moved} bytes per element, documented ({self.entry.reads}, {self.entry.writes})"
+            )
         if self.scalar_arithmetic:
             faults.append(f"arithmetic on scalars: {self.scalar_arithmetic}")
         over = self.target == "sm_90" and self.entry.budget and self.instructions
@@ -117,7 +119,8 @@ def step_entry(
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
         "work": "*i32", "skip": "*fp32", "stages": stages, "storage": storage,
     }  # fmt: skip
-    sizes = dict(zip(("parameter", "gradient", *(b.name for b in chain.buffers)), (d.itemsize for d in dtypes)))
+    names = ("parameter", "gradient", *(buffer.name for buffer in chain.buffers))
+    sizes = {name: dtype.itemsize for name, dtype in zip(names, dtypes, strict=True)}
     state = sum(sizes[buffer.name] for stage in chain.stages for buffer in stage.buffers)
     reads = sizes["gradient"] + state + sum(sizes[name] for name in chain.storage.sources)
     writes = state + sum(sizes[name] for name in chain.storage.targets)
@@ -125,7 +128,7 @@ def step_entry(
 
 
 def entries(target: str) -> list[Entry]:
-    """Every entry point of `fastreg_kernels` as it runs on a target; the step kernel once per shipped chain."""
+    """Every entry point of `fastreg_kernels` on a target; the step kernel once per shipped chain."""
     warp, chains = TARGETS[target].warp_size, list(shipped())
     listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, warp, c.budget) for c in chains]
     pointers = {"table": "*i64", "gradients": "*i64", "work": "*i32", "partial": "*fp64"}
@@ -152,7 +155,9 @@ def compile_entry(entry: Entry, target: str) -> Any:
 
     for position, (name, value) in enumerate({**entry.arguments, **entry.constants}.items()):
         signature[name] = value if isinstance(value, str) else leaves(value, (position,))
-    aligned = [i for i, value in enumerate(signature.values()) if isinstance(value, str) and value.startswith("*")]
+    aligned = [
+        i for i, value in enumerate(signature.values()) if isinstance(value, str) and value.startswith("*")
+    ]
     source = ASTSource(entry.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(source, target=TARGETS[target], options={"num_warps": multi_tensor.WARPS})
 
@@ -165,7 +170,9 @@ def audit(entry: Entry, target: str) -> Report:
     if entry.kernel is step_kernels.step_kernel:
         # On a block an operation has type tensor<...>; on a scalar f32 it was left to the device to work out
         # what the host knows better: 1 - beta2 in float32 is off by 1.3e-5 in exp_avg_sq.
-        report.scalar_arithmetic = re.findall(r"arith\.(?:add|sub|mul|div)f [^:]*: f(?:32|64)", compiled.asm["ttir"])
+        report.scalar_arithmetic = re.findall(
+            r"arith\.(?:add|sub|mul|div)f [^:]*: f(?:32|64)", compiled.asm["ttir"]
+        )
     return report
 
 
@@ -175,7 +182,14 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
     before, loop = sass.main_loop(code)
     spills = sum(i.width for i in code if i.kind in ("LDL", "STL"))
     report = Report(
-        entry, target, cubin.registers, cubin.stack + cubin.local + spills, compiled.metadata.shared, None, 0, None
+        entry,
+        target,
+        cubin.registers,
+        cubin.stack + cubin.local + spills,
+        compiled.metadata.shared,
+        None,
+        0,
+        None,
     )
     if loop and entry.bytes:
         loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
@@ -202,30 +216,51 @@ def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
     wide = re.findall(r"\b(?:global|flat|buffer)_(?:load|store)_dwordx4", code)
     local = number("vgpr_spill_count") + number("private_segment_fixed_size")
     report = Report(entry, target, number("vgpr_count"), local, compiled.metadata.shared, None, 0, None)
-    expected = entry.bytes * multi_tensor.PER_THREAD // 16  # accesses of a thread to its elements of one chunk
+    expected = (
+        entry.bytes * multi_tensor.PER_THREAD // 16
+    )  # accesses of a thread to its elements of one chunk
     report.narrow = max(0, expected - len(wide))
     return report
 
 
 def table(reports: Iterable[Report]) -> str:
     """The reports as aligned text."""
-    rows = [("kernel", "target", "regs", "local", "shared", "bytes", "instr", "instr/byte", "bound on H200", "")]
+    rows = [
+        ("kernel", "target", "regs", "local", "shared", "bytes", "instr", "instr/byte", "bound on H200", "")
+    ]
     for r in reports:
         bound = f"{r.bound[0]} ({r.bound[1]:.0%} of copy)" if r.bound else ""
         instructions = f"{r.instructions:.1f}" if r.instructions else ""
         ratio = f"{r.instructions / r.entry.bytes:.2f}" if r.instructions else ""
         bytes_ = str(r.entry.bytes) if r.entry.bytes else ""
         numbers = map(str, (r.registers, r.local, r.shared))
-        rows.append((r.entry.name, r.target, *numbers, bytes_, instructions, ratio, bound, "; ".join(r.faults) or "ok"))
+        rows.append(
+            (
+                r.entry.name,
+                r.target,
+                *numbers,
+                bytes_,
+                instructions,
+                ratio,
+                bound,
+                "; ".join(r.faults) or "ok",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Audit all entry points for the targets given, all of them by default."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.audit", description=__doc__)
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
-    reports = [audit(entry, target) for target in parser.parse_args(arguments).targets for entry in entries(target)]
+    parser.add_argument(
+        "targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS)
+    )
+    reports = [
+        audit(entry, target) for target in parser.parse_args(arguments).targets for entry in entries(target)
+    ]
     print(table(reports))
     return 1 if any(report.faults for report in reports) else 0
 

@@ -55,7 +55,9 @@ STORAGES = ("fp32", "mixed", "bf16")
 def shipped() -> Iterator[Shipped]:
     """Every chain at every combination of dtypes."""
     for name, budgets in BUDGETS.items():
-        optimizer = OPTIMIZERS[name.removesuffix("+EMA").split("+")[-1]]([torch.nn.Parameter(torch.zeros(1))], name)
+        optimizer = OPTIMIZERS[name.removesuffix("+EMA").split("+")[-1]](
+            [torch.nn.Parameter(torch.zeros(1))], name
+        )
         chain = optimizer.chain(optimizer.param_groups[0])
         for storage, budget in zip(STORAGES, budgets, strict=True):
             weight = torch.float32 if storage == "fp32" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Timings that can be believed: contenders take turns, ratios are taken within a round, medians are reported."""
+"""Timings that can be believed: contenders take turns, medians are reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def ratio(ours: Timing, baseline: Timing) -> dict[str, float]:
     paired = [b / o for o, b in zip(ours.seconds, baseline.seconds, strict=True)]
     cuts = statistics.quantiles(paired, n=5, method="inclusive")
     return {
-        "median": statistics.median(baseline.seconds) / statistics.median(ours.seconds), "q20": cuts[0], "q80": cuts[-1],
+        "median": statistics.median(baseline.seconds) / statistics.median(ours.seconds),
+        "q20": cuts[0], "q80": cuts[-1],
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Reads machine code: how wide a kernel's accesses are, what it keeps in local memory, what its main loop costs."""
+"""Reads machine code: how wide its accesses are, what is in local memory, what the main loop costs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def read(cubin: bytes) -> Cubin:
         for address, text in _LINE.findall(code)
         if (match := _INSTRUCTION.fullmatch(text)) and not text.startswith("NOP")
     ]
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL")
+    )
     return Cubin(instructions, registers, stack, local)
 
 
@@ -95,7 +97,9 @@ def common_path(code: list[Instruction]) -> list[Instruction]:
     best: list[tuple[tuple[int, int], int]] = [((0, 0), end)] * (end + 1)
     for k in range(end - 1, -1, -1):
         here = code[k]
-        forward = index.get(here.target, end) if here.target is not None and here.target > here.address else None
+        forward = (
+            index.get(here.target, end) if here.target is not None and here.target > here.address else None
+        )
         conditional = bool(here.predicate) or re.search(r"\bU?P\d", here.operands) is not None
         ways = [k + 1] if here.kind != "BRA" or conditional or forward is None else []
         if here.kind == "EXIT" and not here.predicate:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 
-def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024) -> list[tuple[int, ...]]:
+def gpt2(
+    layers: int = 12, width: int = 768, vocabulary: int = 50257, positions: int = 1024
+) -> list[tuple[int, ...]]:
     """GPT-2: 124 M parameters in 148 tensors by default."""
     block = [
         (width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,),

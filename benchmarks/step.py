@@ -1,7 +1,7 @@
 """One optimizer step over GPT-2's 124 M parameters, against the best that torch composes.
 
-The baseline is `clip_grad_norm_` and `torch.optim.AdamW(fused=True)`, with `_foreach_lerp_` for the average and
-`randn_like` for the noise.  A row whose results differ from its baseline's prints no number.
+The baseline is `clip_grad_norm_` and `torch.optim.AdamW(fused=True)`, with `_foreach_lerp_` for the
+average and `randn_like` for the noise.  A row whose results differ from its baseline's prints no number.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def torch_step(chain: str, params: list[torch.nn.Parameter]) -> tuple[Callable[[
 
 def fastreg_step(chain: str, params: list[torch.nn.Parameter]) -> tuple[Callable[[], None], dict[str, Any]]:
     """The same in one pass."""
-    pieces = {"clip": fastreg.ClipNorm(MAX_NORM), "noise": fastreg.GradientNoise(STD), "EMA": fastreg.EMA(DECAY)}
+    pieces = {
+        "clip": fastreg.ClipNorm(MAX_NORM),
+        "noise": fastreg.GradientNoise(STD),
+        "EMA": fastreg.EMA(DECAY),
+    }
     chosen = [piece for name, piece in pieces.items() if name in chain]
     optimizer = fastreg.AdamW(params, weight_decay=0.1, regularizers=chosen, seed=0)
     return optimizer.step, {"optimizer": optimizer}
@@ -79,7 +83,9 @@ def differs(chain: str, sizes: list[tuple[int, ...]]) -> str | None:
         step(), baseline()
     pairs = list(zip(ours, theirs, strict=True))
     if reference["averages"]:
-        pairs += [(extra["optimizer"].state[p]["ema"], a) for p, a in zip(ours, reference["averages"], strict=True)]
+        pairs += [
+            (extra["optimizer"].state[p]["ema"], a) for p, a in zip(ours, reference["averages"], strict=True)
+        ]
     worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     return f"differs by {worst:.1e}" if not worst <= 1e-6 else None
 
@@ -100,15 +106,21 @@ def run(rounds: int, sizes: list[tuple[int, ...]], chains: tuple[str, ...] = CHA
             row["ratio"] = measure.ratio(timings["fastreg"], timings["torch"])
         rows.append(row)
     total = sum(torch.Size(size).numel() for size in sizes)
-    return {"machine": measure.describe(measure.machine()), "parameters": total, "tensors": len(sizes), "rows": rows}
+    return {
+        "machine": measure.describe(measure.machine()),
+        "parameters": total,
+        "tensors": len(sizes),
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     machine = result["machine"]
     lines = [
-        f"{result['parameters'] / 1e6:.0f} M parameters in {result['tensors']} tensors, fp32, {machine['processor']}, "
-        f"{machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}",
+        f"{result['parameters'] / 1e6:.0f} M parameters in {result['tensors']} tensors, fp32, "
+        f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"torch {machine['torch']}",
         f"{'chain':<20}{'fastreg ms':>12}{'torch ms':>12}{'times faster':>14}   20-80 % of rounds",
     ]
     for row in result["rows"]:

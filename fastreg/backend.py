@@ -1,10 +1,10 @@
-"""The one place that decides what runs a step: the Triton kernels, the compiled reference or the reference.
+"""The one place that decides what runs a step.
 
-| backend     | where                                                   | what runs                             |
-|-------------|---------------------------------------------------------|---------------------------------------|
-| `triton`    | CUDA and ROCm tensors                                   | the kernels                           |
-| `compiled`  | CPU, from 1 M elements on, where a C++ compiler is found | the reference through `torch.compile` |
-| `reference` | everywhere                                              | plain PyTorch                         |
+| backend     | where                                            | what runs                             |
+|-------------|--------------------------------------------------|---------------------------------------|
+| `triton`    | CUDA and ROCm tensors                            | the kernels                           |
+| `compiled`  | CPU, from 1 M elements on, with a C++ compiler   | the reference through `torch.compile` |
+| `reference` | everywhere                                       | plain PyTorch                         |
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import warnings
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -24,6 +25,7 @@ COMPILE_FROM = 1_000_000
 """Elements in a step from which compiling the reference pays on a CPU."""
 
 _forced: str | None = None
+_compiles = True
 
 
 class use_backend:  # noqa: N801  (used like a function)
@@ -77,15 +79,32 @@ def resolve(device: torch.device, elements: int) -> Backend:
         return "triton"
     if name == "compiled":
         if device.type == "cpu" and not has_compiler():
-            raise RuntimeError("backend 'compiled' needs a C++ compiler on a CPU: none of $CXX, g++, clang++, c++ found")
+            raise RuntimeError(
+                "backend 'compiled' needs a C++ compiler on a CPU: none of $CXX, g++, clang++, c++ found"
+            )
         return "compiled"
     if name == "reference":
         return "reference"
     if not _no_triton(device) and device.type == "cuda":
         return "triton"
-    if device.type == "cpu" and elements >= COMPILE_FROM and has_compiler():
+    if device.type == "cpu" and elements >= COMPILE_FROM and has_compiler() and _compiles:
         return "compiled"
     return "reference"
+
+
+def cannot_compile(error: Exception) -> None:
+    """Note that compiling failed: `auto` takes the reference from now on, a forced backend raises.
+
+    Args:
+        error: What the compiler said.
+    """
+    global _compiles
+    if forced() == "compiled":
+        raise error
+    _compiles = False
+    warnings.warn(
+        f"compiling the step failed, using backend 'reference' instead: {error}", RuntimeWarning, stacklevel=2
+    )
 
 
 def _no_triton(device: torch.device) -> str | None:

@@ -32,7 +32,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of a chain: element-wise maths `(p, u, at, *buffers, *scalars, *words, *numbers) -> (p, u, new)`.
+    """One link: element-wise maths `(p, u, at, *buffers, *scalars, *words, *numbers) -> (p, u, new)`.
 
     Args:
         kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.

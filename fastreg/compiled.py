@@ -19,7 +19,7 @@ from .reference.random import At
 from .reference.step import step
 
 _LENGTH = 2**20 + 7
-"""Length to compile for, as an example: equal to no other size, and long enough for Inductor to use all threads."""
+"""An example of a length: equal to no other size, and long enough for Inductor to use all threads."""
 
 
 @functools.cache
@@ -45,7 +45,10 @@ def compiled_step(
         at = At(first, 0, stream, count)
         step(chain, parameter, gradient, buffers, scalars.unbind(), words, numbers.unbind(), at)
 
-    options: dict[str, Any] = {"size_asserts": False, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options: dict[str, Any] = {
+        "size_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+    }
     compiled = torch.compile(fused_step, dynamic=True, fullgraph=True, options=options)
     examples = (
         [torch.empty(_LENGTH, dtype=dtype, device=device) for dtype in dtypes],

@@ -101,7 +101,7 @@ def run(batch: Batch) -> None:
 
 
 def clip_factor(batches: Sequence[Batch], max_norm: Tensor) -> Tensor:
-    """(Σ g², ‖g‖, min(max_norm / (‖g‖ + 1e-6), 1)) over batches of one device: `[3]`, float64, on that device.
+    """Σ g², ‖g‖ and min(max_norm / (‖g‖ + 1e-6), 1) over batches of one device: `[3]`, float64, there.
 
     Args:
         batches: The gradients.
@@ -114,7 +114,7 @@ def clip_factor(batches: Sequence[Batch], max_norm: Tensor) -> Tensor:
 
 
 def combine(squares: Sequence[Tensor], max_norm: Tensor) -> Tensor:
-    """`clip_factor` from the Σ g² of several groups of gradients, each 0-d and on the device of `max_norm`."""
+    """`clip_factor` from the Σ g² of several groups, each 0-d and on the device of `max_norm`."""
     return reference_norm.clip_factor(torch.stack(tuple(squares)), max_norm)
 
 
@@ -132,7 +132,9 @@ def _run_reference(batch: Batch) -> None:
     words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
     count = len(batch.parameters)
     columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
-    scalars = (torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)).unbind()
+    scalars = (
+        torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)
+    ).unbind()
     # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
     runs = [
         (i, start, stop)
@@ -141,9 +143,16 @@ def _run_reference(batch: Batch) -> None:
     ]
     fused = None
     if batch.backend == "compiled":
-        fused = compiled_step(chain, batch.dtypes, dtype, batch.device, threads)
+        try:
+            fused = compiled_step(chain, batch.dtypes, dtype, batch.device, threads)
+        except Exception as error:
+            backend.cannot_compile(error)
+    if fused is not None:
         integers = torch.tensor(
-            [[batch.firsts[i] + start, batch.streams[i], batch.steps[batch.rows[i]], *batch.words] for i, start, _ in runs],
+            [
+                [batch.firsts[i] + start, batch.streams[i], batch.steps[batch.rows[i]], *batch.words]
+                for i, start, _ in runs
+            ],
             device=batch.device,
         ).unbind()
     for run, (i, start, stop) in enumerate(runs):
@@ -224,7 +233,10 @@ def _begin(batch: Batch) -> Uploaded:
         rows = torch.tensor(batch.numbers, dtype=compute_dtype(batch.parameters[0].dtype))
         host = torch.cat((torch.tensor(integers).view(torch.uint8), rows.flatten().view(torch.uint8)))
         data = _upload(host, batch.device)
-        words, numbers = data[: 8 * len(integers)].view(torch.int64), data[8 * len(integers) :].view(rows.dtype)
+        words, numbers = (
+            data[: 8 * len(integers)].view(torch.int64),
+            data[8 * len(integers) :].view(rows.dtype),
+        )
         batch.uploaded = Uploaded(words, words[len(gradients) + len(gradients) % 2 :], numbers)
     return batch.uploaded
 
@@ -272,12 +284,14 @@ def _finish(partial: Tensor, max_norm: Tensor) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
     out = torch.empty(3, dtype=torch.float64, device=partial.device)
     with _current(partial.device):
-        kernels.clip_factor_kernel[(1,)](partial, len(partial), max_norm, out, BLOCK=PARTIALS, num_warps=WARPS)
+        kernels.clip_factor_kernel[(1,)](
+            partial, len(partial), max_norm, out, BLOCK=PARTIALS, num_warps=WARPS
+        )
     return out
 
 
 def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
-    """The compile-time arguments of `step_kernel` for a chain on tensors of these dtypes; `warp` is its size."""
+    """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of this size."""
     return {
         "G": _triton(dtypes[1]),
         "COMPUTE": _triton(compute_dtype(dtypes[0])),
@@ -313,12 +327,16 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
     header = kernels.HEADER.value
     buffer_columns = range(header, header + len(chain.buffers))
     scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
-    word_columns = iter(range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain)))
+    word_columns = iter(
+        range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain))
+    )
     number_columns = iter(range(sum(stage.numbers for stage in chain.stages)))
     buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
 
     def constant(dtype: torch.dtype) -> Any:
-        return tl.constexpr(_triton(dtype))  # a bare dtype in a tuple compiles ahead of time but not at launch
+        return tl.constexpr(
+            _triton(dtype)
+        )  # a bare dtype in a tuple compiles ahead of time but not at launch
 
     stages = []
     for stage in chain.stages:
@@ -362,12 +380,16 @@ def _device_function(kernel: Any) -> Any:
 
 def _triton(dtype: torch.dtype) -> Any:
     tl = importlib.import_module("triton.language")
-    return getattr(tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name))
+    return getattr(
+        tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name)
+    )
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    return (
+        contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    )
 
 
 @functools.cache

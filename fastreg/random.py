@@ -43,11 +43,13 @@ def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed=}")
     counter = tuple(torch.tensor(word) for word in (int(purpose), instance & 0xFFFFFFFF, instance >> 32, 0))
-    low, high, *_ = (int(word) for word in philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), 10))
+    low, high, *_ = (
+        int(word) for word in philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), 10)
+    )
     unsigned = low | high << 32
     return unsigned - 2**64 if unsigned >= 2**63 else unsigned
 
 
 def instance_seed() -> int:
-    """A base seed from `torch.initial_seed()` and how many were taken before; torch's generator is left alone."""
+    """A base seed from `torch.initial_seed()` and a counter; torch's generator is left alone."""
     return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))

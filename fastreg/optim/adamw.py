@@ -41,8 +41,9 @@ class AdamW(Engine, torch.optim.AdamW):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, *,
+        self, params: Any, lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, amsgrad: bool = False, *,
         maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
         differentiable: bool = False, fused: bool | None = None,
         regularizers: Iterable[Piece] = (), seed: int | None = None,
@@ -50,5 +51,8 @@ class AdamW(Engine, torch.optim.AdamW):
         self._compose((Adam(), DecoupledDecay()), regularizers, seed)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
-            maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
+            maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused,
         )  # fmt: skip
+        # torch sets it for `fused=True`: GradScaler would then leave the unscaling to the step.
+        self._step_supports_amp_scaling = False

@@ -33,10 +33,13 @@ from .rules import Descend
 
 _kind = attrgetter("dtype", "layout")
 
+_NOT_YET = ("amsgrad", "maximize", "capturable", "differentiable")
+"""Options of torch's optimizers that would change the result and are not supported."""
+
 
 @dataclass
 class Bucket:
-    """Parameters that share device, dtypes, chain and sharding: lists of equal length, and what they share."""
+    """Parameters that share device, dtypes, chain and sharding: lists of equal length."""
 
     chain: Chain
     shards: placement.Shards | None
@@ -49,7 +52,7 @@ class Bucket:
     table: Table = field(default_factory=Table)
 
     def gather(self, states: list[dict[str, Any]]) -> list[list[Tensor]]:
-        """For each buffer of the chain, the local tensors of all parameters; one that is missing is an error."""
+        """For each buffer of the chain, the local tensors; a missing one is a `KeyError`."""
         own = [states[i] for i in self.positions]
         buffers = [list(map(itemgetter(buffer.name), own)) for buffer in self.chain.buffers]
         return buffers if self.plain else [list(map(placement.local, buffer)) for buffer in buffers]
@@ -70,7 +73,9 @@ class Engine(torch.optim.Optimizer):
         names = [piece.name if isinstance(piece, EMA) else type(piece).__name__ for piece in regularizers]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"{name!r} is given more than once; several EMAs need names: EMA(decay, name=...)")
+                raise ValueError(
+                    f"{name!r} is given more than once; several EMAs need names: EMA(decay, name=...)"
+                )
         self._pieces = tuple(sorted((*pieces, *regularizers, Descend()), key=attrgetter("phase")))
         self._seed = random.instance_seed() if seed is None else seed
         random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
@@ -85,8 +90,9 @@ class Engine(torch.optim.Optimizer):
 
     # The step -------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step; parameters without a gradient are left alone.
 
         Args:
@@ -174,7 +180,9 @@ class Engine(torch.optim.Optimizer):
         except KeyError:
             return False
 
-    def _initialise(self, parameters: list[Tensor], states: list[dict[str, Any]], chains: list[Chain]) -> None:
+    def _initialise(
+        self, parameters: list[Tensor], states: list[dict[str, Any]], chains: list[Chain]
+    ) -> None:
         """Make missing state, bring loaded state into shape, let the step counts share one tensor."""
         counts = []
         for parameter, state, chain in zip(parameters, states, chains, strict=True):
@@ -213,15 +221,13 @@ class Engine(torch.optim.Optimizer):
         states: list[dict[str, Any]], groups: list[int], counts: list[int],
     ) -> Batch:  # fmt: skip
         """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
-        tensors, gradients, owners, steps = (
-            [every[i] for i in bucket.positions] for every in (tensors, gradients, groups, counts)
-        )
-        places = tensors
+        places, gradients = [tensors[i] for i in bucket.positions], [gradients[i] for i in bucket.positions]
+        tensors = places
         if not bucket.plain:
             tensors = list(map(placement.laid_out, tensors, bucket.layouts))
         if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
             gradients = list(map(placement.laid_out, gradients, bucket.layouts))
-        pairs = list(zip(owners, steps, strict=True))
+        pairs = [(groups[i], counts[i]) for i in bucket.positions]
         rows = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
         seed, pieces, device = self.seed, self._pieces, tensors[0].device
         return Batch(
@@ -230,7 +236,12 @@ class Engine(torch.optim.Optimizer):
             gradients=gradients,
             buffers=bucket.gather(states),
             scalars=[scalar for piece in pieces for scalar in piece.scalars(device)],
-            words=[word for words in ("words", "storage_words") for piece in pieces for word in getattr(piece, words)(seed)],
+            words=[
+                word
+                for words in ("words", "storage_words")
+                for piece in pieces
+                for word in getattr(piece, words)(seed)
+            ],
             firsts=bucket.firsts,
             streams=bucket.streams,
             rows=[rows[pair] for pair in pairs],
@@ -295,15 +306,33 @@ class Engine(torch.optim.Optimizer):
             self._swapped = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; where random numbers are used the group gets the seed."""
+        """As in torch; where random numbers are used the group gets the seed.
+
+        Raises:
+            ValueError: For options that are not supported, and as in torch.
+        """
+        self._refuse({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._share_seed()
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        for option in _NOT_YET:
+            if group.get(option):
+                name = type(self).__name__
+                raise ValueError(
+                    f"{option}={group[option]!r} is not supported by fastreg.{name}; use torch.optim.{name}"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the given tensors are copied, and averages keep their precision.
 
         torch would cast every buffer to the dtype of its parameter.
+
+        Raises:
+            ValueError: For options that are not supported, and as in torch.
         """
+        for group in state_dict["param_groups"]:
+            self._refuse(group)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -341,10 +370,9 @@ def _start(buffer: Buffer, parameter: Tensor, value: Tensor | None) -> Tensor:
     """A buffer as the parameter needs it: made, or checked where there is one."""
     inner = placement.local(parameter)
     if value is None:
-        dtypes: dict[Any, torch.dtype] = {"parameter": inner.dtype, "compute": compute_dtype(inner.dtype)}
-        made = torch.empty_like(
-            parameter, dtype=dtypes.get(buffer.dtype, buffer.dtype), memory_format=torch.preserve_format
-        )
+        dtypes: dict[Any, Any] = {"parameter": inner.dtype, "compute": compute_dtype(inner.dtype)}
+        dtype = dtypes.get(buffer.dtype, buffer.dtype)
+        made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
     if value.shape != parameter.shape or value.device != parameter.device:
         raise RuntimeError(

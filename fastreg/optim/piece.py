@@ -72,7 +72,9 @@ class Piece:
 
     def __repr__(self) -> str:
         """As it would be written in code."""
-        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        shown = ", ".join(
+            f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_")
+        )
         return f"{type(self).__name__}({shown})"
 
 

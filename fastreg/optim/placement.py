@@ -33,7 +33,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or the local part of a DTensor."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -95,14 +95,18 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
         RuntimeError: If the gradient is sparse.
     """
     if gradient.layout != torch.strided:
-        raise RuntimeError(f"sparse gradients are not supported, got layout {gradient.layout}; use torch.optim.SparseAdam")
+        raise RuntimeError(
+            f"sparse gradients are not supported, got layout {gradient.layout}; use torch.optim.SparseAdam"
+        )
     if parameter.is_complex():
         raise ValueError(
             f"complex parameters are not supported, got dtype {parameter.dtype}; "
             "hold them as torch.view_as_real(...) or use a torch optimizer for them"
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
+    ):
         raise ValueError(
-            f"elements of a parameter share memory: shape {tuple(parameter.shape)}, strides {parameter.stride()}; "
+            f"elements of a parameter share memory: {tuple(parameter.shape)=}, {parameter.stride()=}; "
             "use .contiguous() before making it a parameter"
         )

@@ -1,4 +1,4 @@
-"""Regularizers that go into an optimizer's pass: `regularizers=[ClipNorm(1.0), GradientNoise(0.01), EMA(0.999)]`."""
+"""Regularizers that go into an optimizer's pass: `regularizers=[ClipNorm(1.0), EMA(0.999)]`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class ClipNorm(Piece):
         for batch, shards in batches:
             parts.setdefault((batch.device, shards), []).append(batch)
         measured = {
-            (device, shards): clip_factor(part, self._limit(device)) for (device, shards), part in parts.items()
+            (device, shards): clip_factor(part, self._limit(device))
+            for (device, shards), part in parts.items()
         }
         (home, shards), result = next(iter(measured.items()))
         if len(measured) > 1 or shards is not None:

@@ -50,6 +50,22 @@ class SGD(Piece):
         return (keep, take, lr, lr * momentum) if group["nesterov"] else (keep, take, 0.0, lr)
 
 
+class Lion(Piece):
+    """The sign of an interpolated momentum; reads `lr` and `betas` of the group."""
+
+    phase = Phase.RULE
+    _stage = Stage("rules.lion", reference.lion, (Buffer("exp_avg"),), numbers=5)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage
+
+    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """beta1, 1 - beta1, beta2, 1 - beta2, lr."""
+        beta1, beta2 = map(float, group["betas"])
+        return beta1, 1 - beta1, beta2, 1 - beta2, float(group["lr"])
+
+
 class L2Decay(Piece):
     """Adds `weight_decay` · p to the gradient, as torch's SGD and Adam do."""
 

@@ -45,10 +45,13 @@ class SGD(Engine, torch.optim.SGD):
         self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
         weight_decay: float | Tensor = 0, nesterov: bool = False, *,
         maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
-        fused: bool | None = None, decay: str = "l2", regularizers: Iterable[Piece] = (), seed: int | None = None,
+        fused: bool | None = None, decay: str = "l2",
+        regularizers: Iterable[Piece] = (), seed: int | None = None,
     ) -> None:  # fmt: skip
         self._compose((Rule(), decay_piece(decay)), regularizers, seed)
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov,
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
+        # torch sets it for `fused=True`: GradScaler would then leave the unscaling to the step.
+        self._step_supports_amp_scaling = False

@@ -29,7 +29,9 @@ def _multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
     return (t >> 32) + c, t & _MASK
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int], rounds: int) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int], rounds: int
+) -> tuple[Tensor, ...]:
     """Philox4x32: four uint32 words from four counter words and two key words, all held in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -41,7 +43,9 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int], 
     return c0, c1, c2, c3
 
 
-def words(key: int | Tensor, at: At, count: int, per_call: int, rounds: int, device: torch.device) -> tuple[Tensor, ...]:
+def words(
+    key: int | Tensor, at: At, count: int, per_call: int, rounds: int, device: torch.device
+) -> tuple[Tensor, ...]:
     """Four words for each of the calls that serve `count` elements, `per_call` elements a call."""
     calls = (at.skip + count + per_call - 1) // per_call
     group = at.first // per_call + torch.arange(calls, dtype=torch.int64, device=device)
@@ -67,7 +71,7 @@ def bits16(key: int | Tensor, at: At, like: Tensor, rounds: int) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root: eager float32 on a CPU is 1 ulp off in 16 % of values, Inductor's is not."""
+    """Correctly rounded square root: eager float32 on a CPU is 1 ulp off in 16 % of values."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or x.device.type != "cpu":
         return x.sqrt()
     return x.double().sqrt().to(x.dtype)
@@ -86,7 +90,8 @@ def _horner(x: Tensor, *coefficients: float) -> Tensor:
 def _sin_pi(h: Tensor) -> Tensor:
     """sin(π h) for |h| ≤ 1/2, relative error 2.9e-8 before rounding."""
     return _horner(
-        h * h, 0.07983576506376266, -0.5994373559951782, 2.550269842147827, -5.167720794677734, 3.1415927410125732
+        h * h, 0.07983576506376266, -0.5994373559951782, 2.550269842147827,
+        -5.167720794677734, 3.1415927410125732,
     ) * h  # fmt: skip
 
 
@@ -97,8 +102,8 @@ def _minus_two_log(high: Tensor, low: Tensor) -> Tensor:
     e = (i - 0x4F3504F3) & -8388608
     f = (i - e).view(torch.float32) * 2.0**-32 - 1.0
     log1p = _horner(
-        f, -0.17013750970363617, 0.2839444875717163, -0.29901769757270813, 0.33175957202911377, -0.39921221137046814,
-        0.500019371509552, -0.6666794419288635, 1.0, -2.0,
+        f, -0.17013750970363617, 0.2839444875717163, -0.29901769757270813, 0.33175957202911377,
+        -0.39921221137046814, 0.500019371509552, -0.6666794419288635, 1.0, -2.0,
     ) * f  # fmt: skip
     return log1p - e.float() * 1.6525916635146132e-07
 

@@ -13,14 +13,14 @@ def adam(
     p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor,
     beta1: Tensor, rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
-    """m ← β₁m + (1-β₁)u, v ← β₂v + (1-β₂)u², u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015)."""
+    """M ← β₁m + (1-β₁)u, v ← β₂v + (1-β₂)u², u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015)."""
     exp_avg = beta1 * exp_avg + rest1 * u
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
     return p, size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 def sgd(p: Tensor, u: Tensor, at: At, lr: Tensor) -> Result:
-    """u ← lr · u."""
+    """U ← lr · u."""
     return p, lr * u, ()
 
 
@@ -28,11 +28,19 @@ def sgd_momentum(
     p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor,
     momentum: Tensor, rest: Tensor, lr_gradient: Tensor, lr_buffer: Tensor,
 ) -> Result:  # fmt: skip
-    """b ← μb + (1-τ)u, u ← lr · b, or lr · (u + μb) with Nesterov's look-ahead  (Sutskever et al. 2013)."""
+    """B ← μb + (1-τ)u, u ← lr · b, or lr · (u + μb) with Nesterov's look-ahead  (Sutskever et al. 2013)."""
     momentum_buffer = momentum * momentum_buffer + rest * u
     return p, lr_gradient * u + lr_buffer * momentum_buffer, (momentum_buffer,)
 
 
+def lion(
+    p: Tensor, u: Tensor, at: At, exp_avg: Tensor,
+    beta1: Tensor, rest1: Tensor, beta2: Tensor, rest2: Tensor, lr: Tensor,
+) -> Result:  # fmt: skip
+    """U ← lr · sign(β₁m + (1-β₁)u), m ← β₂m + (1-β₂)u with the gradient u  (Chen et al. 2023)."""
+    return p, lr * (beta1 * exp_avg + rest1 * u).sign(), (beta2 * exp_avg + rest2 * u,)
+
+
 def descend(p: Tensor, u: Tensor, at: At) -> Result:
-    """p ← p - u."""
+    """P ← p - u."""
     return p - u, u, ()

@@ -19,7 +19,7 @@ def step(
     chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], scalars: Sequence[Tensor],
     words: Sequence[Tensor], numbers: Sequence[Tensor], at: At,
 ) -> None:  # fmt: skip
-    """Apply the stages of `chain` (a `fastreg.chain.Chain`) in order and write parameter and buffers, in place.
+    """Apply the stages of a `fastreg.chain.Chain` in order; write parameter and buffers in place.
 
     Args:
         chain: The stages and how the weight is stored.
@@ -34,7 +34,9 @@ def step(
     compute = compute_dtype(parameter.dtype)
     storage = chain.storage
     place = {"parameter": parameter}
-    place.update(zip((b.name for b in storage.buffers), buffers[len(buffers) - len(storage.buffers) :], strict=True))
+    place.update(
+        zip((b.name for b in storage.buffers), buffers[len(buffers) - len(storage.buffers) :], strict=True)
+    )
 
     p = storage.read(*(place[name] for name in storage.sources)).to(compute)
     u = gradient.to(compute)

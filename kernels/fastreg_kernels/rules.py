@@ -29,5 +29,12 @@ def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr_gradient, lr_buff
 
 
 @triton.jit
+def lion(p, u, at, exp_avg, beta1, rest1, beta2, rest2, lr):
+    direction = beta1 * exp_avg + rest1 * u
+    sign = (direction > 0).to(p.dtype) - (direction < 0).to(p.dtype)
+    return p, lr * tl.where(direction == direction, sign, direction), (beta2 * exp_avg + rest2 * u,)
+
+
+@triton.jit
 def descend(p, u, at):
     return p - u, u, ()

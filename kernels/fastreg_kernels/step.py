@@ -190,5 +190,6 @@ def step_kernel(
         offsets = s + tl.arange(0, 128)
         update_block(
             gradient, sources, targets, words, addresses, arguments, stages, storage,
-            At(first + s, stream, step, VECTOR), offsets, (offsets >= wide) & (offsets < stop), G, COMPUTE, False,
+            At(first + s, stream, step, VECTOR), offsets, (offsets >= wide) & (offsets < stop),
+            G, COMPUTE, False,
         )  # fmt: skip
