@@ -141,9 +141,9 @@ def entries(target: str) -> list[Entry]:
     return [*listed, Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants)]
 
 
-def compile_entry(entry: Entry, target: str) -> Any:
-    """Compile an entry point for a target; pointers are 16-byte aligned, as allocators make them."""
-    signature: dict[str, Any] = {}
+def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and alignments as Triton's compiler takes them; pointers are aligned to 16 bytes."""
+    types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
 
     def leaves(value: Any, path: tuple[int, ...]) -> Any:
@@ -154,11 +154,14 @@ def compile_entry(entry: Entry, target: str) -> Any:
         return "constexpr"
 
     for position, (name, value) in enumerate({**entry.arguments, **entry.constants}.items()):
-        signature[name] = value if isinstance(value, str) else leaves(value, (position,))
-    aligned = [
-        i for i, value in enumerate(signature.values()) if isinstance(value, str) and value.startswith("*")
-    ]
-    source = ASTSource(entry.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        types[name] = value if isinstance(value, str) else leaves(value, (position,))
+    pointers = [i for i, value in enumerate(types.values()) if isinstance(value, str) and value[0] == "*"]
+    return types, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
+
+
+def compile_entry(entry: Entry, target: str) -> Any:
+    """Compile an entry point for a target."""
+    source = ASTSource(entry.kernel, *signature(entry))
     return triton.compile(source, target=TARGETS[target], options={"num_warps": multi_tensor.WARPS})
 
 

@@ -1,0 +1,148 @@
+"""The code audit holds every kernel to its documented cost, and notices what it must notice."""
+
+import importlib
+import os
+import pkgutil
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import fastreg_kernels
+from fastreg.chain import Chain, Stage
+from fastreg_benchmarks import audit, chains
+
+ENTRIES = audit.entries("sm_90")
+OTHER_TARGETS = [target for target in audit.TARGETS if target != "sm_90"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry.name for entry in ENTRIES])
+def test_holds_on_sm_90(entry):
+    assert audit.audit(entry, "sm_90").faults == []
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS)
+@pytest.mark.parametrize("name", ["AdamW bf16", "clip+noise+AdamW+EMA fp32"])
+def test_holds_elsewhere(name, target):
+    entry = next(entry for entry in audit.entries(target) if entry.name == name)
+    assert audit.audit(entry, target).faults == []
+
+
+def test_every_entry_point_is_audited():
+    modules = [
+        importlib.import_module(f"fastreg_kernels.{m.name}")
+        for m in pkgutil.iter_modules(fastreg_kernels.__path__)
+    ]
+    found = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    assert found and found == {entry.kernel.__name__ for entry in ENTRIES}
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_parameter"),
+    [("AdamW fp32", 28), ("clip+AdamW+EMA fp32", 36), ("SGD-momentum fp32", 20), ("AdamW bf16", 14)],
+)
+def test_documented_bytes(name, bytes_per_parameter):
+    assert next(entry for entry in ENTRIES if entry.name == name).bytes == bytes_per_parameter
+    assert next(c for c in chains.shipped() if f"{c.name} {c.storage}" == name).bytes == bytes_per_parameter
+
+
+# What the audit must notice: stages and kernels with a fault each.
+
+
+@triton.jit
+def halved(p, u, at):
+    return p - u * 0.5, u, ()
+
+
+@triton.jit
+def scalar_arithmetic(p, u, at, beta, lr):
+    return p - u * (1 - beta) * lr, u, ()
+
+
+@triton.jit
+def narrow_copy(x, y, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(y + offsets, tl.load(x + offsets, mask=offsets < n), mask=offsets < n)
+
+
+@triton.jit
+def spilling(x, y, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Keeps 128 KB of one program's values until their sum is known: 256 values a thread in 255 registers."""
+    offsets = tl.arange(0, 32 * BLOCK)
+    for start in range(0, n // 16 * 16, 32 * BLOCK):
+        a = tl.load(tl.multiple_of(x, 16) + start + offsets)
+        tl.store(tl.multiple_of(y, 16) + start + offsets, a - tl.sum(a))
+
+
+def chain_of(kernel, numbers=0):
+    """A chain of one stage, for compilation only."""
+    return Chain((Stage(kernel, lambda *_: None, numbers=numbers),))
+
+
+def test_notices_scalar_arithmetic_in_a_stage():
+    entry = audit.step_entry("toy", chain_of(scalar_arithmetic, numbers=2), (torch.float32,) * 2)
+    assert any("scalars" in fault for fault in audit.audit(entry, "sm_90").faults)
+    clean = audit.step_entry("toy", chain_of(halved), (torch.float32,) * 2)
+    assert audit.audit(clean, "sm_90").faults == []
+
+
+def _copy_entry(kernel, block=1024):
+    constants = {"BLOCK": block, "CHUNK": 1024}
+    return audit.Entry("toy", kernel, {"x": "*fp32", "y": "*fp32", "n": "i32"}, constants, 4, 4)
+
+
+def test_notices_a_scalar_load_kernel():
+    report = audit.audit(_copy_entry(narrow_copy), "sm_90")
+    assert any("128" in fault for fault in report.faults), report
+
+
+def test_notices_local_memory():
+    report = audit.audit(_copy_entry(spilling), "sm_90")
+    assert any("local memory" in fault for fault in report.faults), report
+
+
+def test_notices_a_budget_exceeded():
+    entry = next(entry for entry in ENTRIES if entry.name == "AdamW fp32")
+    report = audit.audit(entry, "sm_90")
+    report.entry = audit.Entry(**{**vars(entry), "budget": report.instructions - 0.1})
+    assert any("instructions" in fault for fault in report.faults)
+
+
+def test_notices_wrong_bytes():
+    entry = next(entry for entry in ENTRIES if entry.name == "AdamW fp32")
+    entry = audit.Entry(**{**vars(entry), "reads": entry.reads + 4})
+    assert any("documented" in fault for fault in audit.audit(entry, "sm_90").faults)
+
+
+def _key(entry):
+    """What Triton's disk cache knows a compilation by."""
+    signature, constants, attributes = audit.signature(entry)
+    return ASTSource(entry.kernel, signature, constants, attributes).hash()
+
+
+def test_editing_a_stage_changes_the_compile_key(tmp_path):
+    """As `tl.constexpr`, the tuple of stages would be known by names alone and stale code would run."""
+    source = "import triton\n\n\n@triton.jit\ndef stage(p, u, at):\n    return p, u * {}, ()\n"
+    keys = []
+    for factor in ("2.0", "5.0", "2.0"):
+        path = tmp_path / f"stage_{len(keys)}.py"
+        path.write_text(source.format(factor))
+        spec = importlib.util.spec_from_file_location("edited_stage", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        keys.append(_key(audit.step_entry("toy", chain_of(module.stage), (torch.float32,) * 2)))
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+
+
+def test_runs_without_the_interpreter():
+    assert os.environ.get("TRITON_INTERPRET") != "1" and isinstance(ENTRIES[0].kernel, JITFunction)
+    assert triton.__version__
