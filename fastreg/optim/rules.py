@@ -14,17 +14,17 @@ class Adam(Piece):
     """Adam's update with bias correction; reads `lr`, `betas` and `eps` of the group."""
 
     phase = Phase.RULE
-    _stage = Stage("rules.adam", reference.adam, (Buffer("exp_avg"), Buffer("exp_avg_sq")), numbers=7)
+    _stage = Stage("rules.adam", reference.adam, (Buffer("exp_avg"), Buffer("exp_avg_sq")), numbers=6)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
+        """1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
         beta1, beta2 = map(float, group["betas"])
         lr, eps = floats(group, "lr", "eps")
-        return beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
+        return 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
 
 
 class SGD(Piece):
@@ -82,7 +82,7 @@ class L2Decay(Piece):
 
 
 class DecoupledDecay(Piece):
-    """Subtracts lr · `weight_decay` · p beside the update, as torch's AdamW does."""
+    """Multiplies p by 1 - lr · `weight_decay` beside the update, as torch's AdamW does."""
 
     phase = Phase.DECAY
     _stage = Stage("regularizers.decoupled_decay", reference_regularizers.decoupled_decay, numbers=1)
@@ -92,9 +92,9 @@ class DecoupledDecay(Piece):
         return self._stage
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The rate times the learning rate."""
+        """The share of the weight that stays: as a factor, since torch rounds at the same place."""
         lr, rate = floats(group, "lr", "weight_decay")
-        return (lr * rate,)
+        return (1 - lr * rate,)
 
 
 class Descend(Piece):

@@ -11,16 +11,19 @@ Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 def adam(
     p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor,
-    beta1: Tensor, rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
-    """M ← β₁m + (1-β₁)u, v ← β₂v + (1-β₂)u², u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015)."""
-    exp_avg = beta1 * exp_avg + rest1 * u
+    """u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015).
+
+    With m ← m + (1-β₁)(u - m) and v ← β₂v + (1-β₂)u² before.
+    """
+    exp_avg = exp_avg + rest1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
     return p, size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 def sgd(p: Tensor, u: Tensor, at: At, lr: Tensor) -> Result:
-    """U ← lr · u."""
+    """u ← lr · u."""
     return p, lr * u, ()
 
 
@@ -28,7 +31,7 @@ def sgd_momentum(
     p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor,
     momentum: Tensor, rest: Tensor, lr_gradient: Tensor, lr_buffer: Tensor,
 ) -> Result:  # fmt: skip
-    """B ← μb + (1-τ)u, u ← lr · b, or lr · (u + μb) with Nesterov's look-ahead  (Sutskever et al. 2013)."""
+    """b ← μb + (1-τ)u, u ← lr · b, or lr · (u + μb) with Nesterov's look-ahead  (Sutskever et al. 2013)."""
     momentum_buffer = momentum * momentum_buffer + rest * u
     return p, lr_gradient * u + lr_buffer * momentum_buffer, (momentum_buffer,)
 
@@ -37,10 +40,10 @@ def lion(
     p: Tensor, u: Tensor, at: At, exp_avg: Tensor,
     beta1: Tensor, rest1: Tensor, beta2: Tensor, rest2: Tensor, lr: Tensor,
 ) -> Result:  # fmt: skip
-    """U ← lr · sign(β₁m + (1-β₁)u), m ← β₂m + (1-β₂)u with the gradient u  (Chen et al. 2023)."""
+    """u ← lr · sign(β₁m + (1-β₁)u), m ← β₂m + (1-β₂)u with the gradient u  (Chen et al. 2023)."""
     return p, lr * (beta1 * exp_avg + rest1 * u).sign(), (beta2 * exp_avg + rest2 * u,)
 
 
 def descend(p: Tensor, u: Tensor, at: At) -> Result:
-    """P ← p - u."""
+    """p ← p - u."""
     return p - u, u, ()

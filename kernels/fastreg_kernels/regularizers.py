@@ -25,8 +25,8 @@ def l2_decay(p, u, at, rate):
 
 
 @triton.jit
-def decoupled_decay(p, u, at, rate):
-    return p, u + rate * p, ()
+def decoupled_decay(p, u, at, keep):
+    return p * keep, u, ()
 
 
 @triton.jit

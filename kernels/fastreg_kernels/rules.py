@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 @triton.jit
-def adam(p, u, at, exp_avg, exp_avg_sq, beta1, rest1, beta2, rest2, size, scale, eps):
-    exp_avg = beta1 * exp_avg + rest1 * u
+def adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps):
+    exp_avg += rest1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
     return p, size * (exp_avg / (scale * tl.sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
