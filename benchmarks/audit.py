@@ -7,10 +7,12 @@ arithmetic on scalars in the wrong precision.  No test of results sees that; thi
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -261,10 +263,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS)
     )
-    reports = [
-        audit(entry, target) for target in parser.parse_args(arguments).targets for entry in entries(target)
-    ]
+    parser.add_argument("--json", type=Path, help="write the reports here")
+    options = parser.parse_args(arguments)
+    reports = [audit(entry, target) for target in options.targets for entry in entries(target)]
     print(table(reports))
+    if options.json:
+        rows = [
+            {
+                "kernel": r.entry.name, "target": r.target, "registers": r.registers, "local": r.local,
+                "shared": r.shared, "bytes": r.entry.bytes, "instructions": r.instructions,
+                "faults": r.faults,
+            }
+            for r in reports
+        ]  # fmt: skip
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     return 1 if any(report.faults for report in reports) else 0
 
 
