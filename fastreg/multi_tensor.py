@@ -109,8 +109,8 @@ def clip_factor(batches: Sequence[Batch], max_norm: Tensor) -> Tensor:
     """
     if all(batch.backend == "triton" for batch in batches):
         return _finish(torch.cat([_square_sum(batch) for batch in batches]), max_norm)
-    gradients = [flat(g) for batch in batches for g in batch.gradients]
-    return reference_norm.clip_factor(reference_norm.square_sum(gradients).to(max_norm.device), max_norm)
+    sums = [reference_norm.square_sum(list(map(flat, batch.gradients))) for batch in batches]
+    return reference_norm.clip_factor(torch.cat(sums), max_norm)
 
 
 def combine(squares: Sequence[Tensor], max_norm: Tensor) -> Tensor:
@@ -265,6 +265,7 @@ def _run_triton(batch: Batch) -> None:
             _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
             **step_constants(batch.chain, batch.dtypes, _warp()), num_warps=WARPS,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
 
 def _square_sum(batch: Batch) -> Tensor:

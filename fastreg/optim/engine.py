@@ -90,7 +90,7 @@ class Engine(torch.optim.Optimizer):
 
     # The step -------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step; parameters without a gradient are left alone.
@@ -148,11 +148,13 @@ class Engine(torch.optim.Optimizer):
             gradients = list(map(placement.local_gradient, parameters, gradients))
             tensors = list(map(placement.local, parameters))
         key = (
-            list(map(id, parameters)), list(map(Tensor.data_ptr, tensors)), list(map(_kind, gradients)),
-            streams, groups, chains, backend.forced(),
+            list(map(id, parameters)), list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)),
+            list(map(_kind, gradients)), streams, groups, chains, backend.forced(),
         )  # fmt: skip
         if key != self._key or not self._same_state(states):
             self._key = None
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                placement.check(tensor, gradient)
             self._initialise(parameters, states, [chains[group] for group in groups])
             self._sort(parameters, tensors, gradients, states, streams, [chains[group] for group in groups])
             self._key = key
@@ -184,16 +186,16 @@ class Engine(torch.optim.Optimizer):
         self, parameters: list[Tensor], states: list[dict[str, Any]], chains: list[Chain]
     ) -> None:
         """Make missing state, bring loaded state into shape, let the step counts share one tensor."""
-        counts = []
-        for parameter, state, chain in zip(parameters, states, chains, strict=True):
-            # torch's SGD saves no step: where there is a buffer, the first step is behind it.
-            counts.append(float(state.get("step", bool(state))))
-            for buffer in chain.buffers:
-                state[buffer.name] = _start(buffer, parameter, state.get(buffer.name))
+        # torch's SGD saves no step: where there is a buffer, the first step is behind it.
+        counts = [float(state.get("step", bool(state))) for state in states]
+        made = [
+            {buffer.name: _start(buffer, parameter, state.get(buffer.name)) for buffer in chain.buffers}
+            for parameter, state, chain in zip(parameters, states, chains, strict=True)
+        ]
         self._counts = torch.tensor(counts, dtype=torch.float32)
         self._steps = list(self._counts.unbind())
-        for state, step in zip(states, self._steps, strict=True):
-            state["step"] = step
+        for state, buffers, step in zip(states, made, self._steps, strict=True):
+            state.update(buffers, step=step)
 
     def _sort(
         self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor],
@@ -202,7 +204,6 @@ class Engine(torch.optim.Optimizer):
         """Sort the parameters of this step into buckets."""
         buckets: dict[Any, Bucket] = {}
         for i, (parameter, tensor, gradient) in enumerate(zip(parameters, tensors, gradients, strict=True)):
-            placement.check(tensor, gradient)
             names = [buffer.name for buffer in chains[i].buffers]
             dtypes = tuple(t.dtype for t in (tensor, gradient, *(states[i][name] for name in names)))
             shards = placement.shards(parameter)

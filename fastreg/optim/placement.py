@@ -92,11 +92,16 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
 
     Raises:
         ValueError: If elements of the parameter share memory, or it is complex.
-        RuntimeError: If the gradient is sparse.
+        RuntimeError: If the gradient is sparse, or has another shape.
     """
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"sparse gradients are not supported, got layout {gradient.layout}; use torch.optim.SparseAdam"
+        )
+    if gradient.shape != parameter.shape:
+        raise RuntimeError(
+            f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(parameter.shape)}; "
+            "call zero_grad() after changing the data of a parameter"
         )
     if parameter.is_complex():
         raise ValueError(

@@ -47,7 +47,7 @@ class ClipNorm(Piece):
     @property
     def norm(self) -> Tensor | None:
         """The norm at the latest step: 0-d, float64, on the device of the first parameters; `None` before."""
-        return next((result[1] for result in self._results.values()), None)
+        return next((result[1].clone() for result in self._results.values()), None)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""

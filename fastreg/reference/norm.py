@@ -9,21 +9,19 @@ from torch import Tensor
 
 from .step import compute_dtype, scalar_dtype
 
-CHUNK = 2**17
+CHUNK = 2**18
 """Elements whose squares are summed in one go.  Float32 sums lose digits with length: over 124 M elements
-torch's own norm is 8e-4 off, this one 5e-7, at the same speed."""
+torch's own norm is 8e-4 off, this one 1.3e-6."""
 
 
 def square_sum(gradients: Sequence[Tensor]) -> Tensor:
-    """Partial sums of g² over flat tensors of one device: `[chunks]`, float64, empty ones left out."""
+    """Partial sums of g² over flat tensors of one device: `[chunks]`, in double."""
+    compute = compute_dtype(gradients[0].dtype)
     norms = [
-        torch.linalg.vector_norm(chunk.to(compute_dtype(chunk.dtype)))
+        torch.linalg.vector_norm(chunk if chunk.dtype == compute else chunk.to(compute))
         for g in gradients
-        for chunk in g.split(CHUNK)
-        if chunk.numel()
+        for chunk in (g.split(CHUNK) if g.numel() > CHUNK else (g,))
     ]
-    if not norms:
-        return torch.zeros(0, dtype=torch.float64)
     return torch.stack(norms).to(scalar_dtype(norms[0].device)).square()
 
 

@@ -32,7 +32,7 @@ def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr_gradient, lr_buff
 def lion(p, u, at, exp_avg, beta1, rest1, beta2, rest2, lr):
     direction = beta1 * exp_avg + rest1 * u
     sign = (direction > 0).to(p.dtype) - (direction < 0).to(p.dtype)
-    return p, lr * tl.where(direction == direction, sign, direction), (beta2 * exp_avg + rest2 * u,)
+    return p, lr * sign, (beta2 * exp_avg + rest2 * u,)
 
 
 @triton.jit

@@ -1,0 +1,48 @@
+"""The command line: `fastreg compare`.
+
+Each subcommand is a module with `add_parser`; it imports torch and the like only once it runs, so that help
+and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from . import compare
+from .usage import Parser, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for a usage error (told in one line on stderr), 130 after Ctrl-C.
+    """
+    parser = Parser(prog="fastreg", description="Regularization for PyTorch, fused into Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"fastreg {_version()}")
+    parser.set_defaults(run=None)
+    compare.add_parser(parser.add_subparsers(title="commands", metavar="COMMAND"))
+    try:
+        args = parser.parse_args(argv)
+        if args.run is None:
+            parser.print_help()
+            return 0
+        return args.run(args)
+    except UsageError as error:
+        print(f"fastreg: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastreg: interrupted", file=sys.stderr)
+        return 130
+
+
+def _version() -> str:
+    try:
+        return version("fastreg")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,213 @@
+"""The contenders of `fastreg compare`: one entry in this file is all that a new one needs.
+
+An entry is a function that edits the `Setup` of a run before training starts: the regularizers of the
+optimizer, the optimizer itself, the model (dropout, hooks on its inputs), the training step (a second
+backward pass), or the weights that are evaluated.  Entries combine: `clip+ema=0.99` applies both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .usage import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from .measure import Stopwatch
+
+
+def fastreg_adamw(setup: Setup) -> Optimizer:
+    """`fastreg.AdamW` with the regularizers of the setup, in one pass."""
+    import fastreg
+
+    return fastreg.AdamW(
+        setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay,
+        regularizers=setup.regularizers, seed=setup.seed,
+    )  # fmt: skip
+
+
+def torch_adamw(setup: Setup) -> Optimizer:
+    """`torch.optim.AdamW` at its best setting."""
+    import torch
+
+    if setup.regularizers:
+        names = ", ".join(type(piece).__name__ for piece in setup.regularizers)
+        raise ValueError(
+            f"torch.optim.AdamW takes no regularizers, got {names}; leave 'torch' out of the combination"
+        )
+    return torch.optim.AdamW(
+        setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay, fused=True
+    )
+
+
+def training_step(loss: Callable[[], Tensor], optimizer: Optimizer, watch: Stopwatch) -> None:
+    """Backward and step; what runs under `watch` counts as the optimizer's share of the step.
+
+    Args:
+        loss: Evaluates the model on the batch of this step, with gradients.
+        optimizer: The setup's optimizer.
+        watch: Times the optimizer.
+    """
+    loss().backward()
+    with watch:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@dataclass
+class Setup:
+    """What a contender may change; everything else is the same for all."""
+
+    model: nn.Module
+    lr: float
+    weight_decay: float
+    seed: int
+    regularizers: list[Any] = field(default_factory=list)
+    optimizer: Callable[[Setup], Optimizer] = fastreg_adamw
+    training_step: Callable[[Callable[[], Tensor], Optimizer, Stopwatch], None] = training_step
+    evaluation: Callable[[Optimizer], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ingredient: its name, what it does, its default strength if it has one, how it is applied."""
+
+    name: str
+    summary: str
+    strength: float | None
+    apply: Callable[..., None]
+
+
+ENTRIES: dict[str, Entry] = {}
+ALIASES = {"all": "clip+noise+ema+decay"}
+DEFAULT = "torch,plain,clip,noise,ema,decay,all"
+
+
+def contender(
+    name: str, summary: str, strength: float | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `apply(setup, strength)`, or `apply(setup)` where no strength is given.
+
+    Args:
+        name: What `--with` calls it.
+        summary: What it does; `{}` stands for the strength.
+        strength: Default of the one number that sets how strongly it regularizes.
+    """
+
+    def register(apply: Callable[..., None]) -> Callable[..., None]:
+        ENTRIES[name] = Entry(name, summary, strength, apply)
+        return apply
+
+    return register
+
+
+@contender("torch", "torch.optim.AdamW(fused=True)")
+def _torch(setup: Setup) -> None:
+    setup.optimizer = torch_adamw
+
+
+@contender("plain", "fastreg.AdamW without regularizers: what the others are compared with")
+def _plain(setup: Setup) -> None:
+    pass
+
+
+@contender("clip", "global gradient norm clipped to {}", 1.0)
+def _clip(setup: Setup, max_norm: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.ClipNorm(max_norm))
+
+
+@contender("noise", "Gaussian noise of standard deviation {} on every gradient element", 3e-3)
+def _noise(setup: Setup, std: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.GradientNoise(std))
+
+
+@contender("ema", "evaluates a moving average of the weights with decay {}", 0.98)
+def _ema(setup: Setup, decay: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.EMA(decay))
+    setup.evaluation = lambda optimizer: optimizer.averaged()  # type: ignore[attr-defined]
+
+
+@contender("decay", "decoupled weight decay {}", 0.5)
+def _decay(setup: Setup, weight_decay: float) -> None:
+    setup.weight_decay = weight_decay
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A combination of entries, as asked for by `--with`."""
+
+    label: str
+    parts: tuple[tuple[Entry, float | None], ...]
+
+    @property
+    def summary(self) -> str:
+        """What it does, with its strengths."""
+        return "; ".join(
+            entry.summary.format(f"{strength:g}" if strength is not None else "")
+            for entry, strength in self.parts
+        )
+
+    def apply(self, setup: Setup) -> None:
+        """Edit the setup."""
+        for entry, strength in self.parts:
+            entry.apply(*((setup,) if strength is None else (setup, strength)))
+
+
+def parse(text: str) -> list[Contender]:
+    """Contenders from `NAME[=STRENGTH][+NAME...],...`.
+
+    Args:
+        text: Such as `"plain,ema,clip=0.5+noise=1e-3"`.
+
+    Raises:
+        UsageError: For unknown names, numbers that are none, and doublets.
+    """
+    labels = [label.strip() for label in text.split(",") if label.strip()]
+    if not labels:
+        raise UsageError(f"--with names no contender, got {text!r}; for example --with plain,ema")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"--with names {label!r} twice; give each contender once")
+    return [Contender(label, tuple(map(_part, _expanded(label).split("+")))) for label in labels]
+
+
+def _expanded(label: str) -> str:
+    return "+".join(ALIASES.get(name, name) for name in map(str.strip, label.split("+")))
+
+
+def _part(text: str) -> tuple[Entry, float | None]:
+    name, given, value = (word.strip() for word in text.partition("="))
+    if name not in ENTRIES:
+        known = ", ".join((*ENTRIES, *ALIASES))
+        raise UsageError(f"--with: unknown contender {name!r}; choose from {known}")
+    entry = ENTRIES[name]
+    if not given:
+        return entry, entry.strength
+    if entry.strength is None:
+        raise UsageError(f"--with: {name!r} takes no strength, got {text!r}")
+    try:
+        return entry, float(value)
+    except ValueError:
+        raise UsageError(
+            f"--with: the strength in {text!r} is not a number; for example {name}={entry.strength:g}"
+        ) from None
+
+
+def listing() -> str:
+    """All contenders and what they do, one a line."""
+    lines = [
+        (entry.name, Contender(entry.name, ((entry, entry.strength),)).summary) for entry in ENTRIES.values()
+    ]
+    lines += ALIASES.items()
+    return "\n".join(f"{name:<7}{summary}" for name, summary in lines)

@@ -1,0 +1,116 @@
+"""The curves of `fastreg compare` as a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .training import Record
+
+# Okabe & Ito: told apart with any colour vision. What the others are measured against is black and grey.
+COLOURS = {
+    "torch": "#9a9a9a", "plain": "#000000", "clip": "#56b4e9", "noise": "#e69f00",
+    "ema": "#009e73", "decay": "#cc79a7", "all": "#d55e00",
+}  # fmt: skip
+SPARE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, FAINT = "#222222", "#dddddd"
+
+
+def draw(path: Path, records: list[Record], headline: tuple[str, str]) -> None:
+    """Draw validation and training curves, each named where it ends.
+
+    Args:
+        path: The PNG to write.
+        records: What was trained.
+        headline: Two lines above the panels.
+    """
+    figure = Figure(figsize=(11, 5.2), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    figure.subplots_adjust(left=0.05, right=0.905, top=0.76, bottom=0.1, wspace=0.38)
+    figure.text(0.02, 0.945, headline[0], fontsize=14, fontweight="bold", color=INK, va="center")
+    figure.text(0.02, 0.885, headline[1], fontsize=12, color=INK, va="center")
+    colours = _colours([record.label for record in records])
+    _panel(left, "Validation loss", records, [record.validation for record in records], colours, dots=True)
+    _panel(right, "Training loss", records, [record.train for record in records], colours, dots=False)
+    figure.savefig(path)
+
+
+def _colours(labels: list[str]) -> list[str]:
+    spare = iter(SPARE * len(labels))
+    return [COLOURS.get(label) or next(spare) for label in labels]
+
+
+def _panel(
+    axes: Any, title: str, records: list[Record], curves: list[list[float]], colours: list[str], dots: bool
+) -> None:  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.tick_params(length=0, labelsize=10, labelcolor="#555555")
+    axes.set_xlabel("step", fontsize=10, color="#555555", loc="right")
+    if not records:
+        return
+    last = max(max(record.steps[-1] for record in records), 1)
+    low, high = _range(records, curves, last)
+    axes.set_xlim(0, last)
+    axes.set_ylim(low, high)
+    order = {"plain": 2, "torch": 3}  # where they coincide, torch shows as dashes on plain
+    ends = []
+    for record, curve, colour in zip(records, curves, colours, strict=True):
+        axes.plot(
+            record.steps, curve, color=colour, linewidth=2.6 if record.label == "plain" else 1.9,
+            linestyle=(0, (2, 2)) if record.label == "torch" else "-", zorder=order.get(record.label, 4),
+            solid_capstyle="round", marker="o" if len(curve) == 1 else None,
+        )  # fmt: skip
+        if dots and low <= curve[record.best] <= high:
+            lowest = record.steps[record.best], curve[record.best]
+            axes.plot(
+                *lowest, "o", color=colour, markersize=6, markeredgecolor="white", zorder=5, clip_on=False
+            )
+        if math.isfinite(curve[-1]):
+            ends.append((curve[-1], record.steps[-1], f"{record.label} {curve[-1]:.2f}", colour))
+    _name_ends(axes, ends, last, low, high)
+    if dots:
+        axes.set_title("\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10)
+
+
+def _range(records: list[Record], curves: list[list[float]], last: int) -> tuple[float, float]:
+    """All that happens after the first fall of the loss."""
+    points = [
+        (step, y)
+        for record, curve in zip(records, curves, strict=True)
+        for step, y in zip(record.steps, curve, strict=True)
+        if math.isfinite(y)
+    ]
+    late = [y for step, y in points if step >= 0.15 * last] or [y for _, y in points] or [0.0, 1.0]
+    margin = 0.05 * (max(late) - min(late)) or 0.1
+    return min(late) - margin, max(late) + margin
+
+
+def _name_ends(
+    axes: Any, ends: list[tuple[float, int, str, str]], last: int, low: float, high: float
+) -> None:
+    """Write each name beside the end of its curve, moved apart where they would overlap."""
+    apart = 0.06 * (high - low)
+    ends = sorted(ends)
+    places = [min(max(y, low), high) for y, *_ in ends]
+    for _ in range(200):
+        places[:1] = [max(place, low + apart / 2) for place in places[:1]]
+        for i in range(len(places) - 1):
+            if (overlap := apart - (places[i + 1] - places[i])) > 1e-9 * apart:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+    for (y, step, name, colour), place in zip(ends, places, strict=True):
+        if step < last:  # stopped early
+            beside: Any = {"xytext": (6, 0), "textcoords": "offset points"}
+            axes.annotate(name, (step, y), va="center", fontsize=11, color=colour, **beside)
+            continue
+        across = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        axes.plot((1, 1.035), (y, place), color=colour, linewidth=0.8, **across)
+        axes.text(1.045, place, name, va="center", fontsize=11, color=colour, **across)

@@ -1,0 +1,274 @@
+"""`fastreg compare` from end to end, with a few steps of training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+import torch  # noqa: E402
+
+import fastreg  # noqa: E402
+from fastreg.cli import contenders, main  # noqa: E402
+
+FEW = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--block-size", "16"]
+SMALL = [*FEW, "--train-tokens", "160", "--val-tokens", "160"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost seconds here where other tests run beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compare(out, *arguments):
+    code = main(["compare", *SMALL, "--device", "cpu", "--out", str(out), *arguments])
+    return code, json.loads((out / "compare.json").read_text())
+
+
+def losses(results):
+    return {contender["label"]: contender["curves"] for contender in results["contenders"]}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    out = tmp_path_factory.mktemp("everything")
+    code, results = compare(out)
+    return code, results, out
+
+
+def test_default_contenders_leave_a_table_of_each_and_a_picture(everything):
+    code, results, out = everything
+    assert code == 0
+    assert [c["label"] for c in results["contenders"]] == contenders.DEFAULT.split(",")
+    assert results["baseline"] == "plain" and not results["interrupted"]
+    assert results["config"]["steps"] == 4 and results["seed"] == 0
+    assert results["versions"]["torch"] == torch.__version__
+    for contender in results["contenders"]:
+        assert contender["finished"]
+        assert contender["curves"]["step"] == [0, 2, 4]
+        assert contender["validation_loss"] == contender["curves"]["validation"][-1]
+        assert contender["best_validation_loss"] == min(contender["curves"]["validation"])
+        assert contender["gap"] == contender["validation_loss"] - contender["train_loss"]
+        assert 0 < contender["optimizer_time"] < contender["step_time"]
+        assert contender["peak_memory"] > 2**20
+    assert set(results["verdicts"]) == {c["label"] for c in results["contenders"]} - {"plain"}
+    picture = (out / "compare.png").read_bytes()
+    assert picture.startswith(PNG) and len(picture) > 20_000
+
+
+def test_contenders_share_weights_and_batches_but_not_the_regularizer(everything):
+    curves = losses(everything[1])
+    starts = {name: (curve["train"][0], curve["validation"][0]) for name, curve in curves.items()}
+    assert len(set(starts.values())) == 1
+    assert curves["torch"]["train"] == pytest.approx(curves["plain"]["train"], rel=1e-5)
+    for name in ("clip", "noise", "ema", "decay", "all"):
+        assert curves[name]["train"][-1] != pytest.approx(curves["plain"]["train"][-1], rel=1e-6), name
+
+
+def test_same_seed_same_losses_whatever_ran_before(everything, tmp_path):
+    _, again = compare(tmp_path / "again", "--with", "all,noise")
+    _, other = compare(tmp_path / "other", "--with", "noise", "--seed", "1")
+    curves = losses(everything[1])
+    assert losses(again) == {"all": curves["all"], "noise": curves["noise"]}
+    assert losses(other)["noise"] != curves["noise"]
+
+
+def test_ema_is_evaluated_with_the_average(tmp_path):
+    # A decay of zero keeps only the newest weights; one close to 1 keeps those of the beginning.
+    _, results = compare(tmp_path, "--with", "plain,ema=0,ema=0.999999")
+    curves = losses(results)
+    assert curves["ema=0"] == curves["plain"]
+    first, *_, last = curves["ema=0.999999"]["validation"]
+    assert last == pytest.approx(first, rel=1e-4)
+    assert curves["plain"]["validation"][-1] < first - 0.01
+
+
+def test_strengths_and_combinations_reach_the_optimizer(monkeypatch, tmp_path):
+    made = []
+
+    class Spy(fastreg.AdamW):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(kwargs)
+
+    monkeypatch.setattr(fastreg, "AdamW", Spy)
+    code, _ = compare(tmp_path, "--with", "clip=0.5+noise=1e-3+decay=0.25", "--lr", "0.01")
+    clip, noise = made[-1]["regularizers"]
+    assert code == 0 and (clip.max_norm, noise.std) == (0.5, 1e-3)
+    assert made[-1]["weight_decay"] == 0.25 and made[-1]["lr"] == 0.01
+
+
+def test_a_contender_may_change_model_and_training_step(monkeypatch, tmp_path):
+    steps = []
+
+    def twice(loss, optimizer, watch):
+        steps.append(loss().item())
+        contenders.training_step(loss, optimizer, watch)
+
+    def apply(setup, p):
+        setup.model.transformer.drop.p = p
+        setup.training_step = twice
+
+    entry = contenders.Entry("dropout", "dropout of {} behind the embedding", 0.5, apply)
+    monkeypatch.setitem(contenders.ENTRIES, "dropout", entry)
+    _, results = compare(tmp_path, "--with", "plain,dropout,dropout=0")
+    curves = losses(results)
+    assert len(steps) == 8
+    assert curves["dropout=0"] == curves["plain"] != curves["dropout"]
+    assert results["contenders"][1]["summary"] == "dropout of 0.5 behind the embedding"
+
+
+def test_ctrl_c_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    steps = iter(range(9))
+
+    def interrupted(loss, optimizer, watch):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        contenders.training_step(loss, optimizer, watch)
+
+    def apply(setup):
+        setup.training_step = interrupted
+
+    monkeypatch.setitem(contenders.ENTRIES, "stop", contenders.Entry("stop", "presses Ctrl-C", None, apply))
+    code, results = compare(tmp_path, "--with", "plain,stop,ema")
+    assert code == 130 and results["interrupted"]
+    plain, stop = results["contenders"]
+    assert plain["finished"] and plain["curves"]["step"] == [0, 2, 4]
+    assert not stop["finished"] and stop["curves"]["step"] == [0, 2]
+    assert results["verdicts"]["stop"]["outcome"] == "stopped"
+    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+    assert "* stopped at step 2" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_evaluation_writes_an_empty_result(monkeypatch, tmp_path):
+    def apply(setup):
+        setup.evaluation = interrupt
+
+    def interrupt(optimizer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(contenders.ENTRIES, "stop", contenders.Entry("stop", "presses Ctrl-C", None, apply))
+    code, results = compare(tmp_path, "--with", "stop,plain")
+    assert code == 130 and results["contenders"] == []
+
+
+def test_a_run_that_diverges_ends_early_and_says_so(tmp_path):
+    code, results = compare(tmp_path, "--with", "plain,noise=3e38", "--steps", "40", "--lr", "1e30")
+    noise = results["contenders"][1]
+    assert code == 0 and noise["validation_loss"] is None and noise["curves"]["step"][-1] < 40
+    assert results["verdicts"]["noise=3e38"]["outcome"] == "diverged"
+
+
+def test_text_files_are_split_in_order(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("a" * 399, encoding="utf-8")
+    two.write_text("é" * 300, encoding="utf-8")
+    arguments = ["compare", *FEW, "--with", "plain", "--out", str(tmp_path), "--text", str(one), str(two)]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert results["text"] == {"name": f"{one}, {two}", "train_tokens": 900, "validation_tokens": 96}
+
+
+def test_final_losses_take_all_windows_and_curves_a_sample(monkeypatch, tmp_path):
+    from fastreg.cli import training
+
+    monkeypatch.setattr(training, "CURVE_WINDOWS", 3)
+    _, results = compare(tmp_path, "--with", "plain")
+    _, whole = compare(tmp_path, "--with", "plain", "--eval-every", "4")
+    monkeypatch.undo()
+    _, full = compare(tmp_path, "--with", "plain")
+    sampled, exact = results["contenders"][0], full["contenders"][0]
+    assert sampled["curves"]["validation"] != exact["curves"]["validation"]
+    assert sampled["validation_loss"] == exact["validation_loss"] == whole["contenders"][0]["validation_loss"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A text and a tokenizer that knows its words."""
+    text = "the quick brown fox jumps over the lazy dog and runs away from it all . " * 40
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["[UNK]", *text.split()]))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("words") / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=32, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+    ),
+    "llama": lambda: transformers.LlamaConfig(
+        vocab_size=32, max_position_embeddings=32, hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2, bos_token_id=None, eos_token_id=None,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    model.save_pretrained(folder)
+    words[1].save_pretrained(folder)
+    return folder, model
+
+
+def test_pretrained_models_start_from_their_weights(checkpoint, words, tmp_path):
+    folder, model = checkpoint
+    text, tokenizer = words
+    arguments = [*FEW, "--model", str(folder), "--text", str(text), "--with", "plain,all", "--lr", "0.01"]
+    assert main(["compare", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "compare.json").read_text())
+    tokens = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
+    share = len(tokens) * 9 // 10
+    assert results["text"]["train_tokens"] == share
+    windows = tokens[: share // 16 * 16].view(-1, 16)
+    with torch.no_grad():
+        expected = model(input_ids=windows, labels=windows).loss.item()
+    assert losses(results)["plain"]["train"][0] == pytest.approx(expected, rel=1e-5)
+    assert losses(results)["plain"]["train"][-1] < expected
+
+
+def test_too_long_windows_for_a_model_are_refused(checkpoint, words, capsys):
+    arguments = ["--model", str(checkpoint[0]), "--text", str(words[0]), "--block-size", "33"]
+    assert main(["compare", *arguments]) == 2
+    assert "exceeds the 32 positions" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_kind_is_refused(words, tmp_path, capsys):
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    words[1].save_pretrained(tmp_path)
+    assert main(["compare", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "the checkpoint is no causal language model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_process_prints_one_line_and_no_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fastreg.cli",
+        "compare",
+        "--model",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr

@@ -1,0 +1,115 @@
+"""What the tests share: the rules with their oracles, and the backends."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastreg
+
+
+class Lion(torch.optim.Optimizer):
+    """The oracle for Lion, as the paper has it."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.sub_(lr * (beta1 * m + (1 - beta1) * p.grad).sign())
+                    m.mul_(beta2).add_((1 - beta2) * p.grad)
+
+
+class Rule(NamedTuple):
+    """An optimizer and its oracle: call either with what the optimizer is to be given."""
+
+    ours: Callable[..., torch.optim.Optimizer]
+    theirs: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any]
+
+    def __call__(self, params: Any, **options: Any) -> torch.optim.Optimizer:
+        return self.ours(params, **{**self.options, **options})
+
+    def oracle(self, params: Any, **options: Any) -> torch.optim.Optimizer:
+        return self.theirs(params, **{**self.options, **options})
+
+
+# A new update rule is one row: ours, an oracle, and what both are given.
+RULES = {
+    "adamw": Rule(fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "adamw-defaults": Rule(fastreg.AdamW, torch.optim.AdamW, {}),
+    "sgd": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "momentum": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "nesterov": Rule(
+        fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    ),
+    "lion": Rule(fastreg.Lion, Lion, {"lr": 1e-2, "weight_decay": 0.1}),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> Rule:
+    return RULES[request.param]
+
+
+@pytest.fixture(params=("reference", "compiled", "triton"))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastreg.use_backend(request.param):
+        yield request.param
+
+
+class Race:
+    """Our optimizer and its oracle on equal parameters with equal gradients."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]] = ((33,), (4, 5), ()), dtype=torch.float32):
+        self.random = torch.Generator().manual_seed(0)
+        self.ours = [Parameter(self.draw(shape, dtype)) for shape in shapes]
+        self.theirs = [Parameter(p.detach().clone()) for p in self.ours]
+
+    def draw(self, shape: tuple[int, ...], dtype=torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.random, dtype=dtype)
+
+    def gradients(self, *without: int) -> None:
+        """New gradients, except for these parameters, which get none."""
+        for i, (p, q) in enumerate(zip(self.ours, self.theirs, strict=True)):
+            p.grad = None if i in without else self.draw(p.shape, p.dtype)
+            q.grad = None if i in without else p.grad.clone()
+
+    def step(self, ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, *without: int) -> None:
+        self.gradients(*without)
+        ours.step()
+        theirs.step()
+
+    def check(self) -> None:
+        close(self.ours, self.theirs)
+
+
+def close(actual: Any, expected: Any) -> None:
+    """Equal to 1e-6 of the largest expected element, 1e-12 in float64."""
+    if isinstance(actual, Tensor):
+        actual, expected = [actual], [expected]
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        if e.numel():
+            bound = (1e-12 if e.dtype == torch.float64 else 1e-6) * float(e.detach().abs().max())
+            assert float((a.detach().double() - e.detach().double()).abs().max()) <= bound
+
+
+@pytest.fixture(name="Race")
+def race_class() -> type[Race]:
+    return Race
+
+
+@pytest.fixture(name="close")
+def close_function() -> Callable[[Any, Any], None]:
+    return close

@@ -1,0 +1,403 @@
+"""Two processes against one: DTensors, FSDP2, DDP and their checkpoints.
+
+Run as a program, this file is one of the two processes: it works through all cases and saves what came out.
+"""
+
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastreg
+from fastreg.backend import has_compiler, has_triton
+
+WORLD = 2
+TIMEOUT = 300
+"""Seconds for all cases together."""
+
+STEPS = 4
+ROWS = {
+    "even": (6, 4),
+    "uneven, the second shard starts at element 9": (5, 3),
+    "the second shard is empty": (1, 7),
+    "vector": (13,),
+    "more than a block, the second shard starts at element 2489": (37, 131),
+    "no elements": (0, 3),
+}
+
+
+# What is trained, on one process or on two.
+
+
+def adamw(parameters: Any, max_norm: float = 0.5, seed: int = 7) -> fastreg.AdamW:
+    regularizers = [fastreg.ClipNorm(max_norm), fastreg.GradientNoise(0.1), fastreg.EMA(0.9)]
+    return fastreg.AdamW(parameters, lr=0.1, weight_decay=0.1, regularizers=regularizers, seed=seed)
+
+
+def unclipped(parameters: Any) -> fastreg.AdamW:
+    return adamw(parameters, max_norm=float("inf"))
+
+
+def noise(parameters: Any) -> fastreg.SGD:
+    return fastreg.SGD(parameters, lr=1.0, regularizers=[fastreg.GradientNoise(1.0)], seed=7)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def outcome(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """Weights and state, shards put together."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    out = {"weights": list(map(whole, parameters))}
+    for name in optimizer.state[parameters[0]]:
+        out[name] = [whole(optimizer.state[p][name]) for p in parameters]
+    return out
+
+
+def identity(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor
+
+
+def train_tensors(
+    make: Callable[[Any], Any], name: str,
+    place: Callable[..., Tensor] = identity, place_gradient: Callable[..., Tensor] = identity,
+) -> dict[str, Any]:  # fmt: skip
+    """Train tensors of all the shapes, placed as `place` says, on random gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [*ROWS.values(), (3, 5), ()]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    with fastreg.use_backend(name):
+        parameters = [nn.Parameter(place(w, w.shape)) for w in weights]
+        optimizer = make(parameters)
+        norms = []
+        for _ in range(STEPS):
+            for parameter in parameters:
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = place_gradient(gradient, gradient.shape)
+            optimizer.step()
+            norms.append(optimizer.grad_norm)
+    return {**outcome(optimizer), "norms": [None if norm is None else norm.item() for norm in norms]}
+
+
+class Net(nn.Module):
+    """Five features, three outputs; sizes that do not divide evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).tanh())
+
+
+def batch(step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(8, 5, generator=generator), torch.randn(8, 3, generator=generator)
+    return x[part], y[part]
+
+
+def train_net(net: nn.Module, optimizer: Any, steps: range, part: slice = slice(None)) -> list[float]:
+    norms = []
+    for step in steps:
+        x, y = batch(step, part)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+    return norms
+
+
+# What one of two processes does.
+
+
+def half(rank: int) -> slice:
+    return slice(4 * rank, 4 * rank + 4)
+
+
+def tensors_case(
+    make: Callable[[Any], Any], name: str, dims: tuple[int, ...] = (WORLD,)
+) -> Callable[[int], dict[str, Any]]:
+    """Tensors with rows are sharded over the mesh dimension that has two processes, others are not."""
+
+    def case(rank: int) -> dict[str, Any]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", dims)
+
+        def place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+            if shape == (3, 5):
+                return tensor
+            wanted = Shard(0) if shape in ROWS.values() else Replicate()
+            placements = [wanted if size == WORLD else Replicate() for size in dims]
+            return distribute_tensor(tensor, mesh, placements)
+
+        return train_tensors(make, name, place, place)
+
+    return case
+
+
+def partial_gradients(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)]) if shape in ROWS.values() else tensor
+
+    def part(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return DTensor.from_local(tensor / WORLD, mesh, [Partial()]) if shape in ROWS.values() else tensor
+
+    return train_tensors(adamw, "reference", place, part)
+
+
+def columns(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    weight.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+    try:
+        adamw([weight]).step()
+    except ValueError as error:
+        return {"message": str(error), "weight": whole(weight)}
+    return {"message": "", "weight": whole(weight)}
+
+
+def sharded_net(seed: int = 7) -> tuple[nn.Module, fastreg.AdamW]:
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net()
+    for layer in (net.first, net.norm, net.last, net):
+        fully_shard(layer)
+    return net, adamw(net.parameters(), seed=seed)
+
+
+def fsdp(rank: int) -> dict[str, Any]:
+    from torch.distributed.tensor import DTensor
+
+    net, optimizer = sharded_net()
+    places = [p.data_ptr() for p in map(_local, net.parameters())]
+    norms = train_net(net, optimizer, range(3), half(rank))
+    states = optimizer.state_dict()["state"].values()
+    with optimizer.averaged():
+        averaged = list(map(whole, net.parameters()))
+    return {
+        **outcome(optimizer),
+        "norms": norms,
+        "averaged": averaged,
+        "all sharded": all(isinstance(s[name], DTensor) for s in states for name in s if name != "step"),
+        "all in place": places == [p.data_ptr() for p in map(_local, net.parameters())],
+    }
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local()
+
+
+def checkpoint(full: bool) -> Callable[[int], dict[str, Any]]:
+    def case(rank: int) -> dict[str, Any]:
+        from torch.distributed.checkpoint import state_dict as checkpoints
+
+        options = checkpoints.StateDictOptions(full_state_dict=full)
+        net, optimizer = sharded_net()
+        train_net(net, optimizer, range(2), half(rank))
+        weights, state = checkpoints.get_state_dict(net, optimizer, options=options)
+        resumed, loaded = sharded_net(seed=1)
+        checkpoints.set_state_dict(
+            resumed, loaded, model_state_dict=weights, optim_state_dict=state, options=options
+        )
+        train_net(net, optimizer, range(2, 4), half(rank))
+        train_net(resumed, loaded, range(2, 4), half(rank))
+        return {"straight": outcome(optimizer), "resumed": outcome(loaded), "seed": loaded.seed}
+
+    return case
+
+
+def ddp(rank: int) -> dict[str, Any]:
+    net = nn.parallel.DistributedDataParallel(Net())
+    torch.manual_seed(rank)  # as the data loading of each process might want it
+    optimizer = adamw(net.parameters())
+    return {"norms": train_net(net, optimizer, range(3), half(rank)), **outcome(optimizer)}
+
+
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "adamw reference": tensors_case(adamw, "reference"),
+    "adamw compiled": tensors_case(adamw, "compiled"),
+    "adamw triton": tensors_case(adamw, "triton"),
+    "adamw outer dimension": tensors_case(adamw, "reference", (WORLD, 1)),
+    "adamw inner dimension": tensors_case(adamw, "reference", (1, WORLD)),
+    "unclipped reference": tensors_case(unclipped, "reference"),
+    "noise reference": tensors_case(noise, "reference"),
+    "noise triton": tensors_case(noise, "triton"),
+    "adamw partial gradients": partial_gradients,
+    "columns": columns,
+    "fsdp": fsdp,
+    "checkpoint": checkpoint(full=False),
+    "full checkpoint": checkpoint(full=True),
+    "ddp": ddp,
+}
+
+
+def main(rank: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(minutes=2)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timeout=patience, rank=rank, world_size=WORLD
+    )
+    for i, name in enumerate(names):
+        try:
+            result = CASES[name](rank)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+            print(f"case {name!r}", result["error"], flush=True)
+        torch.save(result, folder / f"{i}.{rank}")
+        torch.distributed.monitored_barrier()  # ends this process where the other is not in step
+    torch.distributed.destroy_process_group()
+
+
+# What the tests see.
+
+
+def missing(name: str) -> str | None:
+    if "triton" in name and not has_triton():
+        return "triton is not installed"
+    if "compiled" in name and not has_compiler():
+        return "backend 'compiled' needs a C++ compiler"
+    return None
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of the two processes found, for every case."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    folder = tmp_path_factory.mktemp("distributed")
+    names = [name for name in CASES if not missing(name)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
+    logs = [folder / f"log.{rank}" for rank in range(WORLD)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank, log in enumerate(logs):
+            command = [sys.executable, __file__, str(rank), str(folder), *names]
+            file = stack.enter_context(log.open("wb"))
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            processes.append(process)
+        deadline = time.monotonic() + TIMEOUT
+        while (codes := [process.poll() for process in processes]) != [0] * WORLD:
+            if any(codes) or time.monotonic() > deadline:  # one failed: the other would wait for it
+                break
+            time.sleep(0.1)
+    assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
+    return {
+        name: [torch.load(folder / f"{i}.{rank}") for rank in range(WORLD)] for i, name in enumerate(names)
+    }
+
+
+@pytest.fixture
+def outcomes(request: pytest.FixtureRequest, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process found for the case that the test is about."""
+    name = request.param
+    if reason := missing(name):
+        pytest.skip(reason)
+    for rank, found in enumerate(results[name]):
+        assert "error" not in found, f"rank {rank}\n{found['error']}"
+    return results[name]
+
+
+def about(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("outcomes", names, indirect=True)
+
+
+Close = Callable[[Any, Any], None]
+
+
+@about(*(name for name in CASES if name.startswith("adamw")))
+def test_shards_are_trained_as_the_whole(outcomes: list[dict[str, Any]], close: Close) -> None:
+    expected = train_tensors(adamw, "reference")
+    for found in outcomes:
+        assert found.keys() == expected.keys()
+        for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+            close(found[name], expected[name])
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    assert outcomes[0]["norms"] == outcomes[1]["norms"]
+    assert min(expected["norms"]) > 0.5  # or nothing was clipped
+
+
+@about("noise reference", "noise triton", "unclipped reference")
+def test_without_clipping_shards_are_trained_to_the_same_bits(
+    outcomes: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    make = noise if "noise" in request.node.callspec.id else unclipped
+    expected = train_tensors(make, "reference")
+    for found in outcomes:
+        for name in expected.keys() - {"norms"}:
+            assert all(map(torch.equal, found[name], expected[name])), name
+
+
+@about("columns")
+def test_other_placements_are_refused(outcomes: list[dict[str, Any]]) -> None:
+    for found in outcomes:
+        assert "must be placed with Shard(0) or Replicate()" in found["message"]
+        assert "Shard(dim=1)" in found["message"]
+        assert torch.equal(found["weight"], torch.ones(4, 6))
+
+
+def one_process(steps: int) -> dict[str, Any]:
+    net = Net()
+    optimizer = adamw(net.parameters())
+    norms = train_net(net, optimizer, range(steps))
+    return {**outcome(optimizer), "norms": norms}
+
+
+@about("fsdp", "ddp")
+def test_models_are_trained_as_by_one_process(outcomes: list[dict[str, Any]], close: Close) -> None:
+    expected = one_process(3)
+    for found in outcomes:
+        for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+            close(found[name], expected[name])
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+
+
+@about("fsdp")
+def test_fsdp_keeps_its_shards(outcomes: list[dict[str, Any]]) -> None:
+    for found in outcomes:
+        assert found["all sharded"]
+        assert found["all in place"]
+        assert all(map(torch.equal, found["averaged"], found["ema"]))
+
+
+@about("ddp")
+def test_replicas_stay_the_same_bits(outcomes: list[dict[str, Any]]) -> None:
+    first, second = outcomes
+    assert first["norms"] == second["norms"]
+    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        assert all(map(torch.equal, first[name], second[name])), name
+
+
+@about("checkpoint", "full checkpoint")
+def test_a_sharded_checkpoint_goes_on_with_the_same_bits(outcomes: list[dict[str, Any]]) -> None:
+    for found in outcomes:
+        assert found["seed"] == 7
+        for name, straight in found["straight"].items():
+            assert all(map(torch.equal, found["resumed"][name], straight)), name
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

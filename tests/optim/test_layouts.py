@@ -1,0 +1,257 @@
+"""Where elements lie in memory must not change what happens to them."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastreg
+from fastreg import EMA, ClipNorm
+
+Strides = tuple[int, ...]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def strided(values: Tensor, strides: Strides, offset: int = 0) -> Tensor:
+    """The values in a storage full of sevens, `offset` elements from its start."""
+    needed = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True)) + 1
+    storage = torch.full((offset + max(needed, 0) + 3,), 7.0, dtype=values.dtype)
+    view = storage.as_strided(values.shape, strides, offset)
+    if 0 not in strides:
+        view.copy_(values)
+    return view
+
+
+def gaps(view: Tensor) -> Tensor:
+    """What lies in the storage of a view, but not in the view."""
+    storage = view.detach().as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
+    covered = torch.zeros(len(storage), dtype=torch.bool)
+    covered.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+    return storage[~covered]
+
+
+# shape, strides of the parameter, strides of the gradient
+LAYOUTS = {
+    "transposed": ((4, 6), (1, 4), (1, 4)),
+    "transposed parameter": ((4, 6), (1, 4), (6, 1)),
+    "transposed gradient": ((4, 6), (6, 1), (1, 4)),
+    "channels last": ((2, 3, 4, 5), (60, 1, 15, 3), (60, 1, 15, 3)),
+    "channels-last gradient": ((2, 3, 4, 5), (60, 20, 5, 1), (60, 1, 15, 3)),
+    "permuted": ((3, 4, 5), (1, 15, 3), (20, 1, 4)),
+    "gaps": ((5, 3), (10, 2), (3, 1)),
+    "gaps in 1-d": ((11,), (3,), (2,)),
+    "gaps in the gradient": ((5, 3), (3, 1), (10, 2)),
+    "expanded gradient": ((4, 6), (6, 1), (0, 0)),
+    "half expanded gradient": ((4, 6), (1, 4), (0, 1)),
+    "expanded 1-d gradient": ((9,), (1,), (0,)),
+    "size-1 dimensions": ((1, 5, 1, 3), (99, 3, 7, 1), (1, 3, 50, 1)),
+    "one element": ((1, 1), (17, 5), (3, 9)),
+}
+
+
+@pytest.mark.parametrize("offset", (0, 3))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, layout, offset, Race, close):
+    shape, strides, gradient_strides = LAYOUTS[layout]
+    race = Race([shape, (8,)])
+    with torch.no_grad():
+        race.ours[0] = Parameter(strided(race.ours[0], strides, offset))
+    address = race.ours[0].data_ptr()
+    ours = fastreg.AdamW(race.ours, lr=0.1, regularizers=[ClipNorm(1.0), EMA(0.5)])
+    theirs = torch.optim.AdamW(race.theirs, lr=0.1)
+    for _ in range(3):
+        race.gradients()
+        race.ours[0].grad = strided(race.theirs[0].grad, gradient_strides, offset)
+        race.theirs[0].grad = dense(race.ours[0].grad)
+        torch.nn.utils.clip_grad_norm_(race.theirs, 1.0)
+        ours.step()
+        theirs.step()
+    race.check()
+    assert race.ours[0].stride() == strides and race.ours[0].data_ptr() == address
+    assert (gaps(race.ours[0]) == 7).all()
+    for name in ("exp_avg", "exp_avg_sq"):
+        close(ours.state[race.ours[0]][name], theirs.state[race.theirs[0]][name])
+
+
+@st.composite
+def a_layout(draw):
+    """A shape with strides, without overlap, the dimensions in any order and with gaps between them."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    strides, step = [0] * len(shape), 1
+    for dim in draw(st.permutations(range(len(shape)))):
+        step *= draw(st.sampled_from((1, 1, 1, 2)))
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return shape, tuple(strides)
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(a_layout(), st.data())
+def test_any_layout(backend, Race, layout, data):
+    shape, strides = layout
+    race = Race([shape, (3,)])
+    with torch.no_grad():
+        race.ours[0] = Parameter(strided(race.ours[0], strides, data.draw(st.integers(0, 4))))
+    order = data.draw(st.permutations(range(len(shape))))
+    ours, theirs = fastreg.AdamW(race.ours, lr=0.1), torch.optim.AdamW(race.theirs, lr=0.1)
+    for _ in range(2):
+        race.gradients()
+        race.ours[0].grad = race.theirs[0].grad.permute(order).contiguous().permute(
+            [order.index(i) for i in range(len(shape))]
+        )
+        ours.step()
+        theirs.step()
+    race.check()
+    assert (gaps(race.ours[0]) == 7).all()
+
+
+def test_views_of_one_buffer(rule, backend, Race):
+    """As fully flattened models have them: neither the start nor the length of a view is a multiple of 16."""
+    race = Race([(3, 5), (7,), (1,), (2, 2, 2)])
+    sizes = [p.numel() for p in race.ours]
+    values, slopes = (torch.full((sum(sizes) + 2,), 7.0) for _ in range(2))
+    pieces = zip(values[1:-1].split(sizes), slopes[1:-1].split(sizes), strict=True)
+    for i, (p, (piece, slope)) in enumerate(zip(race.ours, pieces, strict=True)):
+        race.ours[i] = Parameter(piece.view(p.shape).copy_(p.detach()))
+        race.ours[i].grad = slope.view(p.shape)
+    ours, theirs = rule(race.ours), rule.oracle(race.theirs)
+    for _ in range(3):
+        for p, q in zip(race.ours, race.theirs, strict=True):
+            q.grad = race.draw(q.shape)
+            p.grad.copy_(q.grad)
+        ours.step()
+        theirs.step()
+    race.check()
+    assert values[0] == values[-1] == 7
+
+
+def moved(p: Parameter) -> Tensor:
+    return p.detach().clone()
+
+
+REBOUND = {
+    "moved": moved,
+    "channels last": lambda p: p.detach().clone(memory_format=torch.channels_last),
+    "gaps": lambda p: torch.stack((p.detach(), p.detach()), -1)[..., 0],
+    "transposed in place": lambda p: p.detach().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("change", REBOUND)
+def test_data_rebound_between_steps(rule, backend, change, Race):
+    race = Race([(2, 3, 4, 4)])
+    ours, theirs = rule(race.ours), rule.oracle(race.theirs)
+    for _ in range(3):
+        race.step(ours, theirs)
+        race.ours[0].data = REBOUND[change](race.ours[0])
+        race.theirs[0].data = REBOUND[change](race.theirs[0])
+        address = race.ours[0].data_ptr()
+    race.step(ours, theirs)
+    race.check()
+    assert race.ours[0].data_ptr() == address
+
+
+def test_model_to_channels_last(rule, backend, close):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    twin = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    twin.load_state_dict(model.state_dict())
+    ours, theirs = rule(model.parameters()), rule.oracle(twin.parameters())
+    gradients = torch.Generator().manual_seed(1)
+    for step in range(4):
+        if step == 2:
+            model.to(memory_format=torch.channels_last)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=gradients)
+            p.grad = torch.empty_like(p).copy_(q.grad)
+        ours.step()
+        theirs.step()
+    assert not model[0].weight.is_contiguous()
+    close(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_is_rounded_once(rule, backend, dtype, Race):
+    """The result of float32 arithmetic, to the last bit of the narrow dtype (the interpreter truncates)."""
+    race = Race([(50,), (3, 4)], dtype)
+    wide = [Parameter(p.detach().float()) for p in race.ours]
+    ours, theirs = rule(race.ours), rule.oracle(wide)
+    race.gradients()
+    for p, q in zip(race.ours, wide, strict=True):
+        q.grad = p.grad.float()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # NumPy, which interprets
+        ours.step()
+    theirs.step()
+    for p, q in zip(race.ours, wide, strict=True):
+        rounded = q.detach().to(dtype)
+        ulp = (torch.nextafter(rounded, rounded * 4) - rounded).float().abs()
+        assert ((p.detach() - rounded).float().abs() <= ulp).all()
+        for name, value in theirs.state[q].items():
+            if name != "step":
+                state = ours.state[p][name]
+                assert state.dtype == dtype
+                rounded = value.to(dtype)
+                ulp = (torch.nextafter(rounded, rounded * 4) - rounded).float().abs()
+                assert ((state - rounded).float().abs() <= ulp).all()
+
+
+def test_gradient_of_another_dtype(rule, backend):
+    weight, twin = (Parameter(torch.ones(20)) for _ in range(2))
+    weight.grad_dtype = None
+    weight.grad = torch.linspace(-3, 3, 20).bfloat16()
+    twin.grad = weight.grad.float()
+    rule([weight]).step()
+    rule.oracle([twin]).step()
+    torch.testing.assert_close(weight, twin, rtol=0, atol=1e-6)
+
+
+def sparse() -> Parameter:
+    weight = Parameter(torch.ones(4, 2))
+    weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+    return weight
+
+
+def outgrown() -> Parameter:
+    weight = Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    weight.data = torch.ones(9)
+    return weight
+
+
+def with_gradient(values: Tensor) -> Parameter:
+    weight = Parameter(values)
+    weight.grad = torch.ones(weight.shape, dtype=weight.dtype)
+    return weight
+
+
+REFUSED = {
+    "expanded": (lambda: with_gradient(torch.ones(3, 1).expand(3, 4)), ValueError, r"\(1, 0\).*contiguous"),
+    "complex": (lambda: with_gradient(torch.ones(3, dtype=torch.complex64)), ValueError, "complex64.*view_as_real"),
+    "sparse": (sparse, RuntimeError, "sparse_coo.*SparseAdam"),
+    "outgrown": (outgrown, RuntimeError, r"gradient.*\(2,\).*\(9,\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(rule, backend, case):
+    """And nothing has happened when it is."""
+    make, error, message = REFUSED[case]
+    good, bad = with_gradient(torch.ones(5)), make()
+    optimizer = rule([good, bad])
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert (good == 1).all()
+    bad.grad = None
+    optimizer.step()
+    assert optimizer.state[good]["step"] == 1 and (good != 1).all()
