@@ -236,7 +236,7 @@ def test_pretrained_models_start_from_their_weights(checkpoint, words, tmp_path)
     assert results["text"]["train_tokens"] == share
     windows = tokens[: share // 16 * 16].view(-1, 16)
     with torch.no_grad():
-        expected = model(input_ids=windows, labels=windows).loss.item()
+        expected = model.eval()(input_ids=windows, labels=windows).loss.item()
     assert losses(results)["plain"]["train"][0] == pytest.approx(expected, rel=1e-5)
     assert losses(results)["plain"]["train"][-1] < expected
 

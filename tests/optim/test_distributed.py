@@ -238,12 +238,12 @@ def ddp(rank: int) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "adamw reference": tensors_case(adamw, "reference"),
-    "adamw compiled": tensors_case(adamw, "compiled"),
     "adamw triton": tensors_case(adamw, "triton"),
     "adamw outer dimension": tensors_case(adamw, "reference", (WORLD, 1)),
     "adamw inner dimension": tensors_case(adamw, "reference", (1, WORLD)),
     "unclipped reference": tensors_case(unclipped, "reference"),
     "noise reference": tensors_case(noise, "reference"),
+    "noise compiled": tensors_case(noise, "compiled"),
     "noise triton": tensors_case(noise, "triton"),
     "adamw partial gradients": partial_gradients,
     "columns": columns,
@@ -340,7 +340,7 @@ def test_shards_are_trained_as_the_whole(outcomes: list[dict[str, Any]], close: 
     assert min(expected["norms"]) > 0.5  # or nothing was clipped
 
 
-@about("noise reference", "noise triton", "unclipped reference")
+@about("noise reference", "noise compiled", "noise triton", "unclipped reference")
 def test_without_clipping_shards_are_trained_to_the_same_bits(
     outcomes: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:

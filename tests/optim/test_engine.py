@@ -353,7 +353,8 @@ def test_what_is_not_finite_spreads_as_in_torch(rule, backend, clip, bad, Race):
     if clip:
         torch.nn.utils.clip_grad_norm_(race.theirs, 1.0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)  # NumPy, which interprets
+        # NumPy's, which runs Triton's interpreter.
+        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
         ours.step()
     theirs.step()
     for p, q in zip(race.ours, race.theirs, strict=True):

@@ -106,8 +106,11 @@ def test_any_layout(backend, Race, layout, data):
     ours, theirs = fastreg.AdamW(race.ours, lr=0.1), torch.optim.AdamW(race.theirs, lr=0.1)
     for _ in range(2):
         race.gradients()
-        race.ours[0].grad = race.theirs[0].grad.permute(order).contiguous().permute(
-            [order.index(i) for i in range(len(shape))]
+        race.ours[0].grad = (
+            race.theirs[0]
+            .grad.permute(order)
+            .contiguous()
+            .permute([order.index(i) for i in range(len(shape))])
         )
         ours.step()
         theirs.step()
@@ -237,7 +240,11 @@ def with_gradient(values: Tensor) -> Parameter:
 
 REFUSED = {
     "expanded": (lambda: with_gradient(torch.ones(3, 1).expand(3, 4)), ValueError, r"\(1, 0\).*contiguous"),
-    "complex": (lambda: with_gradient(torch.ones(3, dtype=torch.complex64)), ValueError, "complex64.*view_as_real"),
+    "complex": (
+        lambda: with_gradient(torch.ones(3, dtype=torch.complex64)),
+        ValueError,
+        "complex64.*view_as_real",
+    ),
     "sparse": (sparse, RuntimeError, "sparse_coo.*SparseAdam"),
     "outgrown": (outgrown, RuntimeError, r"gradient.*\(2,\).*\(9,\)"),
 }
