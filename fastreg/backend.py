@@ -55,15 +55,17 @@ class use_backend:  # noqa: N801  (used like a function)
         _forced = self._former
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, source: str = "backend") -> str:
     if name not in ("auto", *get_args(Backend)):
-        raise ValueError(f"backend must be 'auto', 'triton', 'compiled' or 'reference', got {name!r}")
+        raise ValueError(f"{source} must be 'auto', 'triton', 'compiled' or 'reference', got {name!r}")
     return name
 
 
 def forced() -> str:
     """What `use_backend` or `FASTREG_BACKEND` ask for; `"auto"` when neither does."""
-    return _forced if _forced is not None else _checked(os.environ.get("FASTREG_BACKEND", "auto"))
+    if _forced is not None:
+        return _forced
+    return _checked(os.environ.get("FASTREG_BACKEND") or "auto", "FASTREG_BACKEND")
 
 
 def resolve(device: torch.device, elements: int) -> Backend:

@@ -90,16 +90,20 @@ def run(args: argparse.Namespace) -> int:
         args.lr = 2e-3 if args.model is None else 5e-5
     _require_extra()
 
+    import huggingface_hub
     import torch
     import transformers
     from rich.console import Console
 
     from . import figure, report, text, training
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.device = _device(torch, args.device)
-    task = text.load(args)
+    console = Console()
+    with console.status(f"loading {args.model or 'a small GPT-2'}"):
+        task = text.load(args)
     for contender in chosen:  # refuse bad strengths before the first minute of training, not after it
         try:
             training.set_up(contender, task.model, args)
@@ -110,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise UsageError(f"FASTREG_BACKEND: {error}") from None
     out = _folder(args.out)
-    console = Console()
     console.print(heading, highlight=False, soft_wrap=True)
     records: list[Record] = []
     interrupted = _train_all(chosen, task, args, records, console)

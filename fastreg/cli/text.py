@@ -102,9 +102,10 @@ def _small_gpt2(block_size: int, seed: int) -> torch.nn.Module:
 
 
 def _pretrained(name: str, text: str) -> tuple[torch.nn.Module, Tensor]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        AutoConfig.from_pretrained(name)  # without a network this fails soonest
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True

@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, eq, is_, itemgetter
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Bucket:
     firsts: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     layouts: list[tuple[int, ...]] = field(default_factory=list)
-    addresses: list[list[int]] = field(default_factory=list)  # for each buffer
+    places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
     plain: bool = True  # no DTensors, all contiguous
     table: Table = field(default_factory=Table)
 
@@ -108,8 +108,7 @@ class Engine(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._swapped:
-            raise RuntimeError("step() inside `with optimizer.averaged():` would train the averaged weights")
+        self._refuse_inside("step()", "train the averaged weights")
         work = self._work()
         if not work:
             return loss
@@ -120,6 +119,10 @@ class Engine(torch.optim.Optimizer):
             multi_tensor.run(batch)
         self._counts.add_(1)
         return loss
+
+    def _refuse_inside(self, what: str, consequence: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} inside `with optimizer.averaged():` would {consequence}")
 
     def _skip(self, device: torch.device) -> Tensor | None:
         flags = [flag for piece in self._pieces if (flag := piece.skip(device)) is not None]
@@ -151,17 +154,19 @@ class Engine(torch.optim.Optimizer):
             list(map(id, parameters)), list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)),
             list(map(_kind, gradients)), streams, groups, chains, backend.forced(),
         )  # fmt: skip
-        if key != self._key or not self._same_state(states):
+        buffers = self._same_buffers(states) if key == self._key else None
+        if buffers is None:
             self._key = None
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 placement.check(tensor, gradient)
             self._initialise(parameters, states, [chains[group] for group in groups])
             self._sort(parameters, tensors, gradients, states, streams, [chains[group] for group in groups])
             self._key = key
+            buffers = [bucket.gather(states) for bucket in self._buckets]
         counts = [int(count) + 1 for count in self._counts.tolist()]
         return [
-            (self._batch(bucket, tensors, gradients, states, groups, counts), bucket.shards)
-            for bucket in self._buckets
+            (self._batch(bucket, tensors, gradients, own, groups, counts), bucket.shards)
+            for bucket, own in zip(self._buckets, buffers, strict=True)
         ]
 
     def chain(self, group: dict[str, Any]) -> Chain:
@@ -172,22 +177,27 @@ class Engine(torch.optim.Optimizer):
         stages = tuple(stage for piece in self._pieces if (stage := piece.stage(group)) is not None)
         return Chain(stages, storages[0] if storages else PLAIN)
 
-    def _same_state(self, states: list[dict[str, Any]]) -> bool:
-        """Whether every state tensor is where it was when the buckets were made."""
+    def _same_buffers(self, states: list[dict[str, Any]]) -> list[list[list[Tensor]]] | None:
+        """What each bucket gathers, if every state tensor is what it was when the buckets were made."""
         steps = [state.get("step") for state in states]
         if len(steps) != len(self._steps) or not all(map(is_, steps, self._steps)):
-            return False
+            return None
         try:
-            return all(_addresses(bucket.gather(states)) == bucket.addresses for bucket in self._buckets)
+            buffers = [bucket.gather(states) for bucket in self._buckets]
+            if all(map(eq, map(_places, buffers), (bucket.places for bucket in self._buckets))):
+                return buffers
         except KeyError:
-            return False
+            pass
+        return None
 
     def _initialise(
         self, parameters: list[Tensor], states: list[dict[str, Any]], chains: list[Chain]
     ) -> None:
         """Make missing state, bring loaded state into shape, let the step counts share one tensor."""
         # torch's SGD saves no step: where there is a buffer, the first step is behind it.
-        counts = [float(state.get("step", bool(state))) for state in states]
+        counts = [
+            float(state.get("step", any(value is not None for value in state.values()))) for state in states
+        ]
         made = [
             {buffer.name: _start(buffer, parameter, state.get(buffer.name)) for buffer in chain.buffers}
             for parameter, state, chain in zip(parameters, states, chains, strict=True)
@@ -215,11 +225,11 @@ class Engine(torch.optim.Optimizer):
             bucket.plain &= tensor is parameter and tensor.is_contiguous()
         self._buckets = list(buckets.values())
         for bucket in self._buckets:
-            bucket.addresses = _addresses(bucket.gather(states))
+            bucket.places = _places(bucket.gather(states))
 
     def _batch(
         self, bucket: Bucket, tensors: list[Tensor], gradients: list[Tensor],
-        states: list[dict[str, Any]], groups: list[int], counts: list[int],
+        buffers: list[list[Tensor]], groups: list[int], counts: list[int],
     ) -> Batch:  # fmt: skip
         """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
         places, gradients = [tensors[i] for i in bucket.positions], [gradients[i] for i in bucket.positions]
@@ -235,7 +245,7 @@ class Engine(torch.optim.Optimizer):
             chain=bucket.chain,
             parameters=tensors,
             gradients=gradients,
-            buffers=bucket.gather(states),
+            buffers=buffers,
             scalars=[scalar for piece in pieces for scalar in piece.scalars(device)],
             words=[
                 word
@@ -312,7 +322,12 @@ class Engine(torch.optim.Optimizer):
         Raises:
             ValueError: For options that are not supported, and as in torch.
         """
-        self._refuse({**self.defaults, **param_group})
+        group = {**self.defaults, **param_group}
+        self._refuse(group)
+        names = ["step", *(buffer.name for buffer in self.chain(group).buffers)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is taken in the optimizer's state; give the piece another name=")
         super().add_param_group(param_group)
         self._share_seed()
 
@@ -320,9 +335,8 @@ class Engine(torch.optim.Optimizer):
         for option in _NOT_YET:
             if group.get(option):
                 name = type(self).__name__
-                raise ValueError(
-                    f"{option}={group[option]!r} is not supported by fastreg.{name}; use torch.optim.{name}"
-                )
+                fix = f"; use torch.optim.{name}" if hasattr(torch.optim, name) else ""
+                raise ValueError(f"{option}={group[option]!r} is not supported by fastreg.{name}{fix}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the given tensors are copied, and averages keep their precision.
@@ -330,11 +344,30 @@ class Engine(torch.optim.Optimizer):
         torch would cast every buffer to the dtype of its parameter.
 
         Raises:
+            RuntimeError: Inside `averaged()`.
             ValueError: For options that are not supported, and as in torch.
         """
-        for group in state_dict["param_groups"]:
-            self._refuse(group)
-        super().load_state_dict(state_dict)
+        self._refuse_inside("load_state_dict()", "lose what is loaded at its end")
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            for group in state_dict["param_groups"]:
+                self._refuse(group)
+            loaded.update(state_dict)
+
+        # As the last hook before and the first after, between which nobody else's hooks run.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._keep_precise(loaded), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keep_precise(self, state_dict: dict[str, Any]) -> None:
+        """Copy what torch took over as it is, and take again what it rounded."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (parameter, group) in zip(saved_ids, parameters, strict=True):
@@ -363,8 +396,9 @@ class Engine(torch.optim.Optimizer):
         self._share_seed()
 
 
-def _addresses(buffers: list[list[Tensor]]) -> list[list[int]]:
-    return [list(map(Tensor.data_ptr, buffer)) for buffer in buffers]
+def _places(buffers: list[list[Tensor]]) -> list[tuple[list[int], list[int]]]:
+    """Address and size of each: an address alone may have been given to another tensor meanwhile."""
+    return [(list(map(Tensor.data_ptr, buffer)), list(map(Tensor.numel, buffer))) for buffer in buffers]
 
 
 def _start(buffer: Buffer, parameter: Tensor, value: Tensor | None) -> Tensor:

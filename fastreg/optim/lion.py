@@ -37,6 +37,8 @@ class Lion(Engine):
         self, params: Any, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0, *, regularizers: Iterable[Piece] = (), seed: int | None = None,
     ) -> None:  # fmt: skip
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
         if not 0 <= lr:
             raise ValueError(f"lr must be >= 0, got {lr=}")
         if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:

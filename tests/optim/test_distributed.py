@@ -48,6 +48,11 @@ def unclipped(parameters: Any) -> fastreg.AdamW:
     return adamw(parameters, max_norm=float("inf"))
 
 
+def quiet(parameters: Any) -> fastreg.AdamW:
+    """Random numbers take Inductor long to compile; `tests/test_random.py` has them for shards."""
+    return fastreg.AdamW(parameters, lr=0.1, regularizers=[fastreg.ClipNorm(0.5), fastreg.EMA(0.9)])
+
+
 def noise(parameters: Any) -> fastreg.SGD:
     return fastreg.SGD(parameters, lr=1.0, regularizers=[fastreg.GradientNoise(1.0)], seed=7)
 
@@ -238,12 +243,12 @@ def ddp(rank: int) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "adamw reference": tensors_case(adamw, "reference"),
+    "quiet compiled": tensors_case(quiet, "compiled"),
     "adamw triton": tensors_case(adamw, "triton"),
     "adamw outer dimension": tensors_case(adamw, "reference", (WORLD, 1)),
     "adamw inner dimension": tensors_case(adamw, "reference", (1, WORLD)),
     "unclipped reference": tensors_case(unclipped, "reference"),
     "noise reference": tensors_case(noise, "reference"),
-    "noise compiled": tensors_case(noise, "compiled"),
     "noise triton": tensors_case(noise, "triton"),
     "adamw partial gradients": partial_gradients,
     "columns": columns,
@@ -328,9 +333,11 @@ def about(*names: str) -> pytest.MarkDecorator:
 Close = Callable[[Any, Any], None]
 
 
-@about(*(name for name in CASES if name.startswith("adamw")))
-def test_shards_are_trained_as_the_whole(outcomes: list[dict[str, Any]], close: Close) -> None:
-    expected = train_tensors(adamw, "reference")
+@about(*(name for name in CASES if name.startswith(("adamw", "quiet"))))
+def test_shards_are_trained_as_the_whole(
+    outcomes: list[dict[str, Any]], close: Close, request: pytest.FixtureRequest
+) -> None:
+    expected = train_tensors(quiet if "quiet" in request.node.callspec.id else adamw, "reference")
     for found in outcomes:
         assert found.keys() == expected.keys()
         for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
@@ -340,7 +347,7 @@ def test_shards_are_trained_as_the_whole(outcomes: list[dict[str, Any]], close: 
     assert min(expected["norms"]) > 0.5  # or nothing was clipped
 
 
-@about("noise reference", "noise compiled", "noise triton", "unclipped reference")
+@about("noise reference", "noise triton", "unclipped reference")
 def test_without_clipping_shards_are_trained_to_the_same_bits(
     outcomes: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:

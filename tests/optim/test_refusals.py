@@ -1,0 +1,155 @@
+"""What cannot work is refused at once, with the value, the range and the way out."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import fastreg
+from fastreg import EMA, SGD, AdamW, ClipNorm, GradientNoise, Lion
+
+VALUES = (
+    (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1"),
+    (AdamW, {"lr": math.nan}, "Invalid learning rate: nan"),
+    (AdamW, {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+    (AdamW, {"eps": -1.0}, "Invalid epsilon value: -1.0"),
+    (AdamW, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+    (AdamW, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+    (AdamW, {"weight_decay": -1}, "Invalid weight_decay value: -1"),
+    (SGD, {"lr": -0.1}, "Invalid learning rate: -0.1"),
+    (SGD, {"momentum": -0.5}, "Invalid momentum value: -0.5"),
+    (SGD, {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
+    (SGD, {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+    (
+        SGD,
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        "Nesterov momentum requires a momentum and zero dampening",
+    ),
+    (SGD, {"decay": "cautios"}, "decay must be one of 'l2', 'decoupled', got 'cautios'"),
+    (Lion, {"lr": -0.1}, "lr must be >= 0, got lr=-0.1"),
+    (Lion, {"lr": math.nan}, "lr must be >= 0, got lr=nan"),
+    (Lion, {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+    (Lion, {"betas": (1.0, 0.9)}, "betas must be two numbers in [0, 1), got betas=(1.0, 0.9)"),
+    (Lion, {"betas": (0.9, math.nan)}, "betas must be two numbers in [0, 1), got betas=(0.9, nan)"),
+    (Lion, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got betas=(0.9,)"),
+    (Lion, {"weight_decay": -0.1}, "weight_decay must be >= 0, got weight_decay=-0.1"),
+    *(
+        (optimizer, {"seed": seed}, f"seed must fit in 64 bits, got seed={seed}")
+        for optimizer in (AdamW, SGD, Lion)
+        for seed in (2**64, -(2**63) - 1)
+    ),
+)
+
+
+@pytest.mark.parametrize("optimizer, options, message", VALUES)
+def test_values(optimizer, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer([Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("optimizer", (AdamW, SGD, Lion))
+def test_extreme_values_that_are_allowed(optimizer):
+    weight = Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer([weight], lr=0, weight_decay=0, seed=2**64 - 1).step()
+    assert torch.equal(weight, torch.ones(2))
+
+
+PIECES = (
+    (lambda: ClipNorm(0.0), "max_norm must be > 0, got max_norm=0.0"),
+    (lambda: ClipNorm(-1.0), "max_norm must be > 0, got max_norm=-1.0"),
+    (lambda: ClipNorm(math.nan), "max_norm must be > 0, got max_norm=nan"),
+    (lambda: GradientNoise(-0.1), "std must be finite and >= 0, got std=-0.1"),
+    (lambda: GradientNoise(math.inf), "std must be finite and >= 0, got std=inf"),
+    (lambda: GradientNoise(math.nan), "std must be finite and >= 0, got std=nan"),
+    (lambda: EMA(1.0), "decay must be in [0, 1), got decay=1.0"),
+    (lambda: EMA(-0.1), "decay must be in [0, 1), got decay=-0.1"),
+    (lambda: EMA(math.nan), "decay must be in [0, 1), got decay=nan"),
+)
+
+
+@pytest.mark.parametrize("make, message", PIECES)
+def test_pieces(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_pieces_show_as_written():
+    assert [repr(piece) for piece in (ClipNorm(1), GradientNoise(0.5), EMA(0.9, "slow"))] == [
+        "ClipNorm(max_norm=1.0)", "GradientNoise(std=0.5)", "EMA(decay=0.9, name='slow')"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("thing", (1.0, ClipNorm, "ema", torch.nn.Dropout()))
+def test_not_a_piece(rule, thing):
+    with pytest.raises(TypeError, match=r"must be pieces such as fastreg\.ClipNorm\(1\.0\), got"):
+        rule([Parameter(torch.ones(1))], regularizers=[thing])
+
+
+UNSUPPORTED = (
+    (AdamW, "amsgrad"), (AdamW, "maximize"), (AdamW, "capturable"), (AdamW, "differentiable"),
+    (SGD, "maximize"), (SGD, "differentiable"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer, option", UNSUPPORTED)
+def test_unsupported_options(optimizer, option):
+    name = optimizer.__name__
+    weights = [Parameter(torch.ones(2)) for _ in range(2)]
+    refusal = pytest.raises(
+        ValueError, match=f"{option}=True is not supported by fastreg.{name}; use torch.optim.{name}"
+    )
+    with refusal:
+        optimizer(weights, **{option: True})
+    with refusal:
+        optimizer([{"params": weights[0]}, {"params": weights[1], option: True}])
+    made = optimizer(weights[:1])
+    with refusal:
+        made.add_param_group({"params": weights[1], option: True})
+    assert len(made.param_groups) == 1
+    saved = getattr(torch.optim, name)(weights[:1], **{option: True}).state_dict()
+    with refusal:
+        made.load_state_dict(saved)
+    assert not made.param_groups[0][option]
+    weights[0].grad = torch.ones(2)
+    made.step()
+    assert (weights[0] < 1).all()
+
+
+def test_torch_has_no_lion():
+    with pytest.raises(ValueError, match=r"maximize=True is not supported by fastreg\.Lion$"):
+        Lion([{"params": [Parameter(torch.ones(1))], "maximize": True}])
+
+
+def test_what_torch_refuses(rule):
+    weight = Parameter(torch.ones(2))
+    for params, error, message in (
+        ([], ValueError, "empty parameter list"),
+        (weight, TypeError, "should be an iterable of Tensors or dicts"),
+        ([weight * 2], ValueError, "can't optimize a non-leaf Tensor"),
+        ([{"params": [weight]}, {"params": [weight]}], ValueError, "more than one parameter group"),
+        ([("name", weight), Parameter(torch.ones(1))], ValueError, "with/without names"),
+    ):
+        with pytest.raises(error, match=message):
+            rule(params)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        rule([weight, weight])
+
+
+def test_two_pieces_that_store_weights():
+    class Stored(fastreg.Piece):
+        phase = fastreg.Phase.AVERAGE
+
+        def storage(self, group):
+            from fastreg.chain import PLAIN
+
+            return PLAIN
+
+    class AlsoStored(Stored):
+        pass
+
+    weight = Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="only one piece may say how weights are stored"):
+        SGD([weight], regularizers=[Stored(), AlsoStored()])
