@@ -206,12 +206,12 @@ class Table:
         if columns == self.key:
             return
         self.key, self.columns = columns, len(columns)
-        self.rows = _upload(torch.tensor(columns, dtype=torch.int64).T.contiguous(), batch.device)
+        self.rows = _upload(_host(columns, torch.int64).T.contiguous(), batch.device)
         if columns[1] != self.counts:
             self.counts = columns[1]
-            blocks = torch.tensor([-(-count // BLOCK) for count in self.counts])
-            tensor = torch.arange(len(blocks)).repeat_interleave(blocks)
-            block = torch.arange(len(tensor)) - (blocks.cumsum(0) - blocks)[tensor]
+            blocks = _host([-(-count // BLOCK) for count in self.counts], torch.int64)
+            tensor = torch.arange(len(blocks), device="cpu").repeat_interleave(blocks)
+            block = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
             self.work = _upload(torch.stack((tensor, block), 1).int(), batch.device)
 
 
@@ -230,8 +230,8 @@ def _begin(batch: Batch) -> Uploaded:
         # Each part starts at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
         gradients = list(map(Tensor.data_ptr, batch.gradients))
         integers = [*gradients, *[0] * (len(gradients) % 2), *batch.steps, *[0] * (len(batch.steps) % 2)]
-        rows = torch.tensor(batch.numbers, dtype=compute_dtype(batch.parameters[0].dtype))
-        host = torch.cat((torch.tensor(integers).view(torch.uint8), rows.flatten().view(torch.uint8)))
+        rows = _host(batch.numbers, compute_dtype(batch.parameters[0].dtype))
+        host = torch.cat((_host(integers, torch.int64).view(torch.uint8), rows.flatten().view(torch.uint8)))
         data = _upload(host, batch.device)
         words, numbers = (
             data[: 8 * len(integers)].view(torch.int64),
@@ -239,6 +239,11 @@ def _begin(batch: Batch) -> Uploaded:
         )
         batch.uploaded = Uploaded(words, words[len(gradients) + len(gradients) % 2 :], numbers)
     return batch.uploaded
+
+
+def _host(values: list[Any], dtype: torch.dtype) -> Tensor:
+    """In host memory, whatever the default device."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:

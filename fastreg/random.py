@@ -42,7 +42,8 @@ def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed=}")
-    counter = tuple(torch.tensor(word) for word in (int(purpose), instance & 0xFFFFFFFF, instance >> 32, 0))
+    words = int(purpose), instance & 0xFFFFFFFF, instance >> 32, 0
+    counter = tuple(torch.tensor(word, device="cpu") for word in words)
     low, high, *_ = (
         int(word) for word in philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), 10)
     )

@@ -111,6 +111,11 @@ def test_keys_never_change() -> None:
     assert {arguments: f"{key(*arguments) % 2**64:016x}" for arguments in GOLDEN} == GOLDEN
 
 
+def test_keys_do_not_depend_on_the_default_device() -> None:
+    with torch.device("meta"):
+        assert key.__wrapped__(7, Purpose.PRIVACY) == key(7, Purpose.PRIVACY)
+
+
 def test_keys_differ_for_every_seed_purpose_and_instance() -> None:
     seeds = [value << shift for shift in (0, 31, 32, 62) for value in (1, -1)] + [0, 2, -(2**63)]
     instances = (0, 1, 2, 2**32, 2**33)

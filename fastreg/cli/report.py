@@ -115,7 +115,8 @@ def headline(records: list[Record]) -> tuple[str, str]:
             f"and rises from {best:.2f} to {last:.2f}"
         )
     else:
-        first = f"{base.label} ends at a validation loss of {last:.2f}"
+        verb = "ends" if base.finished else "was stopped"
+        first = f"{base.label} {verb} at a validation loss of {last:.2f}"
     minus = "\N{MINUS SIGN}"
     helpers = sorted(
         (verdict for verdict in verdicts(records) if verdict.outcome == "helped"), key=lambda v: -v.gain
@@ -142,7 +143,7 @@ def show(console: Console, records: list[Record], memory: str) -> None:
     if not records:
         return
     console.print(_table(records))
-    notes = [f"* stopped at step {record.steps[-1]}" for record in records if not record.finished]
+    notes = [f"* stopped, losses of step {record.steps[-1]}" for record in records if not record.finished]
     notes += ["losses in nats per token", f"times of undisturbed steps ({QUANTILE:.0%} quantile)", memory]
     console.print("; ".join(notes) + "\n", style="dim", highlight=False)
     console.print(f"[bold]{headline(records)[0]}[/]", highlight=False)

@@ -86,7 +86,7 @@ class Engine(torch.optim.Optimizer):
         self._key: Any = None
         self._buckets: list[Bucket] = []
         self._steps: list[Tensor] = []
-        self._counts = torch.zeros(0)
+        self._counts = torch.zeros(0, device="cpu")
 
     # The step -------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Engine(torch.optim.Optimizer):
             {buffer.name: _start(buffer, parameter, state.get(buffer.name)) for buffer in chain.buffers}
             for parameter, state, chain in zip(parameters, states, chains, strict=True)
         ]
-        self._counts = torch.tensor(counts, dtype=torch.float32)
+        self._counts = torch.tensor(counts, dtype=torch.float32, device="cpu")
         self._steps = list(self._counts.unbind())
         for state, buffers, step in zip(states, made, self._steps, strict=True):
             state.update(buffers, step=step)

@@ -50,7 +50,7 @@ def words(
     calls = (at.skip + count + per_call - 1) // per_call
     group = at.first // per_call + torch.arange(calls, dtype=torch.int64, device=device)
     zero = torch.zeros_like(group)
-    counter = (group & _MASK, group >> 32, zero + at.stream, zero + (at.step & _MASK))
+    counter = (group & _MASK, group >> 32, zero + (at.stream & _MASK), zero + (at.step & _MASK))
     return philox(counter, (key & _MASK, (key >> 32) & _MASK), rounds)
 
 

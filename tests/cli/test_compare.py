@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch, tmp_path, capsys):
     assert not stop["finished"] and stop["curves"]["step"] == [0, 2]
     assert results["verdicts"]["stop"]["outcome"] == "stopped"
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
-    assert "* stopped at step 2" in capsys.readouterr().out
+    assert "* stopped, losses of step 2" in capsys.readouterr().out
 
 
 def test_ctrl_c_before_the_first_evaluation_writes_an_empty_result(monkeypatch, tmp_path):

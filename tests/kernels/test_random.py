@@ -43,13 +43,14 @@ def draw_kernel(
 ):
     key = tl.load(place)
     start = tl.program_id(0) * BLOCK
+    first = tl.load(place + 1) + start
     stream, step = tl.load(place + 2).to(tl.uint32), tl.load(place + 3).to(tl.uint32)
-    at = At(tl.load(place + 1) + start, stream, step, VECTOR)
     offsets = start + tl.arange(0, BLOCK)
     like = tl.zeros([BLOCK], tl.float32)
-    tl.store(uniforms + offsets, kernels.uniform(key, at, like))
-    tl.store(normals + offsets, kernels.normal(key, at, like))
-    tl.store(bits + offsets, kernels.bits16(key, at, like, ROUNDS).to(tl.int64))
+    # Bound to a local, `At` would lose its constexpr when compiled.
+    tl.store(uniforms + offsets, kernels.uniform(key, At(first, stream, step, VECTOR), like))
+    tl.store(normals + offsets, kernels.normal(key, At(first, stream, step, VECTOR), like))
+    tl.store(bits + offsets, kernels.bits16(key, At(first, stream, step, VECTOR), like, ROUNDS).to(tl.int64))
 
 
 @triton.jit
@@ -123,8 +124,10 @@ def test_draws_are_those_of_the_reference(seed: int, first: int, vector: int, ro
         assert torch.equal(got, value)
 
 
-@pytest.mark.parametrize("stream, step", ((0, 0), (2**32 - 1, 1), (1, 2**32 - 1)))
-def test_streams_and_steps_use_all_their_bits(stream: int, step: int) -> None:
+@pytest.mark.parametrize(
+    "stream, step", ((0, 0), (2**32 - 1, 1), (1, 2**32 - 1), (-1, 2**32 + 5), (2**32 + 5, -1))
+)
+def test_streams_and_steps_count_by_their_low_32_bits(stream: int, step: int) -> None:
     place = 3, 0, stream, step
     for got, value in zip(draw(place, 128, 128, 4, 10), expected(place, 128, 10), strict=True):
         assert torch.equal(got, value)

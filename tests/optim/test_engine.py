@@ -376,3 +376,14 @@ def test_several_dtypes_in_one_step(backend, Race):
     races[0].check()
     for p, q in zip(races[1].ours, races[1].theirs, strict=True):  # the norm includes the float32 half
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_the_default_device_does_not_matter(rule, backend, Race):
+    race = Race()
+    ours, theirs = rule(race.ours, regularizers=[ClipNorm(math.inf)]), rule.oracle(race.theirs)
+    for _ in range(2):
+        race.gradients()
+        with torch.device("meta"):
+            ours.step()
+        theirs.step()
+    race.check()
