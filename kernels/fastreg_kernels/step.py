@@ -5,7 +5,8 @@ stages (`rules`, `regularizers`), how a weight is stored by the `storage`: both 
 handed over in plain tuples and unrolled at compile time, so adding one edits nothing here.
 
 Per parameter and step it moves the bytes of the weight (read + write), the gradient (read) and each
-state buffer (read + write), once: AdamW fp32 28 bytes in 29 instructions on sm_90, clip + AdamW + EMA 36 in 34.
+state buffer (read + write), once: AdamW fp32 28 bytes in 29 instructions on sm_90, clip + AdamW + EMA 36
+bytes in 34.
 """
 
 from typing import Any, NamedTuple
