@@ -88,7 +88,8 @@ def test_environment_of_a_process():
         fastreg.SGD([weight], lr=1.0).step()"""
     environment = {**os.environ, "FASTREG_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1
     assert "RuntimeError: backend 'triton' cannot run on cpu tensors: set TRITON_INTERPRET=1" in run.stderr
 

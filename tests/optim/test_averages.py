@@ -20,7 +20,7 @@ def trained(Race):
     return optimizer, race.ours
 
 
-@pytest.mark.parametrize("decay", (0.0, 0.9, 0.999))
+@pytest.mark.parametrize("decay", (0.0, 0.999))
 def test_ema_equals_torch(rule, backend, decay, Race, close):
     race = Race()
     ours = rule(race.ours, regularizers=[ClipNorm(1e9), EMA(decay)])

@@ -113,6 +113,7 @@ def test_no_gradients_is_no_step(rule, backend, Race):
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 
+@pytest.mark.parametrize("rule", ("adamw", "nesterov"), indirect=True)
 @pytest.mark.parametrize("shape", ((0,), (3, 0), (), (1,), (1, 1, 1)))
 def test_smallest_tensors(rule, backend, Race, shape):
     race = Race([shape, (2,)])
@@ -341,7 +342,7 @@ def test_no_clip_no_norm(rule, Race):
     assert optimizer.grad_norm is None
 
 
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
 @pytest.mark.parametrize("clip", (False, True))
 def test_what_is_not_finite_spreads_as_in_torch(rule, backend, clip, bad, Race):
     race = Race()
@@ -380,7 +381,8 @@ def test_several_dtypes_in_one_step(backend, Race):
 
 def test_the_default_device_does_not_matter(rule, backend, Race):
     race = Race()
-    ours, theirs = rule(race.ours, regularizers=[ClipNorm(math.inf)]), rule.oracle(race.theirs)
+    regularizers = [ClipNorm(math.inf), fastreg.EMA(0.5)]
+    ours, theirs = rule(race.ours, regularizers=regularizers), rule.oracle(race.theirs)
     for _ in range(2):
         race.gradients()
         with torch.device("meta"):

@@ -118,6 +118,7 @@ def test_any_layout(backend, Race, layout, data):
     assert (gaps(race.ours[0]) == 7).all()
 
 
+@pytest.mark.parametrize("rule", ("adamw", "nesterov"), indirect=True)
 def test_views_of_one_buffer(rule, backend, Race):
     """As fully flattened models have them: neither the start nor the length of a view is a multiple of 16."""
     race = Race([(3, 5), (7,), (1,), (2, 2, 2)])
@@ -150,6 +151,7 @@ REBOUND = {
 }
 
 
+@pytest.mark.parametrize("rule", ("adamw", "nesterov"), indirect=True)
 @pytest.mark.parametrize("change", REBOUND)
 def test_data_rebound_between_steps(rule, backend, change, Race):
     race = Race([(2, 3, 4, 4)])
@@ -164,6 +166,7 @@ def test_data_rebound_between_steps(rule, backend, change, Race):
     assert race.ours[0].data_ptr() == address
 
 
+@pytest.mark.parametrize("rule", ("adamw", "nesterov"), indirect=True)
 def test_model_to_channels_last(rule, backend, close):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
@@ -209,6 +212,7 @@ def test_half_precision_is_rounded_once(rule, backend, dtype, Race):
                 assert ((state - rounded).float().abs() <= ulp).all()
 
 
+@pytest.mark.parametrize("rule", ("adamw", "nesterov"), indirect=True)
 def test_gradient_of_another_dtype(rule, backend):
     weight, twin = (Parameter(torch.ones(20)) for _ in range(2))
     weight.grad_dtype = None

@@ -179,7 +179,7 @@ def test_averages_keep_their_precision(dtype, Race):
 
 
 def test_load_hooks_see_and_change_what_is_loaded(Race):
-    race = Race([(5,)])
+    race = Race([(5,)], torch.bfloat16)
     optimizer, seen = fastreg.AdamW(race.ours, regularizers=[EMA(0.9)]), []
     race.gradients()
     optimizer.step()
@@ -188,20 +188,21 @@ def test_load_hooks_see_and_change_what_is_loaded(Race):
     def before(optimizer, state_dict):
         seen.append("before")
         state_dict = copy.deepcopy(state_dict)
-        state_dict["state"][0]["ema"].fill_(3)
+        state_dict["state"][0]["ema"].fill_(1 / 3)
         return state_dict
 
     def after(optimizer):
         seen.append("after")
-        assert (optimizer.state[p]["ema"] == 3).all() and optimizer.state[p]["ema"].dtype == torch.float32
-        optimizer.state[p]["exp_avg"].fill_(4)
+        assert torch.equal(optimizer.state[p]["ema"], torch.full((5,), 1 / 3))  # not rounded to bfloat16
+        optimizer.state[p]["ema"].fill_(4)
+        optimizer.state[p]["exp_avg"].fill_(5)
 
     optimizer.register_load_state_dict_post_hook(after)
     optimizer.register_load_state_dict_pre_hook(before)
     saved = optimizer.state_dict()
     optimizer.load_state_dict(saved)
     assert seen == ["before", "after"]
-    assert (optimizer.state[p]["ema"] == 3).all() and (optimizer.state[p]["exp_avg"] == 4).all()
+    assert (optimizer.state[p]["ema"] == 4).all() and (optimizer.state[p]["exp_avg"] == 5).all()
     optimizer.load_state_dict(saved)
     assert seen == ["before", "after"] * 2
 
