@@ -38,7 +38,10 @@ def _regularizers(name: str) -> list[fastreg.Piece]:
 
 OPTIMIZERS = {
     "AdamW": lambda params, name: fastreg.AdamW(params, regularizers=_regularizers(name)),
-    "SGD-momentum": lambda params, name: fastreg.SGD(params, momentum=0.9, regularizers=_regularizers(name)),
+    "SGD": lambda params, name: fastreg.SGD(params),
+    "SGD-momentum": lambda params, name: fastreg.SGD(params, momentum=0.9),
+    "SGD-nesterov": lambda params, name: fastreg.SGD(params, momentum=0.9, nesterov=True),
+    "Lion": lambda params, name: fastreg.Lion(params),
 }
 
 # Instructions per parameter on sm_90: (fp32, mixed, bf16).
@@ -47,7 +50,10 @@ BUDGETS = {
     "clip+AdamW": (31, 36.9, 36.9),
     "clip+AdamW+EMA": (35.2, 42.4, 42.4),
     "clip+noise+AdamW+EMA": (81.4, 88, 88),
-    "SGD-momentum": (16.5, 20.5, 18.5),
+    "SGD": (9.5, 11.5, 11.5),
+    "SGD-momentum": (14, 18.5, 17),
+    "SGD-nesterov": (17.5, 21.5, 19.5),
+    "Lion": (20, 24, 23),
 }
 STORAGES = ("fp32", "mixed", "bf16")
 

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,11 +69,6 @@ def machine() -> Machine:
         _processor(), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), torch.__version__,
         platform.python_version(), os.getloadavg()[0],
     )  # fmt: skip
-
-
-def describe(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON."""
-    return asdict(value)
 
 
 def _processor() -> str:

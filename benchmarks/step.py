@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def run(rounds: int, sizes: list[tuple[int, ...]], chains: tuple[str, ...] = CHA
         rows.append(row)
     total = sum(torch.Size(size).numel() for size in sizes)
     return {
-        "machine": measure.describe(measure.machine()),
+        "machine": asdict(measure.machine()),
         "parameters": total,
         "tensors": len(sizes),
         "rows": rows,

@@ -187,7 +187,6 @@ class Table:
     def __init__(self) -> None:
         self.key: Any = None
         self.rows: Tensor
-        self.columns: int
         self.counts: list[int] = []
         self.work: Tensor
 
@@ -205,7 +204,7 @@ class Table:
         ]
         if columns == self.key:
             return
-        self.key, self.columns = columns, len(columns)
+        self.key = columns
         self.rows = _upload(_host(columns, torch.int64).T.contiguous(), batch.device)
         if columns[1] != self.counts:
             self.counts = columns[1]

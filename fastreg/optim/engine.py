@@ -170,7 +170,12 @@ class Engine(torch.optim.Optimizer):
         ]
 
     def chain(self, group: dict[str, Any]) -> Chain:
-        """What is done to the parameters of a group."""
+        """What is done to the parameters of a group.
+
+        Raises:
+            ValueError: If the group asks for what is not supported, or two pieces for how weights are stored.
+        """
+        self._refuse(group)
         storages = [storage for piece in self._pieces if (storage := piece.storage(group)) is not None]
         if len(storages) > 1:
             raise ValueError(f"only one piece may say how weights are stored, got {storages}")
@@ -241,24 +246,24 @@ class Engine(torch.optim.Optimizer):
         pairs = [(groups[i], counts[i]) for i in bucket.positions]
         rows = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
         seed, pieces, device = self.seed, self._pieces, tensors[0].device
+        shared = self.param_groups[pairs[0][0]]  # every group of a bucket has the same chain
+        staged = [piece for piece in pieces if piece.stage(shared) is not None]
         return Batch(
             chain=bucket.chain,
             parameters=tensors,
             gradients=gradients,
             buffers=buffers,
-            scalars=[scalar for piece in pieces for scalar in piece.scalars(device)],
+            scalars=[scalar for piece in staged for scalar in piece.scalars(device)],
             words=[
-                word
-                for words in ("words", "storage_words")
-                for piece in pieces
-                for word in getattr(piece, words)(seed)
+                *(word for piece in staged for word in piece.words(seed)),
+                *(word for piece in pieces if piece.storage(shared) for word in piece.storage_words(seed)),
             ],
             firsts=bucket.firsts,
             streams=bucket.streams,
             rows=[rows[pair] for pair in pairs],
             steps=[step for _, step in rows],
             numbers=[
-                [number for piece in pieces for number in piece.numbers(self.param_groups[group], step)]
+                [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
                 for group, step in rows
             ],
             copies=[(place, used) for place, used in zip(places, tensors, strict=True) if place is not used],
@@ -323,7 +328,6 @@ class Engine(torch.optim.Optimizer):
             ValueError: For options that are not supported, and as in torch.
         """
         group = {**self.defaults, **param_group}
-        self._refuse(group)
         names = ["step", *(buffer.name for buffer in self.chain(group).buffers)]
         for name in names:
             if names.count(name) > 1:

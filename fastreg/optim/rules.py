@@ -32,22 +32,23 @@ class SGD(Piece):
 
     phase = Phase.RULE
     _plain = Stage("rules.sgd", reference.sgd, numbers=1)
-    _momentum = Stage("rules.sgd_momentum", reference.sgd_momentum, (Buffer("momentum_buffer"),), numbers=4)
+    _momentum = Stage("rules.sgd_momentum", reference.sgd_momentum, (Buffer("momentum_buffer"),), numbers=3)
+    _nesterov = Stage("rules.sgd_nesterov", reference.sgd_nesterov, (Buffer("momentum_buffer"),), numbers=4)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Without momentum there is no buffer."""
-        return self._momentum if group["momentum"] else self._plain
+        if not group["momentum"]:
+            return self._plain
+        return self._nesterov if group["nesterov"] else self._momentum
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """lr, or momentum, 1 - dampening and the shares of gradient and buffer in the update."""
+        """lr; with momentum: momentum, 1 - dampening, lr; with Nesterov's also lr · momentum."""
         lr, momentum, dampening = floats(group, "lr", "momentum", "dampening")
         if not momentum:
             return (lr,)
-        if step == 1:  # the buffer starts as the undamped gradient
-            keep, take = 0.0, 1.0
-        else:
-            keep, take = momentum, 1 - dampening
-        return (keep, take, lr, lr * momentum) if group["nesterov"] else (keep, take, 0.0, lr)
+        # The buffer starts as the undamped gradient.
+        keep, take = (0.0, 1.0) if step == 1 else (momentum, 1 - dampening)
+        return (keep, take, lr, lr * momentum) if group["nesterov"] else (keep, take, lr)
 
 
 class Lion(Piece):

@@ -28,12 +28,20 @@ def sgd(p: Tensor, u: Tensor, at: At, lr: Tensor) -> Result:
 
 
 def sgd_momentum(
-    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor,
-    momentum: Tensor, rest: Tensor, lr_gradient: Tensor, lr_buffer: Tensor,
-) -> Result:  # fmt: skip
-    """b ← μb + (1-τ)u, u ← lr · b, or lr · (u + μb) with Nesterov's look-ahead  (Sutskever et al. 2013)."""
+    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, momentum: Tensor, rest: Tensor, lr: Tensor
+) -> Result:
+    """b ← μb + (1-τ)u, u ← lr · b  (Polyak 1964)."""
     momentum_buffer = momentum * momentum_buffer + rest * u
-    return p, lr_gradient * u + lr_buffer * momentum_buffer, (momentum_buffer,)
+    return p, lr * momentum_buffer, (momentum_buffer,)
+
+
+def sgd_nesterov(
+    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor,
+    momentum: Tensor, rest: Tensor, lr: Tensor, lr_momentum: Tensor,
+) -> Result:  # fmt: skip
+    """b ← μb + (1-τ)u, u ← lr · u + lr · μ · b  (Sutskever et al. 2013)."""
+    momentum_buffer = momentum * momentum_buffer + rest * u
+    return p, lr * u + lr_momentum * momentum_buffer, (momentum_buffer,)
 
 
 def lion(

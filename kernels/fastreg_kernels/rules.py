@@ -23,9 +23,15 @@ def sgd(p, u, at, lr):
 
 
 @triton.jit
-def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr_gradient, lr_buffer):
+def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr):
     momentum_buffer = momentum * momentum_buffer + rest * u
-    return p, lr_gradient * u + lr_buffer * momentum_buffer, (momentum_buffer,)
+    return p, lr * momentum_buffer, (momentum_buffer,)
+
+
+@triton.jit
+def sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum):
+    momentum_buffer = momentum * momentum_buffer + rest * u
+    return p, lr * u + lr_momentum * momentum_buffer, (momentum_buffer,)
 
 
 @triton.jit

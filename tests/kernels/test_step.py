@@ -10,7 +10,7 @@ import triton.language as tl
 
 import fastreg
 from fastreg import multi_tensor
-from fastreg.chain import Buffer, Chain, Stage, Storage
+from fastreg.chain import Buffer, Stage, Storage
 from fastreg.multi_tensor import Batch
 from fastreg.optim.engine import Engine
 from fastreg.optim.regularizers import GradientNoise
@@ -348,8 +348,3 @@ def test_remainder_write_back_is_float32(backend):
 def test_one_storage_at_a_time():
     with pytest.raises(ValueError, match="only one piece"):
         Toy(parameters(), Rounded(), Split()).step()
-
-
-def test_chains_are_data():
-    chain = Toy(parameters(), Scale(), factor=1.0).chain({"factor": 1.0})
-    assert isinstance(chain, Chain) and hash(chain) and not chain.random

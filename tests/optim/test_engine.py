@@ -359,7 +359,7 @@ def test_what_is_not_finite_spreads_as_in_torch(rule, backend, clip, bad, Race):
         ours.step()
     theirs.step()
     for p, q in zip(race.ours, race.theirs, strict=True):
-        assert torch.equal(p.isfinite(), q.isfinite())
+        assert torch.equal(p.isfinite(), q.isfinite()) and torch.equal(p.isnan(), q.isnan())
 
 
 def test_several_dtypes_in_one_step(backend, Race):

@@ -153,3 +153,13 @@ def test_two_pieces_that_store_weights():
     weight = Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="only one piece may say how weights are stored"):
         SGD([weight], regularizers=[Stored(), AlsoStored()])
+
+
+def test_an_option_set_later_is_refused_at_the_step():
+    weight = Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = AdamW([weight])
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize=True is not supported"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
