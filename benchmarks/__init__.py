@@ -1,0 +1,4 @@
+"""Benchmarks and the code audit."""
+
+SUITES = ("rules", "regularizers", "norm", "host", "training")
+"""The modules that hold benchmarks, in the order in which they run."""

@@ -7,10 +7,9 @@ arithmetic on scalars in the wrong precision.  No test of results sees that; thi
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastreg import multi_tensor
+from fastreg.cli import document
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import step as step_kernels
 
@@ -74,9 +74,12 @@ class Report:
     entry: Entry
     target: str
     registers: int
-    local: int  # bytes of stack, spills and local memory
+    local: int  # bytes of stack and local memory
+    spills: int  # bytes of spilled registers that are moved; on AMD the registers
     shared: int
     instructions: float | None  # per element, the share of what comes before the loop included
+    loads: list[int]  # widths in bits of the main loop's global loads
+    stores: list[int]
     narrow: int  # global accesses of the main loop below 128 bits
     moved: tuple[float, float] | None  # bytes read and written per element in the main loop
     scalar_arithmetic: list[str] = field(default_factory=list)
@@ -87,6 +90,8 @@ class Report:
         faults = []
         if self.local:
             faults.append(f"{self.local} bytes of local memory")
+        if self.spills:
+            faults.append(f"{self.spills} spills")
         if self.narrow:
             faults.append(f"{self.narrow} accesses of the main loop are narrower than 128 bits")
         if self.entry.bytes and self.moved is None and self.target.startswith("sm"):
@@ -187,17 +192,12 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
     before, loop = sass.main_loop(code)
     spills = sum(i.width for i in code if i.kind in ("LDL", "STL"))
     report = Report(
-        entry,
-        target,
-        cubin.registers,
-        cubin.stack + cubin.local + spills,
-        compiled.metadata.shared,
-        None,
-        0,
-        None,
-    )
+        entry, target, cubin.registers, cubin.stack + cubin.local, spills, compiled.metadata.shared,
+        None, [], [], 0, None,
+    )  # fmt: skip
     if loop and entry.bytes:
         loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
+        report.loads, report.stores = (sorted({8 * width for width in kind}) for kind in (loads, stores))
         report.narrow = sum(count for width, count in (loads + stores).items() if width < 16)
         per_turn = _elements(sum(width * count for width, count in (loads + stores).items()), entry)
         per_program = entry.constants["BLOCK"] / (32 * multi_tensor.WARPS)
@@ -218,9 +218,11 @@ def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:?\s+(\d+)", code).group(1))
 
-    wide = re.findall(r"\b(?:global|flat|buffer)_(?:load|store)_dwordx4", code)
-    local = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    report = Report(entry, target, number("vgpr_count"), local, compiled.metadata.shared, None, 0, None)
+    wide = re.findall(r"\b(?:global|flat|buffer)_(load|store)_dwordx4", code)
+    report = Report(
+        entry, target, number("vgpr_count"), number("private_segment_fixed_size"), number("vgpr_spill_count"),
+        compiled.metadata.shared, None, *([128] * (kind in wide) for kind in ("load", "store")), 0, None,
+    )  # fmt: skip
     expected = (
         entry.bytes * multi_tensor.PER_THREAD // 16
     )  # accesses of a thread to its elements of one chunk
@@ -228,33 +230,39 @@ def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
     return report
 
 
-def table(reports: Iterable[Report]) -> str:
-    """The reports as aligned text."""
-    rows = [
-        ("kernel", "target", "regs", "local", "shared", "bytes", "instr", "instr/byte", "bound on H200", "")
-    ]
-    for r in reports:
-        bound = f"{r.bound[0]} ({r.bound[1]:.0%} of copy)" if r.bound else ""
-        instructions = f"{r.instructions:.1f}" if r.instructions else ""
-        ratio = f"{r.instructions / r.entry.bytes:.2f}" if r.instructions else ""
-        bytes_ = str(r.entry.bytes) if r.entry.bytes else ""
-        numbers = map(str, (r.registers, r.local, r.shared))
-        rows.append(
-            (
-                r.entry.name,
-                r.target,
-                *numbers,
-                bytes_,
-                instructions,
-                ratio,
-                bound,
-                "; ".join(r.faults) or "ok",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def row(report: Report) -> dict[str, Any]:
+    """What the table and the JSON tell of a kernel."""
+    bound, fraction = report.bound or (None, None)
+    return {
+        "kernel": report.entry.name, "target": report.target, "registers": report.registers,
+        "spills": report.spills, "local": report.local, "shared": report.shared,
+        "loads": report.loads, "stores": report.stores, "bytes": report.entry.bytes,
+        "instructions": report.instructions, "bound": bound, "of_copy": fraction, "faults": report.faults,
+    }  # fmt: skip
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "kernel": lambda r: r["kernel"],
+    "target": lambda r: r["target"],
+    "regs": lambda r: str(r["registers"]),
+    "spills": lambda r: str(r["spills"]),
+    "local": lambda r: str(r["local"]),
+    "shared": lambda r: str(r["shared"]),
+    "loads": lambda r: "/".join(map(str, r["loads"])),
+    "stores": lambda r: "/".join(map(str, r["stores"])),
+    "bytes": lambda r: str(r["bytes"] or ""),
+    "instr": lambda r: f"{r['instructions']:.1f}" if r["instructions"] else "",
+    "instr/byte": lambda r: f"{r['instructions'] / r['bytes']:.2f}" if r["instructions"] else "",
+    "bound on H200": lambda r: f"{r['bound']}, {r['of_copy']:.0%} of copy" if r["bound"] else "",
+    "": lambda r: "; ".join(r["faults"]) or "ok",
+}
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as aligned text."""
+    lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -263,22 +271,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS)
     )
-    parser.add_argument("--json", type=Path, help="write the reports here")
+    parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
-    reports = [audit(entry, target) for target in options.targets for entry in entries(target)]
-    print(table(reports))
+    if unknown := [target for target in options.targets if target not in TARGETS]:
+        parser.error(f"unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
+    rows = [row(audit(entry, target)) for target in options.targets for entry in entries(target)]
+    print(table(rows))
     if options.json:
-        rows = [
-            {
-                "kernel": r.entry.name, "target": r.target, "registers": r.registers, "local": r.local,
-                "shared": r.shared, "bytes": r.entry.bytes, "instructions": r.instructions,
-                "faults": r.faults,
-            }
-            for r in reports
-        ]  # fmt: skip
         versions = {"triton": triton.__version__, "torch": torch.__version__}
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-    return 1 if any(report.faults for report in reports) else 0
+        document.write(options.json, {"versions": versions, "rows": rows})
+    return 1 if any(row["faults"] for row in rows) else 0
 
 
 if __name__ == "__main__":

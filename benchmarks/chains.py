@@ -6,13 +6,15 @@ instruction budgets are for sm_90 and are what keeps a step bound by memory rath
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 import fastreg
 from fastreg.chain import Chain
+
+MAX_NORM, STD, DECAY = 1.0, 0.01, 0.999
 
 
 class Shipped(NamedTuple):
@@ -30,18 +32,18 @@ class Shipped(NamedTuple):
         weight, gradient, *state = (dtype.itemsize for dtype in self.dtypes)
         return 2 * weight + gradient + 2 * sum(state)
 
-
-def _regularizers(name: str) -> list[fastreg.Piece]:
-    pieces = {"clip": fastreg.ClipNorm(1.0), "noise": fastreg.GradientNoise(0.01), "EMA": fastreg.EMA(0.999)}
-    return [piece for key, piece in pieces.items() if key in name]
+    @property
+    def bytes_with_norm(self) -> int:
+        """Per parameter, with the reading of the gradient for its norm where the chain clips."""
+        return self.bytes + self.dtypes[1].itemsize * ("clip" in self.name)
 
 
 OPTIMIZERS = {
-    "AdamW": lambda params, name: fastreg.AdamW(params, regularizers=_regularizers(name)),
-    "SGD": lambda params, name: fastreg.SGD(params),
-    "SGD-momentum": lambda params, name: fastreg.SGD(params, momentum=0.9),
-    "SGD-nesterov": lambda params, name: fastreg.SGD(params, momentum=0.9, nesterov=True),
-    "Lion": lambda params, name: fastreg.Lion(params),
+    "AdamW": (fastreg.AdamW, {}),
+    "SGD": (fastreg.SGD, {}),
+    "SGD-momentum": (fastreg.SGD, {"momentum": 0.9}),
+    "SGD-nesterov": (fastreg.SGD, {"momentum": 0.9, "nesterov": True}),
+    "Lion": (fastreg.Lion, {}),
 }
 
 # Instructions per parameter on sm_90: (fp32, mixed, bf16).
@@ -58,15 +60,43 @@ BUDGETS = {
 STORAGES = ("fp32", "mixed", "bf16")
 
 
+def rule(name: str) -> str:
+    """The update rule of a chain: "AdamW" of "clip+AdamW+EMA"."""
+    (found,) = set(name.split("+")) & OPTIMIZERS.keys()
+    return found
+
+
+def optimizer(name: str, params: Iterable[Any], max_norm: float = MAX_NORM, **options: Any) -> fastreg.AdamW:
+    """The fastreg optimizer that runs the chain of this name.
+
+    Args:
+        name: Such as "clip+noise+AdamW+EMA".
+        params: The parameters.
+        max_norm: For the clipping, where the chain clips.
+        options: For the optimizer, such as `lr`.
+    """
+    pieces = {
+        "clip": fastreg.ClipNorm(max_norm),
+        "noise": fastreg.GradientNoise(STD),
+        "EMA": fastreg.EMA(DECAY),
+    }
+    make, settings = OPTIMIZERS[rule(name)]
+    chosen = [piece for key, piece in pieces.items() if key in name.split("+")]
+    return make(params, regularizers=chosen, **settings, **options)
+
+
 def shipped() -> Iterator[Shipped]:
     """Every chain at every combination of dtypes."""
     for name, budgets in BUDGETS.items():
-        optimizer = OPTIMIZERS[name.removesuffix("+EMA").split("+")[-1]](
-            [torch.nn.Parameter(torch.zeros(1))], name
-        )
-        chain = optimizer.chain(optimizer.param_groups[0])
         for storage, budget in zip(STORAGES, budgets, strict=True):
-            weight = torch.float32 if storage == "fp32" else torch.bfloat16
-            state = {"parameter": torch.float32 if storage == "mixed" else weight, "compute": torch.float32}
-            dtypes = (weight, weight, *(state.get(b.dtype, b.dtype) for b in chain.buffers))
-            yield Shipped(name, storage, chain, dtypes, budget)
+            yield at(name, storage, budget)
+
+
+def at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
+    """The chain of this name at a combination of dtypes."""
+    made = optimizer(name, [torch.nn.Parameter(torch.zeros(1))])
+    chain = made.chain(made.param_groups[0])
+    weight = torch.float32 if storage == "fp32" else torch.bfloat16
+    state = {"parameter": torch.float32 if storage == "mixed" else weight, "compute": torch.float32}
+    dtypes = (weight, weight, *(state.get(b.dtype, b.dtype) for b in chain.buffers))
+    return Shipped(name, storage, chain, dtypes, budget)

@@ -1,74 +1,190 @@
-"""Timings that can be believed: contenders take turns, medians are reported."""
+"""Timings that can be believed: contenders take turns, medians and quantiles are reported.
+
+On a GPU the device's time and the host's are told apart: the device is timed by events behind a pause that
+is longer than the host needs to enqueue everything, the host while the device is idle.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from fastreg.cli.measure import PeakMemory
+
+Run = Callable[[], Any]
+
+PEERS = ("torch-optimi", "pytorch-optimizer", "flashoptim")
+COPIED = 2**28
+"""Bytes that the copy reads, and writes: several times what a cache holds."""
+
 
 @dataclass
 class Timing:
-    """Seconds of one contender over all rounds."""
+    """Seconds of one contender, a value for every round."""
 
-    name: str
-    seconds: list[float] = field(default_factory=list)
-
-    def quantiles(self) -> dict[str, float]:
-        """Median and 20/80 quantiles in milliseconds."""
-        cuts = statistics.quantiles(self.seconds, n=5, method="inclusive")
-        values = {"median": statistics.median(self.seconds), "q20": cuts[0], "q80": cuts[-1]}
-        return {name: value * 1e3 for name, value in values.items()}
+    seconds: list[float] = field(default_factory=list)  # of the device where there is one
+    host: list[float] = field(default_factory=list)  # until the call returns, on an idle device
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+class Clock:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self._longest = 1e-3  # of the host, over all calls so far
+
+    def wait(self) -> None:
+        """Until the device has done all that was asked of it."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def wall(self, run: Run) -> float:
+        """Seconds from the call until its work is done."""
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
+
+    def take(self, run: Run, timing: Timing) -> None:
+        """Add one round to a timing."""
+        if not self.cuda:
+            timing.seconds.append(self.wall(run))
+            return
+        self.wait()
+        start = time.perf_counter()
+        run()
+        host = time.perf_counter() - start
+        timing.host.append(host)
+        self._longest = max(self._longest, host)
+        self.wait()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(3e9 * self._longest))  # cycles: at 2 GHz half as long again as the host needs
+        begin.record()
+        run()
+        end.record()
+        self.wait()
+        timing.seconds.append(begin.elapsed_time(end) / 1e3)
+
+
+def interleave(runs: dict[str, Run], rounds: int, clock: Clock, warmup: int = 1) -> dict[str, Timing]:
     """Time every contender once per round, in an order that turns with the rounds."""
-    timings = {name: Timing(name) for name in contenders}
-    names = list(contenders)
+    timings = {name: Timing() for name in runs}
+    names = list(runs)
     for turn in range(-warmup, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            contenders[name]()
-            if turn >= 0:
-                timings[name].seconds.append(time.perf_counter() - start)
+            clock.take(runs[name], timings[name] if turn >= 0 else Timing())
     return timings
 
 
-def ratio(ours: Timing, baseline: Timing) -> dict[str, float]:
-    """How many times faster we are: ratio of medians, and quantiles of the ratios within rounds."""
-    paired = [b / o for o, b in zip(ours.seconds, baseline.seconds, strict=True)]
-    cuts = statistics.quantiles(paired, n=5, method="inclusive")
-    return {
-        "median": statistics.median(baseline.seconds) / statistics.median(ours.seconds),
-        "q20": cuts[0], "q80": cuts[-1],
-    }  # fmt: skip
+def quantiles(values: list[float], unit: float = 1e3) -> dict[str, float]:
+    """Median and 20/80 quantiles, in milliseconds by default."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
+    found = {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[-1]}
+    return {name: value * unit for name, value in found.items()}
 
 
-@dataclass
-class Machine:
-    """Where a measurement was taken."""
-
-    processor: str
-    threads: int
-    instruction_set: str
-    torch: str
-    python: str
-    load: float  # of other processes, at the start
+def ratio(run: Timing, baseline: Timing) -> dict[str, float]:
+    """How many times faster a run is: ratio of medians, and quantiles of the ratios within rounds."""
+    paired = quantiles([b / r for r, b in zip(run.seconds, baseline.seconds, strict=True)], 1)
+    return paired | {"median": statistics.median(baseline.seconds) / statistics.median(run.seconds)}
 
 
-def machine() -> Machine:
-    """This machine."""
-    return Machine(
-        _processor(), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), torch.__version__,
-        platform.python_version(), os.getloadavg()[0],
-    )  # fmt: skip
+def temporary_bytes(run: Run, device: torch.device) -> int | None:
+    """How much memory a call takes at its peak beyond what is held before it."""
+    memory = PeakMemory(device)
+    run()
+    memory.reset()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident()
+    run()
+    peak = memory.bytes()
+    return None if peak is None or before is None else max(0, peak - before)
+
+
+def _resident() -> int | None:
+    try:
+        with open("/proc/self/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) * 1024
+    except OSError:
+        return None
+
+
+def copy(device: torch.device) -> Run:
+    """The copy that bandwidths are compared with: reads and writes `COPIED` bytes."""
+    source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return int(re.search(r"MemAvailable:\s+(\d+) kB", file.read())[1]) * 1024
+    except OSError:
+        return 8 * 2**30
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a measurement is taken."""
+    found: dict[str, Any] = {
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # at the start
+        "system": platform.system(),
+        "wheel_cuda": torch.version.cuda or torch.version.hip,  # torch launches differently from 13 on
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("torch", "triton", "transformers", "pytest-benchmark", *PEERS)},
+    }
+    if device.type == "cuda":
+        found |= {
+            "processor": found["device"],
+            "device": torch.cuda.get_device_name(device),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        }
+    return found
+
+
+def clocks(device: torch.device) -> str | None:
+    """Clock rates at this moment, as the system tells them."""
+    if device.type == "cuda":
+        query = "clocks.sm,clocks.mem,clocks.max.sm,driver_version,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv", f"--id={device.index or 0}"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        names, *values = [line.split(", ") for line in told.stdout.strip().splitlines()] or [[]]
+        return ", ".join(map(" ".join, zip(names, values[0], strict=True))) if values else None
+    try:
+        with open("/proc/cpuinfo") as file:
+            rates = [float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")]
+    except OSError:
+        return None
+    return f"{min(rates):.0f}-{max(rates):.0f} MHz" if rates else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -17,6 +17,8 @@ from triton.runtime import driver
 
 from fastreg import backend
 
+from .entry_points import entry_points
+
 
 class _Driver(DriverBase):
     def __init__(self, launches: list[str]) -> None:
@@ -58,6 +60,7 @@ def stub_driver() -> Iterator[list[str]]:
     """Within the block CPU tensors go to the kernels, which do nothing; gives the names launched."""
     launches: list[str] = []
     allowed = backend._no_triton
+    _forget_compiled()
     driver.set_active(_Driver(launches))
     backend._no_triton = lambda device: None
     try:
@@ -66,3 +69,10 @@ def stub_driver() -> Iterator[list[str]]:
     finally:
         backend._no_triton = allowed
         driver._active = None  # `reset_active` would look for a real one
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """What has been compiled for one driver must not be launched by another."""
+    for kernel in entry_points().values():
+        kernel.device_caches.clear()

@@ -1,4 +1,4 @@
-"""The command line: `fastreg compare`.
+"""The command line: `fastreg compare | bench`.
 
 Each subcommand is a module with `add_parser`; it imports torch and the like only once it runs, so that help
 and usage errors come at once.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from . import compare
+from . import bench, compare
 from .usage import Parser, UsageError
 
 
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="fastreg", description="Regularization for PyTorch, fused into Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastreg {_version()}")
     parser.set_defaults(run=None)
-    compare.add_parser(parser.add_subparsers(title="commands", metavar="COMMAND"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in (compare, bench):
+        command.add_parser(commands)
     try:
         args = parser.parse_args(argv)
         if args.run is None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import contenders
-from .usage import UsageError, count, non_negative, positive, whole
+from .usage import UsageError, count, device, folder, non_negative, positive, require, whole
 
 if TYPE_CHECKING:
     from .training import Record
@@ -88,10 +86,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.lr is None:
         args.lr = 2e-3 if args.model is None else 5e-5
-    _require_extra()
+    require("compare", "cli", "matplotlib", "rich", "transformers")
 
     import huggingface_hub
-    import torch
     import transformers
     from rich.console import Console
 
@@ -100,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args.device = _device(torch, args.device)
+    args.device = device(args.device)
     console = Console()
     with console.status(f"loading {args.model or 'a small GPT-2'}"):
         task = text.load(args)
@@ -113,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         heading = report.heading(task, args)
     except RuntimeError as error:
         raise UsageError(f"FASTREG_BACKEND: {error}") from None
-    out = _folder(args.out)
+    out = folder(args.out, "compare")
     console.print(heading, highlight=False, soft_wrap=True)
     records: list[Record] = []
     interrupted = _train_all(chosen, task, args, records, console)
@@ -155,29 +152,3 @@ def _train_all(chosen: Any, task: Any, args: argparse.Namespace, records: list[R
                     records.pop()
                 return True
     return False
-
-
-def _require_extra() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("matplotlib", "rich", "transformers") if find_spec(name) is None]:
-        raise UsageError(f"fastreg compare needs {', '.join(missing)}: pip install 'fastreg[cli]'")
-
-
-def _device(torch: Any, name: str | None) -> Any:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def _folder(name: str | None) -> Path:
-    out = Path(name if name is not None else time.strftime("runs/compare-%Y%m%d-%H%M%S"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror}") from None
-    return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import backend
+from . import document
 from .measure import PeakMemory
 from .text import Task
 from .training import QUANTILE, Record, quantile
@@ -184,7 +184,7 @@ def write_json(
 ) -> None:
     """Write configuration, versions, device, curves, table and verdicts."""
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "list")}
-    document = {
+    contents = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "interrupted": interrupted,
         "seed": args.seed,
@@ -213,7 +213,7 @@ def write_json(
             for verdict in verdicts(records)
         },
     }
-    path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    document.write(path, contents)
 
 
 def _entry(record: Record) -> dict[str, Any]:
@@ -236,15 +236,6 @@ def _entry(record: Record) -> dict[str, Any]:
             f"{q:.0%}": quantile(record.step_times, q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
         },
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: `null` stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def backend_name(task: Task, args: argparse.Namespace) -> str:

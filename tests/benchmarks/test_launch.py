@@ -11,12 +11,6 @@ from fastreg_kernels.step import step_kernel
 EVERYTHING = [fastreg.ClipNorm(1.0), fastreg.GradientNoise(0.1), fastreg.EMA(0.9)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_caches():
-    for kernel in (step_kernel, norm.square_sum_kernel, norm.clip_factor_kernel):
-        kernel.device_caches.clear()
-
-
 def parameters(count, dtype=torch.float32, size=24):
     made = [torch.nn.Parameter(torch.zeros(size + i, dtype=dtype)) for i in range(count)]
     for p in made:

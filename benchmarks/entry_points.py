@@ -1,0 +1,18 @@
+"""The kernel entry points there are."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import fastreg_kernels
+
+
+def entry_points() -> dict[str, Any]:
+    """Every function of `fastreg_kernels` that is launched, by name."""
+    found = {}
+    for module in pkgutil.iter_modules(fastreg_kernels.__path__):
+        members = vars(importlib.import_module(f"fastreg_kernels.{module.name}"))
+        found |= {name: value for name, value in members.items() if name.endswith("_kernel")}
+    return found

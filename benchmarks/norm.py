@@ -1,0 +1,91 @@
+"""The gradient norm and the clip factor, which leave the gradients alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg import multi_tensor
+from fastreg.chain import Chain
+
+from . import shapes
+from .steps import DTYPES, models, rounds
+from .suite import OURS, Case, Check
+
+BASELINE = "get_total_norm"
+
+
+@dataclass
+class Workload:
+    """Gradients and their norm in float64."""
+
+    gradients: list[Tensor]
+    norm: float
+
+
+@dataclass
+class NormCase(Case):
+    """The norm of the gradients of a model."""
+
+    model: str
+    sizes: shapes.Sizes
+    storage: str
+    rounds: int
+    suite: str = "norm"
+    baseline: str = BASELINE
+
+    def __post_init__(self) -> None:
+        self.name = f"gradient norm, {self.model}, {self.storage}"
+        self.bytes = sum(map(math.prod, self.sizes)) * DTYPES[self.storage].itemsize
+
+    def setup(self, device: torch.device) -> Workload:
+        generator = torch.Generator(device).manual_seed(0)
+        gradients = [
+            torch.randn(size, generator=generator, device=device).to(DTYPES[self.storage])
+            for size in self.sizes
+        ]
+        return Workload(gradients, math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+
+    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
+        """The norm as `ClipNorm` takes it, and as torch does."""
+        return {
+            OURS: lambda workload: _Ours(workload.gradients),
+            BASELINE: lambda workload: lambda: torch.nn.utils.get_total_norm(workload.gradients),
+            "get_total_norm, loop": lambda workload: (
+                lambda: torch.nn.utils.get_total_norm(workload.gradients, foreach=False)
+            ),
+        }
+
+    def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
+        # torch adds up in float32 and rounds to the gradients' dtype; on a CPU, 38 M elements: 0.3 % off.
+        return [Check("norm", abs(float(run()) / workload.norm - 1), 1e-6 if name == OURS else 1e-2)]
+
+
+class _Ours:
+    """The norm of some gradients by the kernels of the step, with the table that a step keeps."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients, self._table = gradients, multi_tensor.Table()
+        self._max_norm = torch.ones((), dtype=torch.float64, device=gradients[0].device)
+
+    def __call__(self) -> Tensor:
+        count = len(self._gradients)
+        batch = multi_tensor.Batch(
+            Chain(()), self._gradients, self._gradients, [], [], [], [0] * count, [0] * count, [0] * count,
+            [1], [[]], table=self._table,
+        )  # fmt: skip
+        return multi_tensor.clip_factor([batch], self._max_norm)[1]
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Over GPT-2, and over many small tensors."""
+    over, turns = models(device, quick), rounds(device, quick)
+    return [
+        NormCase(*over[model], storage, turns)
+        for model, storage in (("gpt2", "fp32"), ("gpt2", "bf16"), ("many", "fp32"))
+    ]

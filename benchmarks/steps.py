@@ -1,0 +1,214 @@
+"""One optimizer step over the parameters of a model: what `rules` and `regularizers` measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastreg
+
+from . import chains, measure, peers, shapes
+from .suite import OURS, Case, Check, Unavailable
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCALES = (1.0, 3.0, 0.5)
+"""Of the gradients in the steps that are verified: clipped, clipped more, not clipped."""
+BOUNDS = {"fp32": 1e-6, "bf16": len(SCALES) * 2**-8}
+"""Of the largest weight of a tensor.  In bf16: one unit in the last place for every step."""
+LOOSE = 1e-2
+"""For what others clip: on a CPU torch's own norm of 38 M elements is off by 0.3 %."""
+
+
+@dataclass
+class Workload:
+    """Parameters with gradients, how both started, and what three steps must make of them."""
+
+    params: list[Parameter]
+    start: list[Tensor]
+    gradients: list[Tensor]
+    max_norm: float
+    weights: list[Tensor]
+    averages: list[Tensor]
+
+    @torch.no_grad()
+    def reset(self, scale: float = 1.0) -> None:
+        """Weights as at the start."""
+        torch._foreach_copy_(self.params, self.start)
+        self.scale(scale)
+
+    @torch.no_grad()
+    def scale(self, scale: float) -> None:
+        """Gradients as at the start, times a factor that no rounding depends on."""
+        gradients = [p.grad for p in self.params]
+        torch._foreach_copy_(gradients, self.gradients)
+        torch._foreach_mul_(gradients, scale)
+
+
+@dataclass
+class StepCase(Case):
+    """The step of a chain over the tensors of a model.
+
+    Args:
+        suite: Where it belongs.
+        chain: Such as "clip+AdamW".
+        model: What the tensors are those of.
+        sizes: Their shapes.
+        storage: "fp32", or "bf16" for weights, gradients and state alike.
+        rounds: How often each contender is timed.
+        compiles: Whether `torch.compile` of the whole composition is worth its time.
+    """
+
+    suite: str
+    chain: str
+    model: str
+    sizes: shapes.Sizes
+    storage: str = "fp32"
+    rounds: int = 11
+    compiles: bool = False
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.chain}, {self.model}, {self.storage}"
+        self.baseline = peers.baseline(self.chain)
+        self.elements = sum(map(math.prod, self.sizes))
+        self.shipped = chains.at(self.chain, self.storage)
+        self.bytes = self.elements * self.shipped.bytes_with_norm
+
+    def setup(self, device: torch.device) -> Workload:
+        self._check_memory(device)
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = DTYPES[self.storage]
+
+        def draw(scale: float) -> list[Tensor]:
+            return [
+                torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
+                for size in self.sizes
+            ]
+
+        start, gradients = draw(0.1), draw(1.0)
+        params = [Parameter(weight.clone()) for weight in start]
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient.clone()
+        workload = Workload(params, start, gradients, 0.8 * math.sqrt(self.elements), [], [])
+        if "noise" not in self.chain:
+            workload.weights, workload.averages = self._judge(workload)
+        return workload
+
+    def _check_memory(self, device: torch.device) -> None:
+        """A step of each contender holds state of its own, and foreach as much again as the weights."""
+        weight, _, *state = (dtype.itemsize for dtype in self.shipped.dtypes)
+        needed = self.elements * ((len(self.contenders()) + 2) * max(sum(state), 4) + 6 * weight)
+        free = measure.free_memory(device)
+        if needed > free:
+            raise Unavailable(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
+
+    def _judge(self, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and averages after three steps in float32, by torch's loop or by our reference.
+
+        Clipping is done here, with the norm in float64.
+        """
+        params = [Parameter(weight.to(torch.float32, copy=True)) for weight in workload.start]
+        chain = "+".join(part for part in self.chain.split("+") if part != "clip")
+        try:
+            step = peers.composed(
+                chain, params, workload.max_norm, peers.torch_optimizer(chain, params, foreach=False)
+            )
+        except Unavailable:
+            step = peers.fastreg_step(chain, params, workload.max_norm)
+        norm = _norm(workload.gradients)
+        with fastreg.use_backend("reference"):
+            for scale in SCALES:
+                factor = min(1.0, workload.max_norm / (scale * norm + 1e-6)) if chain != self.chain else 1.0
+                for p, gradient in zip(params, workload.gradients, strict=True):
+                    p.grad = gradient.to(torch.float32, copy=True).mul_(scale * factor)
+                step()
+        return [p.detach() for p in params], [average.detach() for average in step.averages()]
+
+    def contenders(self) -> dict[str, Callable[[Workload], peers.Step]]:
+        """Ours, torch's compositions, and other libraries."""
+        return {name: partial(self._build, name) for name in peers.contenders(self.chain)}
+
+    def _build(self, name: str, workload: Workload) -> peers.Step:
+        if name == "torch.compile" and not self.compiles:
+            raise Unavailable("compiles for minutes: measured on one case of the full run only")
+        workload.reset()
+        return peers.contenders(self.chain)[name](self.chain, workload.params, workload.max_norm)
+
+    def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
+        """Three steps from the start, against the judge; noise against what noise must be like."""
+        loose = name != OURS and "clip" in self.chain
+        roundings = 2 if name != OURS else 1  # foreach rounds after every operation
+        workload.reset(SCALES[0])
+        run.first = measure.Clock(workload.params[0].device).wall(run)
+        if "noise" in self.chain:
+            return self._noise(workload, run, LOOSE if loose else 1e-5)
+        for scale in SCALES[1:]:
+            workload.scale(scale)
+            run()
+        bound = max(roundings * BOUNDS[self.storage], LOOSE * loose)
+        checks = [
+            Check("weights", _difference([p.detach() for p in workload.params], workload.weights), bound)
+        ]
+        if workload.averages:
+            checks.append(Check("averages", _difference(run.averages(), workload.averages), bound))
+        return checks
+
+    def _noise(self, workload: Workload, run: Any, bound: float) -> list[Check]:
+        """The first moment after a step is 0.1 · (factor · gradient + noise): neither may be off."""
+        norm, along = _norm(workload.gradients), 0.0
+        moments = [run.optimizer.state[p]["exp_avg"].double() / 0.1 for p in workload.params]
+        for moment, gradient in zip(moments, workload.gradients, strict=True):
+            along += float((moment * gradient).sum())
+        factor = along / norm**2
+        mean = square = 0.0
+        for moment, gradient in zip(moments, workload.gradients, strict=True):
+            drawn = (moment - factor * gradient) / chains.STD
+            mean += float(drawn.sum()) / self.elements
+            square += float(drawn.square().sum()) / self.elements
+        exact = min(1.0, workload.max_norm / (norm + 1e-6))
+        statistical = 6 / math.sqrt(self.elements)
+        return [
+            Check("noise", max(abs(mean), abs(square - 1)), math.sqrt(2) * statistical),
+            Check("clip factor", abs(factor / exact - 1), bound + chains.STD * statistical),
+        ]
+
+    def details(self, workload: Workload, run: Any) -> dict[str, Any]:
+        """What the first step took: compilation where it is needed, caches as they were found."""
+        return {"first_ms": 1e3 * run.first}
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """max|Δ| / max|expected| of the worst tensor; infinite where there is nothing to compare."""
+    if len(found) != len(expected):
+        return math.inf
+    worst = [
+        (a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True) if b.numel()
+    ]
+    return float(torch.stack(worst).max()) if worst else 0.0
+
+
+def models(device: torch.device, quick: bool) -> dict[str, tuple[str, shapes.Sizes]]:
+    """What a device is given to step over: sizes by the name of the model."""
+    gpu = device.type == "cuda"
+    small = quick and not gpu
+    return {
+        "gpt2": ("GPT-2 36M", shapes.gpt2(4, vocabulary=8192)) if small else ("GPT-2 124M", shapes.gpt2()),
+        "llama": ("Llama 1B", shapes.llama()),
+        "many": ("300 small", shapes.many_small(300)) if small else ("1000 small", shapes.many_small()),
+        "huge": ("one of 268M", shapes.one_huge()) if gpu else ("one of 67M", shapes.one_huge(2**26)),
+    }
+
+
+def rounds(device: torch.device, quick: bool) -> int:
+    """How often contenders are timed."""
+    return (20 if quick else 50) if device.type == "cuda" else (5 if quick else 11)

@@ -1,0 +1,69 @@
+"""`fastreg bench`: the benchmark suites on this machine, as a table, a picture and JSON."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastreg_benchmarks import SUITES
+
+from . import document
+from .usage import UsageError, device, folder, require
+
+DESCRIPTION = """\
+Time fastreg against torch's own parts and other libraries on this machine: contenders take turns, and what
+computes something else than its baseline is refused. Prints a table for each case and writes a picture and
+everything as JSON. The full run takes up to ten minutes, --quick less than two."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "bench", help="time the optimizer step against torch and other libraries",
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds")
+    parser.add_argument(
+        "--suite", metavar="NAME,...", default=",".join(SUITES), help=f"of {', '.join(SUITES)} (default: all)"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (default: runs/bench-<time>)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the suites; what is measured before Ctrl-C is kept."""
+    chosen = tuple(name.strip() for name in args.suite.split(",") if name.strip())
+    for name in chosen:
+        if name not in SUITES:
+            raise UsageError(f"--suite: unknown suite {name!r}; choose from {', '.join(SUITES)}")
+    if not chosen:
+        raise UsageError(f"--suite names no suite, got {args.suite!r}; for example --suite rules,norm")
+    require("bench", "bench", "matplotlib", "rich")
+    place = device(args.device)
+
+    from rich.console import Console
+
+    from fastreg_benchmarks import figure, report, suite
+
+    out = folder(args.out, "bench")
+    console = Console()
+    contents = report.document(place, args.quick)
+    console.print(f"[bold]{report.machine_line(contents)}[/]\n", highlight=False, soft_wrap=True)
+    results, interrupted = contents["results"], False
+    try:
+        for case in (case for name in chosen for case in suite.cases(name, place, args.quick)):
+            with console.status(case.name):
+                results.append(suite.measured(case, place))
+            report.show(console, results[-1])
+    except KeyboardInterrupt:
+        interrupted = contents["interrupted"] = True
+    document.write(out / "bench.json", contents)
+    figure.draw(out / "bench.png", contents)
+    for note in report.notes(results):
+        console.print(note, style="dim", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"\n[bold]{out / 'bench.png'}[/]  {out / 'bench.json'}", highlight=False, soft_wrap=True)
+    if interrupted:
+        console.print("interrupted: what was done until then is kept", highlight=False)
+        return 130
+    return 1 if suite.refused(results) else 0
