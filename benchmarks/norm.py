@@ -28,7 +28,7 @@ class Workload:
     norm: float
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity
 class NormCase(Case):
     """The norm of the gradients of a model."""
 

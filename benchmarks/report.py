@@ -59,7 +59,7 @@ COLUMNS: dict[str, Cell] = {
     "": lambda result, row: row["name"],
     "time": lambda result, row: duration(row["ms"]["median"]) if "ms" in row else REFUSED,
     "times faster": _optional("ratio", lambda _, value: f"{value['median']:.2f}"),
-    "20\N{EN DASH}80 %": _spread,
+    "20\N{EN DASH}80\N{NO-BREAK SPACE}%": _spread,
     "host time": _optional("host_ms", lambda _, value: duration(value["median"])),
     "GB/s": _optional("gbps", lambda _, value: f"{value:.0f}"),
     "of copy": _optional("gbps", lambda result, value: f"{value / result['copy_gbps']:.0%}"),
@@ -122,12 +122,11 @@ def show(console: Any, result: Result) -> None:
     headings, rows = table(result)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(headings):
-        narrow = {"min_width": max(map(len, name.split() or [""])), "no_wrap": False}
-        shown.add_column(name, justify="right" if i else "left", **(narrow if i else {"no_wrap": True}))
+        shown.add_column(name.replace(" ", "\n"), justify="right" if i else "left", no_wrap=True)
     for row in rows:
         bold = "bold" if row[0].startswith(OURS) else None
         shown.add_row(
-            *(cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row),
+            *row,
             style="red" if REFUSED in row else bold,
         )
     console.print(f"[bold]{heading(result)}[/]", highlight=False)

@@ -100,8 +100,13 @@ def refused(results: Iterable[Result]) -> bool:
     return any("wrong" in row for r in results for name, row in r["rows"].items() if name.startswith(OURS))
 
 
-def measured(case: Case, device: torch.device) -> Result:
-    """Set up, verify and time the contenders of a case: a result for the table and the JSON."""
+def measured(case: Case, device: torch.device) -> tuple[Result, dict[str, measure.Timing]]:
+    """Set up, verify and time the contenders of a case.
+
+    Returns:
+        The result for table, picture and JSON, and the single rounds of those who were timed.
+    """
+    timings: dict[str, measure.Timing] = {}
     result: Result = {
         "suite": case.suite, "case": case.name, "baseline": case.baseline, "bytes": case.bytes,
         "rounds": case.rounds, "rows": {},
@@ -112,7 +117,7 @@ def measured(case: Case, device: torch.device) -> Result:
         try:
             workload = case.setup(device)
         except Unavailable as reason:
-            return result | {"skipped": str(reason)}
+            return result | {"skipped": str(reason)}, timings
         for name, build in case.contenders().items():
             row = rows[name] = {}
             try:
@@ -126,14 +131,14 @@ def measured(case: Case, device: torch.device) -> Result:
                 row["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
             run = None
         if runs:
-            _time(case, workload, runs, rows, result, clock)
+            timings = _time(case, workload, runs, rows, result, clock)
     finally:
         if workload is not None:
             case.teardown(workload)
         del runs, workload
         gc.collect()
         torch._dynamo.reset()
-    return result
+    return result, timings
 
 
 def _verify(case: Case, name: str, workload: Any, run: Run, row: dict[str, Any]) -> None:
@@ -152,7 +157,7 @@ def _verify(case: Case, name: str, workload: Any, run: Run, row: dict[str, Any])
 
 def _time(
     case: Case, workload: Any, runs: dict[str, Run], rows: Any, result: Result, clock: measure.Clock
-) -> None:  # fmt: skip
+) -> dict[str, measure.Timing]:  # fmt: skip
     timed = dict(runs)
     if case.bytes:
         timed["copy"] = measure.copy(clock.device)
@@ -172,3 +177,4 @@ def _time(
             row["gbps"] = case.bytes / row["ms"]["median"] / 1e6
             row["temporary_bytes"] = measure.temporary_bytes(runs[name], clock.device)
         row |= case.details(workload, runs[name])
+    return timings

@@ -1,6 +1,8 @@
 """What the tests share: the rules with their oracles, and the backends."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +11,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastreg
+from fastreg import multi_tensor
+from fastreg.multi_tensor import Batch
+
+DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
+"""Where kernels run in every test, on copies of the CPU tensors that the tests are written with: "cuda" on a
+GPU; "cpu" in the interpreter, which tests the copying."""
 
 
 class Lion(torch.optim.Optimizer):
@@ -67,6 +75,52 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE is None:
+        return
+    run, square_sum, finish = multi_tensor._run_triton, multi_tensor._square_sum, multi_tensor._finish
+
+    def run_there(batch: Batch) -> None:
+        there = moved(batch)
+        run(there)
+        for mine, theirs in zip(written(batch), written(there), strict=True):
+            mine.copy_(theirs)
+
+    def finish_there(partial: Tensor, max_norm: Tensor) -> Tensor:
+        return finish(partial.to(DEVICE), max_norm.to(DEVICE)).to(partial.device)
+
+    monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
+    monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
+    monkeypatch.setattr(multi_tensor, "_square_sum", lambda batch: square_sum(moved(batch)).cpu())
+    monkeypatch.setattr(multi_tensor, "_finish", finish_there)
+
+
+def written(batch: Batch) -> list[Tensor]:
+    """What a step writes."""
+    return [*batch.parameters, *(tensor for buffer in batch.buffers for tensor in buffer)]
+
+
+def moved(batch: Batch) -> Batch:
+    """The batch with copies on the device, which lie as far from multiples of 16 bytes as the originals."""
+
+    def there(tensor: Tensor) -> Tensor:
+        skipped = tensor.data_ptr() % 16 // tensor.element_size()
+        store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=DEVICE)
+        return store.as_strided(tensor.shape, tensor.stride(), skipped).copy_(tensor)
+
+    return replace(
+        batch,
+        parameters=list(map(there, batch.parameters)),
+        gradients=list(map(there, batch.gradients)),
+        buffers=[list(map(there, buffer)) for buffer in batch.buffers],
+        scalars=[scalar.to(DEVICE) for scalar in batch.scalars],
+        skip=None if batch.skip is None else batch.skip.to(DEVICE),
+        table=multi_tensor.Table(),
+        uploaded=None,
+    )
+
+
 class Race:
     """Our optimizer and its oracle on equal parameters with equal gradients."""
 
@@ -103,6 +157,19 @@ def close(actual: Any, expected: Any) -> None:
         if e.numel():
             bound = (1e-12 if e.dtype == torch.float64 else 1e-6) * float(e.detach().abs().max())
             assert float((a.detach().double() - e.detach().double()).abs().max()) <= bound
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """The same bits; on a GPU, which fuses multiply-adds, equal to 1e-6 of the largest element."""
+    if DEVICE in (None, "cpu"):
+        return torch.equal(actual, expected)
+    bound = 1e-6 * expected.detach().abs().amax() if expected.numel() else 0
+    return bool(((actual - expected).abs() <= bound).all())
+
+
+@pytest.fixture(name="same")
+def same_function() -> Callable[[Tensor, Tensor], bool]:
+    return same
 
 
 @pytest.fixture(name="Race")

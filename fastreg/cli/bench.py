@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for case in (case for name in chosen for case in suite.cases(name, place, args.quick)):
             with console.status(case.name):
-                results.append(suite.measured(case, place))
+                results.append(suite.measured(case, place)[0])
             report.show(console, results[-1])
     except KeyboardInterrupt:
         interrupted = contents["interrupted"] = True

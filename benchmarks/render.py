@@ -1,0 +1,202 @@
+"""The measured figures of the READMEs, rendered from the JSON files beside them.
+
+benchmarks/results/audit.json          the code audit (`make audit`)
+benchmarks/results/*/bench.json        runs of `fastreg bench`, one folder for each machine
+            ──render──▶ benchmarks/results/README.md, and the marked part of README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import audit, report
+from .suite import OURS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
+
+COMPOSED = {"clip": 12, "noise": 16, "EMA": 12}
+"""Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, and `_foreach_lerp_`."""
+
+
+NO_GPU = """\
+**No GPU has run these kernels yet.** What is measured is their machine code, compiled ahead of time, and
+the CPU path."""
+MACHINE_CODE = """\
+Machine code for an H100 (sm_90; `make audit` also reads sm_80, sm_100 and gfx942): all main-path accesses
+are 128 bits wide, nothing spills, nothing lies in local memory. Where clipping needs the norm, its read of
+the gradients is included. An H200 can issue about 7.8 instructions per byte it copies; these need 1 to 2,
+so they should be bound by memory."""
+COMPOSED_OF = """\
+The last column counts the bytes of `clip_grad_norm_` (12), the rule's own fused step, `_foreach_lerp_`
+(12), and `randn_like` with `add_` (16)."""
+ABOUT = """\
+Rendered by `make render` from the JSON files in this folder; `make results` measures the CPU anew.
+Contenders of a case take turns and times are medians; *times faster* is against the contender that has
+1.00 there; *of copy* compares with a copy in the same rounds; *extra MiB* is the peak of a step above what
+is held before it; the first step includes compilation where caches did not have it. What computes
+something else is refused."""
+ALL_KERNELS = """\
+*bytes* and *instr* are per element; *bound* is what limits a kernel on an H200 at perfect issue."""
+
+
+def runs() -> dict[str, dict[str, Any]]:
+    """The committed runs by the folder they lie in, GPUs first."""
+    found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*/bench.json")}
+    return dict(sorted(found.items(), key=lambda item: (not _on_gpu(item[1]), item[0])))
+
+
+def audited() -> dict[str, Any]:
+    """The committed audit."""
+    return json.loads((RESULTS / "audit.json").read_text("utf-8"))
+
+
+def _on_gpu(run: dict[str, Any]) -> bool:
+    return "multiprocessors" in run["machine"]
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def performance() -> str:
+    """The section of the main README."""
+    found = runs()
+    parts = []
+    if not any(map(_on_gpu, found.values())):
+        parts.append(NO_GPU)
+    parts += [_summary(name, run) for name, run in found.items() if _on_gpu(run)]
+    parts.append(_machine_code())
+    parts += [_summary(name, run) for name, run in found.items() if not _on_gpu(run)]
+    parts.append("All tables: [benchmarks/results](benchmarks/results/README.md).")
+    return "\n\n".join(parts)
+
+
+def _machine_code() -> str:
+    rows = {row["kernel"]: row for row in audited()["rows"] if row["target"] == "sm_90"}
+    norm, lines = rows["norm fp32"], []
+    for kernel, row in rows.items():
+        chain, _, storage = kernel.rpartition(" ")
+        if storage != "fp32" or chain == "norm":
+            continue
+        parts = chain.split("+")
+        extra = norm if "clip" in parts else {"bytes": 0, "instructions": 0}
+        bare = row["bytes"] - 8 * ("EMA" in parts)
+        lines.append([
+            chain, str(row["bytes"] + extra["bytes"]), f"{row['instructions'] + extra['instructions']:.0f}",
+            str(row["registers"]), str(bare + sum(COMPOSED.get(part, 0) for part in parts)),
+        ])  # fmt: skip
+    headings = [
+        "chain, float32",
+        "bytes per parameter",
+        "instructions",
+        "registers",
+        "bytes, composed of torch's parts",
+    ]
+    return f"{MACHINE_CODE}\n\n{_table(headings, lines)}\n\n{COMPOSED_OF}"
+
+
+def _summary(name: str, run: dict[str, Any]) -> str:
+    """A run in a line for each case: ours against the baseline."""
+    lines = []
+    for result in run["results"]:
+        ours, theirs = result["rows"].get(OURS, {}), result["rows"].get(result["baseline"], {})
+        if "ms" in ours and "ms" in theirs:
+            ratio = ours["ratio"]
+            lines.append([
+                result["case"], report.duration(ours["ms"]["median"]),
+                f"{report.duration(theirs['ms']['median'])} ({result['baseline']})",
+                f"**{ratio['median']:.2f}**", f"{ratio['q20']:.2f}\N{EN DASH}{ratio['q80']:.2f}",
+            ])  # fmt: skip
+    headings = ["one step", "fastreg", "baseline", "times faster", "20\N{EN DASH}80 % of rounds"]
+    parts = [f"{report.machine_line(run)} (`fastreg bench`):", _table(headings, lines)]
+    parts += [
+        _training(result) for result in run["results"] if result["suite"] == "training" and result["rows"]
+    ]
+    parts.append(f"![Speed-up and bandwidth](benchmarks/results/{name}/bench.png)")
+    return "\n\n".join(parts)
+
+
+def _training(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    lines = []
+    for label in (name.removeprefix(f"{OURS} ") for name in rows if name.startswith(OURS)):
+        pair = [rows.get(f"{who} {label}", {}) for who in ("torch", OURS)]
+        if all("ms" in row for row in pair):
+            shares = [row["optimizer_ms"]["median"] / row["ms"]["median"] for row in pair]
+            lines.append([
+                label, *(report.duration(row["ms"]["median"]) for row in pair),
+                *(report.duration(row["optimizer_ms"]["median"]) for row in pair),
+                " \N{RIGHTWARDS ARROW} ".join(f"{share:.0%}" for share in shares),
+            ])  # fmt: skip
+    headings = [
+        result["case"], "torch", "fastreg", "its optimizer: torch", "fastreg", "optimizer's share",
+    ]  # fmt: skip
+    return _table(headings, lines)
+
+
+def tables(name: str, run: dict[str, Any]) -> str:
+    """All of a run: where it was measured, the picture in the folder of this name, a table for each case."""
+    versions = ", ".join(f"{key} {value}" for key, value in run["machine"]["versions"].items() if value)
+    clocks = next((result["clocks"] for result in run["results"] if result.get("clocks")), None)
+    about = [f"measured {run['created'][:10]}", versions, f"clocks: {clocks}" if clocks else ""]
+    parts = [f"## {report.machine_line(run)}", "; ".join(filter(None, about))]
+    parts.append(f"![Speed-up and bandwidth]({name}bench.png)")
+    parts += [report.markdown(result) for result in run["results"] if "skipped" not in result]
+    parts.append("\n".join(f"- {note}" for note in report.notes(run["results"])))
+    return "\n\n".join(filter(None, parts))
+
+
+def everything() -> str:
+    """`benchmarks/results/README.md`."""
+    versions = ", ".join(f"{key} {value}" for key, value in audited()["versions"].items())
+    parts = ["# Results", ABOUT, *(tables(f"{name}/", run) for name, run in runs().items())]
+    parts += [
+        "## Machine code",
+        f"Every kernel entry point and shipped chain, compiled ahead of time ({versions}).\n{ALL_KERNELS}",
+        f"```\n{audit.table(audited()['rows'])}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rendered() -> dict[Path, str]:
+    """What the files should hold."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text("utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{readme} does not hold {BEGIN!r} and {END!r}")
+    return {
+        readme: f"{before}{BEGIN}\n\n{performance()}\n\n{END}{after}",
+        RESULTS / "README.md": everything(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the files, or tell whether they are up to date."""
+    parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.render", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    parser.add_argument("--only", type=Path, metavar="FOLDER", help="of one run: its README.md beside it")
+    options = parser.parse_args(arguments)
+    if options.only:
+        run = json.loads((options.only / "bench.json").read_text("utf-8"))
+        (options.only / "README.md").write_text(f"{ABOUT}\n\n{tables('', run)}\n", "utf-8")
+        return 0
+    stale = [
+        path for path, text in rendered().items() if not path.exists() or path.read_text("utf-8") != text
+    ]
+    for path in stale:
+        print(f"{'out of date' if options.check else 'written'}: {path.relative_to(ROOT)}")
+        if not options.check:
+            path.write_text(rendered()[path], "utf-8")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

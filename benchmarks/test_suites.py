@@ -1,0 +1,65 @@
+"""The suites under pytest-benchmark: a row for every contender, grouped by case.
+
+    pytest benchmarks --quick --benchmark-columns=median,iqr,rounds -k "clip and fp32"
+
+Contenders of a case are timed in turns, all of them before the first is reported; pytest-benchmark is then
+given a clock that shows what was measured.  A contender whose result is wrong fails and has no row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastreg.cli.usage import device
+from fastreg_benchmarks import SUITES, suite
+
+pytestmark = pytest.mark.filterwarnings("default")  # those of other libraries are theirs
+
+
+class Replay:
+    """A clock that moves by the next of some durations whenever `run` is called."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.durations: Iterator[float] = iter(())
+
+    def read(self) -> float:
+        """Seconds since the first call."""
+        return self.now
+
+    def run(self) -> None:
+        """What pytest-benchmark times."""
+        self.now += next(self.durations)
+
+
+CLOCK = Replay()
+measured = functools.cache(suite.measured)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    place = device(metafunc.config.getoption("--device") or None)
+    cases = [
+        case for name in SUITES for case in suite.cases(name, place, metafunc.config.getoption("--quick"))
+    ]
+    rows = [(case, contender) for case in cases for contender in case.contenders()]
+    names = [f"{case.name}: {contender}" for case, contender in rows]
+    metafunc.parametrize("case, contender, place", [(*row, place) for row in rows], ids=names)
+
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+def test_speed(case: suite.Case, contender: str, place: Any, benchmark: Any) -> None:
+    """Measure the case unless that has been done, and report the contender."""
+    result, timings = measured(case, place)
+    row = result["rows"].get(contender, {})
+    if reason := result.get("skipped") or row.get("skipped"):
+        benchmark.skipped = True
+        pytest.skip(reason)
+    assert "wrong" not in row, row["wrong"]
+    benchmark.group = result["case"]
+    benchmark.extra_info |= {key: row[key] for key in row.keys() - {"ms"}}
+    CLOCK.durations = iter(timings[contender].seconds)
+    benchmark.pedantic(CLOCK.run, rounds=len(timings[contender].seconds))
