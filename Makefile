@@ -2,14 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench audit clean
+.PHONY: help install demo test check bench audit results render clean
 
 help:
 	@echo 'make demo    compare training with and without fastreg'
 	@echo 'make test    run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
 	@echo 'make check   lint, formatting and types'
-	@echo 'make bench   time the optimizer step'
+	@echo 'make bench   time fastreg against torch and other libraries, in up to ten minutes'
 	@echo 'make audit   read the machine code of every kernel for all targets'
+	@echo 'make results measure and audit anew what the READMEs tell; make render only writes them'
 	@echo 'make clean   remove .venv, caches and build products'
 	@echo
 	@echo 'Each target first creates .venv and installs what it needs. PYTHON=... picks the interpreter.'
@@ -43,10 +44,18 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m fastreg_benchmarks.step
+	$(BIN)/fastreg bench
 
 audit: $(INSTALLED)
 	env -u TRITON_INTERPRET $(BIN)/python -m fastreg_benchmarks.audit
+
+results: $(INSTALLED)
+	$(BIN)/fastreg bench --device cpu --out benchmarks/results/cpu
+	env -u TRITON_INTERPRET $(BIN)/python -m fastreg_benchmarks.audit --json benchmarks/results/audit.json
+	$(MAKE) render
+
+render: $(INSTALLED)
+	$(BIN)/python -m fastreg_benchmarks.render
 
 clean:
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

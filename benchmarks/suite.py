@@ -119,16 +119,10 @@ def measured(case: Case, device: torch.device) -> tuple[Result, dict[str, measur
         except Unavailable as reason:
             return result | {"skipped": str(reason)}, timings
         for name, build in case.contenders().items():
-            row = rows[name] = {}
-            try:
-                run = build(workload)
-                _verify(case, name, workload, run, row)
-                if "wrong" not in row:
-                    runs[name] = run
-            except Unavailable as reason:
-                row["skipped"] = str(reason)
-            except torch.OutOfMemoryError as error:
-                row["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
+            rows[name] = {}
+            run = _prepared(case, name, build, workload, rows[name])
+            if run is not None:
+                runs[name] = run
             run = None
         if runs:
             timings = _time(case, workload, runs, rows, result, clock)
@@ -141,18 +135,26 @@ def measured(case: Case, device: torch.device) -> tuple[Result, dict[str, measur
     return result, timings
 
 
-def _verify(case: Case, name: str, workload: Any, run: Run, row: dict[str, Any]) -> None:
-    """Note in the row how far a run is off, and what is wrong with it."""
+def _prepared(
+    case: Case, name: str, build: Callable[[Any], Run], workload: Any, row: dict[str, Any]
+) -> Run | None:
+    """A contender's run, verified; `None` where the row says why there is none."""
     try:
+        run = build(workload)
         checks = case.verify(name, workload, run)
-    except (Unavailable, torch.OutOfMemoryError):
-        raise
+    except Unavailable as reason:
+        row["skipped"] = str(reason)
+    except torch.OutOfMemoryError as error:
+        row["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
     except Exception as error:  # a peer may fail in any way: the others are measured all the same
         row["wrong"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return
-    row["errors"] = {check.what: check.error for check in checks}
-    if wrong := next((check.wrong for check in checks if check.wrong), None):
+    else:
+        row["errors"] = {check.what: check.error for check in checks}
+        wrong = next((check.wrong for check in checks if check.wrong), None)
+        if wrong is None:
+            return run
         row["wrong"] = wrong
+    return None
 
 
 def _time(

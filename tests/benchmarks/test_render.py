@@ -1,0 +1,52 @@
+"""What the READMEs tell is what the committed JSON files hold."""
+
+import json
+
+import pytest
+
+from fastreg_benchmarks import render
+
+
+def test_the_readmes_are_up_to_date():
+    stale = [path.name for path, text in render.rendered().items() if path.read_text("utf-8") != text]
+    assert not stale, "run `make render`"
+
+
+def test_without_a_gpu_it_says_so():
+    gpus = [name for name, run in render.runs().items() if "multiprocessors" in run["machine"]]
+    assert ("No GPU has run these kernels yet" in render.performance()) == (not gpus)
+
+
+@pytest.fixture
+def with_gpu(tmp_path, monkeypatch):
+    """The committed results, and a run that says it comes from a GPU."""
+    (tmp_path / "audit.json").write_text((render.RESULTS / "audit.json").read_text("utf-8"), "utf-8")
+    source = next(iter(render.RESULTS.glob("*/bench.json")))
+    run = json.loads(source.read_text("utf-8"))
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "bench.json").write_text(json.dumps(run))
+    run["machine"] |= {"device": "NVIDIA H200", "multiprocessors": 132, "wheel_cuda": "13.0"}
+    run["results"] = run["results"][:1]
+    run["results"][0]["rows"]["fastreg"]["ms"] = {"median": 0.1234, "q20": 0.12, "q80": 0.13}
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "bench.json").write_text(json.dumps(run))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+
+
+def test_a_gpu_comes_first(with_gpu):
+    assert list(render.runs()) == ["h200", "cpu"]
+    told = render.performance()
+    assert told.startswith("NVIDIA H200, torch for CUDA 13.0") and "123 µs" in told
+    assert "No GPU" not in told
+    assert render.everything().index("NVIDIA H200") < render.everything().index("## AMD")
+
+
+def test_a_figure_that_changes_shows(with_gpu):
+    path = render.RESULTS / "cpu" / "bench.json"
+    before = render.performance()
+    path.write_text(
+        path.read_text().replace(
+            str(json.loads(path.read_text())["results"][0]["rows"]["fastreg"]["ratio"]["median"]), "7.77"
+        )
+    )
+    assert "7.77" in render.performance() and "7.77" not in before

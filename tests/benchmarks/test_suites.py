@@ -1,0 +1,232 @@
+"""The suites: what is wrong prints no number, what cannot run says why, and numbers are what they claim."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.cli import main
+from fastreg.optim.rules import Adam, DecoupledDecay
+from fastreg_benchmarks import SUITES, figure, measure, norm, peers, report, steps, suite
+from fastreg_benchmarks.host import HostCase, PerTensorCase
+from fastreg_benchmarks.training import TrainingCase
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Parameter `foreach` is deprecated:DeprecationWarning"
+)  # optimi's
+
+CPU = torch.device("cpu")
+SIZES = [(33, 65), (7,), (300,), (1,)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(measure, "COPIED", 2**16)
+    with fastreg.use_backend("reference"):
+        yield
+
+
+def case(chain="clip+AdamW+EMA", storage="fp32", sizes=SIZES):
+    return steps.StepCase("regularizers", chain, "toy", sizes, storage, rounds=3)
+
+
+def rows(some_case):
+    return suite.measured(some_case, CPU)[0]["rows"]
+
+
+RIGHT = [
+    (chain, storage)
+    for chain in ("AdamW", "SGD-momentum", "Lion", "clip+AdamW", "clip+AdamW+EMA")
+    for storage in ("fp32", "bf16")
+    if (chain, storage) != ("SGD-momentum", "bf16")  # torch's own fused step is wrong there, on a CPU
+]
+
+
+@pytest.mark.parametrize("chain, storage", RIGHT)
+def test_a_right_result_has_numbers(chain, storage):
+    result, timings = suite.measured(case(chain, storage), CPU)
+    ours = result["rows"]["fastreg"]
+    assert "wrong" not in ours and ours["ms"]["median"] > 0 and len(timings["fastreg"].seconds) == 3
+    theirs = result["rows"][result["baseline"]]
+    assert theirs["ratio"]["median"] == 1
+    assert math.isclose(ours["ratio"]["median"], theirs["ms"]["median"] / ours["ms"]["median"])
+    assert math.isclose(ours["gbps"], result["bytes"] / ours["ms"]["median"] / 1e6)
+
+
+def no_decay(monkeypatch):
+    numbers = DecoupledDecay.numbers
+    monkeypatch.setattr(
+        DecoupledDecay,
+        "numbers",
+        lambda self, group, step: numbers(self, {**group, "weight_decay": 0.0}, step),
+    )
+
+
+def stale_step(monkeypatch):
+    numbers = Adam.numbers
+    monkeypatch.setattr(Adam, "numbers", lambda self, group, step: numbers(self, group, 1))
+
+
+def show(result, capsys):
+    from rich.console import Console
+
+    report.show(Console(width=120), result)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+@pytest.mark.parametrize("fault", [no_decay, stale_step], ids=lambda f: f.__name__)
+def test_a_wrong_kernel_prints_no_number(fault, storage, monkeypatch, capsys):
+    fault(monkeypatch)
+    result, timings = suite.measured(case("AdamW", storage), CPU)
+    row = result["rows"]["fastreg"]
+    assert "weights off by" in row["wrong"] and not row.keys() & {"ms", "ratio", "gbps"}
+    assert "fastreg" not in timings and suite.refused([result])
+    (line,) = [line for line in show(result, capsys).splitlines() if line.strip().startswith("fastreg")]
+    assert line.split() == ["fastreg", "refused"]
+    assert "ms" in result["rows"]["torch fused"], "the others are measured all the same"
+
+
+def test_clipping_left_out_is_noticed(monkeypatch):
+    monkeypatch.setattr(
+        fastreg.ClipNorm, "prepare", lambda self, work: self._results.update({CPU: torch.ones(3).double()})
+    )
+    assert "weights off" in rows(case("clip+AdamW"))["fastreg"]["wrong"]
+
+
+def test_a_wrong_average_is_noticed(monkeypatch):
+    monkeypatch.setattr(fastreg.EMA, "numbers", lambda self, group, step: (0.5,))
+    assert "averages off" in rows(case("clip+AdamW+EMA"))["fastreg"]["wrong"]
+
+
+@pytest.mark.parametrize("std", [0.0, 0.009])
+def test_wrong_noise_is_noticed(std, monkeypatch):
+    chain = "clip+noise+AdamW"
+    assert "wrong" not in rows(case(chain, sizes=[(40000,)]))["fastreg"]
+    monkeypatch.setattr(fastreg.GradientNoise, "numbers", lambda self, group, step: (std,))
+    assert "noise off" in rows(case(chain, sizes=[(40000,)]))["fastreg"]["wrong"]
+
+
+def test_a_result_that_is_no_number_is_wrong():
+    assert suite.Check("weights", math.nan, 1.0).wrong and not suite.Check("weights", 1.0, 1.0).wrong
+
+
+def test_a_peer_that_fails_is_refused_alone(monkeypatch):
+    def fails(chain, params, max_norm):
+        return peers.Step(lambda: params.missing, torch.optim.SGD(params))
+
+    monkeypatch.setattr(peers, "foreach", fails)
+    found = rows(case("AdamW"))
+    assert "AttributeError" in found["torch foreach"]["wrong"] and "ms" in found["fastreg"]
+
+
+def test_what_is_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optimi", None)
+    found = rows(case("AdamW"))
+    assert "pip install 'fastreg[bench]'" in found["optimi"]["skipped"]
+    assert found["flashoptim"]["skipped"] == "flashoptim needs CUDA"
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    result, timings = suite.measured(case(), CPU)
+    assert "GiB of memory" in result["skipped"] and not result["rows"] and not timings
+    assert any("left out: needs" in note for note in report.notes([result]))
+
+
+def test_contenders_take_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = measure.interleave(runs, 4, measure.Clock(CPU), warmup=1)
+    turns = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert turns == ["cab", "abc", "bca", "cab", "abc"]
+    assert all(len(timing.seconds) == 4 for timing in timings.values())
+
+
+def test_the_norm_is_verified(monkeypatch):
+    sound = norm.NormCase("toy", SIZES, "bf16", 3)
+    assert "ms" in rows(sound)["fastreg"]
+    monkeypatch.setattr(norm._Ours, "__call__", lambda self: torch.tensor(1.0))
+    assert "norm off" in rows(sound)["fastreg"]["wrong"]
+
+
+@pytest.mark.parametrize("count", [148, 1000])
+def test_the_host_spends_no_more_than_torch(count):
+    found = rows(HostCase(count, 60))
+    assert found["fastreg"]["errors"] == {"step count": 0, "launches": 0}
+    assert found["fastreg"]["ratio"]["median"] >= 1
+
+
+def test_what_a_tensor_costs_on_the_cpu():
+    found = rows(PerTensorCase(20, 3))
+    assert found["fastreg"]["tensors"] == 20 and found["fastreg"]["ms"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_training_step_and_the_optimizers_share():
+    result, _ = suite.measured(TrainingCase("toy", 1, 64, 1, 8, 2), CPU)
+    assert len(result["rows"]) == 8
+    for row in result["rows"].values():
+        assert 0 < row["optimizer_ms"]["median"] < row["ms"]["median"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own(name, quick):
+    device = torch.device(name)
+    names = [c.name for module in SUITES for c in suite.cases(module, device, quick)]
+    assert len(names) == len(set(names)) and "AdamW, GPT-2 124M, fp32" in names or (quick and name == "cpu")
+
+
+# The command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    monkeypatch.setattr(suite, "cases", lambda name, device, quick: [case("AdamW")])
+
+
+def test_bench_writes_table_picture_and_json(one_case, tmp_path, capsys):
+    assert main(["bench", "--quick", "--suite", "rules", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "torch fused" in out and "flashoptim left out: flashoptim needs CUDA" in out
+    run = json.loads((tmp_path / "bench.json").read_text())
+    assert run["quick"] and run["machine"]["versions"]["torch"] == torch.__version__
+    assert run["results"][0]["rows"]["fastreg"]["ms"]["median"] > 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_fails_if_ours_is_wrong(one_case, tmp_path, monkeypatch, capsys):
+    no_decay(monkeypatch)
+    assert main(["bench", "--suite", "rules", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "fastreg refused: weights off by" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
+    class Interrupted(suite.Case):
+        suite = name = "interrupted"
+        verify = contenders = None
+
+        def setup(self, device):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Interrupted, "__abstractmethods__", frozenset())
+    monkeypatch.setattr(suite, "cases", lambda *_: [case("AdamW"), Interrupted()])
+    Interrupted.baseline = ""
+    assert main(["bench", "--suite", "rules", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    run = json.loads((tmp_path / "bench.json").read_text())
+    assert run["interrupted"] and len(run["results"]) == 1
+
+
+def test_nothing_to_draw_is_no_error(tmp_path):
+    figure.draw(tmp_path / "empty.png", report.document(CPU, True))
+    assert (tmp_path / "empty.png").exists()
+
+
+@pytest.mark.parametrize(
+    "value, text", [(1234.0, "1.23 s"), (56.78, "56.8 ms"), (0.05, "50.0 µs"), (0.00012, "0.12 µs")]
+)
+def test_durations_have_three_digits(value, text):
+    assert report.duration(value) == text
