@@ -52,6 +52,10 @@ WRONG = [
     (["compare", "--with", "clip+"], "unknown contender ''"),
     (["compare", "--with", "ema=much"], "'ema=much' is not a number; for example ema=0.98"),
     (["compare", "--with", "plain=3"], "'plain' takes no strength"),
+    (["bench", "--suite", "rules,speed"], "unknown suite 'speed'; choose from rules, regularizers"),
+    (["bench", "--suite", ","], "names no suite"),
+    (["bench", "--device", "gpu:x"], "--device gpu:x: "),
+    (["bench", "--out", "/dev/null/x"], "--out /dev/null/x: Not a directory"),
 ]
 
 
@@ -108,9 +112,11 @@ def test_wrong_input_gives_one_line_before_anything_is_trained(
 
 
 def test_what_is_missing_is_named(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fastreg.cli.usage.find_spec", lambda name: None)
     assert main(["compare"]) == 2
     assert "needs matplotlib, rich, transformers: pip install 'fastreg[cli]'" in capsys.readouterr().err
+    assert main(["bench"]) == 2
+    assert "needs matplotlib, rich: pip install 'fastreg[bench]'" in capsys.readouterr().err
 
 
 def test_combinations_expand_to_entries():
