@@ -156,5 +156,5 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
         return [TrainingCase("GPT-2 124M", 12, 50257, 8, 1024, 10 if quick else 30)]
     if quick:
-        return [TrainingCase("GPT-2 36M", 4, 8192, 1, 128, 3)]
+        return [TrainingCase("GPT-2 21M", 2, 8192, 1, 64, 3)]
     return [TrainingCase("GPT-2 124M", 12, 50257, 1, 256, 5)]
