@@ -34,14 +34,12 @@ fi
 if [ -z "$dry" ]; then
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
         { echo "no GPU that torch can use; benchmarks/gpu.sh --dry runs without one" >&2; exit 2; }
-    sanitizer=$(command -v compute-sanitizer)
     unset TRITON_INTERPRET
     tests=(env FASTREG_TEST_DEVICE=cuda "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels
         tests/optim/test_gpu.py tests/test_random.py tests/benchmarks/test_audit.py)
     chosen=(clip+noise+AdamW+EMA SGD-momentum)
     suites=(--quick)
 else
-    sanitizer=env # runs the program and nothing else
     tests=(env FASTREG_TEST_DEVICE=cpu TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider
         tests/kernels/test_norm.py tests/optim/test_gpu.py)
     chosen=(SGD-momentum)
@@ -60,16 +58,11 @@ step() {
     tail -n 15 "$site/log"
     [ $status -eq 0 ] || failed+=("$name ($status)")
 }
-# sanitize TOOL: the kernels under one of compute-sanitizer's tools.
+# sanitize TOOL: the kernels under one of compute-sanitizer's tools; in the dry mode without it.
 sanitize() {
-    local tool=(--tool "$1" --error-exitcode 9)
-    if [ -z "$sanitizer" ]; then
-        failed+=("$1 (no compute-sanitizer on the PATH)")
-    elif [ -n "$dry" ]; then
-        step "$1" 55 env TRITON_INTERPRET=1 "$python" -m fastreg_benchmarks.sanitize "${chosen[@]}"
-    else
-        step "$1" 55 "$sanitizer" "${tool[@]}" "$python" -m fastreg_benchmarks.sanitize "${chosen[@]}"
-    fi
+    local under=(compute-sanitizer --tool "$1" --error-exitcode 9)
+    [ -z "$dry" ] || under=(env TRITON_INTERPRET=1)
+    step "$1" 55 "${under[@]}" "$python" -m fastreg_benchmarks.sanitize "${chosen[@]}"
 }
 
 : >"$out/log.txt"

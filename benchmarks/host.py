@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -32,28 +31,44 @@ class Workload:
     launches: list[Any] = field(default_factory=list)
     stubs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def launched(self) -> int:
-        """How much has been launched since the last call."""
-        count = len(self.launches)
-        self.launches.clear()
-        return count
-
 
 @dataclass(eq=False)  # hashed by identity
-class HostCase(Case):
-    """AdamW over many tiny tensors: the time until `step()` returns."""
+class TinyCase(Case):
+    """AdamW over many tiny tensors."""
 
     count: int
     rounds: int
+    what: ClassVar[str]
     suite: str = "host"
     baseline: str = "torch fused"
-    chain: str = "AdamW"
 
     def __post_init__(self) -> None:
-        self.name = f"{self.chain}, {self.count} tiny tensors, Python and launch"
+        self.name = f"AdamW, {self.count} tiny tensors, {self.what}"
 
     def setup(self, device: torch.device) -> Workload:
-        workload = Workload(_tiny(self.count, device))
+        params = [Parameter(torch.ones(ELEMENTS, device=device)) for _ in range(self.count)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return Workload(params)
+
+    def teardown(self, workload: Workload) -> None:
+        workload.stubs.close()
+
+    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
+        """Ours, and torch's fewest launches."""
+        return {
+            OURS: lambda workload: peers.fastreg_step("AdamW", workload.params, 1.0),
+            self.baseline: lambda workload: peers.fused("AdamW", workload.params, 1.0),
+        }
+
+
+class HostCase(TinyCase):
+    """The time until `step()` returns: Python and launches."""
+
+    what = "Python and launch"
+
+    def setup(self, device: torch.device) -> Workload:
+        workload = super().setup(device)
         if device.type == "cpu":
             try:
                 from triton import knobs
@@ -68,62 +83,30 @@ class HostCase(Case):
             workload.stubs.enter_context(nothing)
         return workload
 
-    def teardown(self, workload: Workload) -> None:
-        workload.stubs.close()
-
-    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours, and torch's fewest launches."""
-        build = {OURS: peers.fastreg_step, self.baseline: peers.fused}
-        return {name: partial(self._build, make) for name, make in build.items()}
-
-    def _build(self, make: peers.Build, workload: Workload) -> peers.Step:
-        return make(self.chain, workload.params, 1.0)
-
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """One launch a step on either side, and every step counted."""
         steps = 3
-        workload.launched()
+        workload.launches.clear()
         for _ in range(steps):
             run()
         counted = max(abs(float(run.optimizer.state[p]["step"]) - steps) for p in workload.params)
         checks = [Check("step count", counted, 0)]
         if workload.params[0].device.type == "cpu":
-            checks.append(Check("launches", abs(workload.launched() - steps), 0))
+            checks.append(Check("launches", abs(len(workload.launches) - steps), 0))
         return checks
 
-    def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        workload.launched()
-        return {}
 
+class PerTensorCase(TinyCase):
+    """The CPU's own path: what a tensor costs beyond its elements."""
 
-@dataclass(eq=False)  # hashed by identity
-class PerTensorCase(Case):
-    """The CPU's own path over many tiny tensors: what a tensor costs beyond its elements."""
-
-    count: int
-    rounds: int
-    suite: str = "host"
-    baseline: str = "torch fused"
-
-    def __post_init__(self) -> None:
-        self.name = f"AdamW, {self.count} tiny tensors, CPU"
+    what = "CPU"
 
     def setup(self, device: torch.device) -> Workload:
-        workload = Workload(_tiny(self.count, device))
+        workload = super().setup(device)
         if not fastreg.backend.has_compiler():
             raise Unavailable("needs a C++ compiler")
         workload.stubs.enter_context(fastreg.use_backend("compiled"))
         return workload
-
-    def teardown(self, workload: Workload) -> None:
-        workload.stubs.close()
-
-    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours compiled, and torch's fused loop in C++."""
-        return {
-            OURS: lambda workload: peers.fastreg_step("AdamW", workload.params, 1.0),
-            self.baseline: lambda workload: peers.fused("AdamW", workload.params, 1.0),
-        }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """The first step of AdamW from ones with gradients of one: w · (1 - lr · λ) - lr, but for eps."""
@@ -132,19 +115,11 @@ class PerTensorCase(Case):
                 p.fill_(1.0)
         run()
         expected = 1 - peers.LR * peers.WEIGHT_DECAY - peers.LR
-        return [
-            Check("weights", max(float((p.detach() - expected).abs().max()) for p in workload.params), 1e-6)
-        ]
+        off = max(float((p.detach() - expected).abs().max()) for p in workload.params)
+        return [Check("weights", off, 1e-6)]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
         return {"tensors": self.count}
-
-
-def _tiny(count: int, device: torch.device) -> list[Parameter]:
-    made = [Parameter(torch.ones(ELEMENTS, device=device)) for _ in range(count)]
-    for p in made:
-        p.grad = torch.ones_like(p)
-    return made
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

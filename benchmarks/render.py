@@ -40,7 +40,7 @@ Rendered by `make render` from the JSON files in this folder; `make results` mea
 Contenders of a case take turns and times are medians; *times faster* is against the contender that has
 1.00 there; *of copy* compares with a copy in the same rounds; *extra MiB* is the peak of a step above what
 is held before it; the first step includes compilation where caches did not have it. What computes
-something else is refused."""
+something else is refused. An optimizer's *share* is of the median forward and backward pass of all rows."""
 ALL_KERNELS = """\
 *bytes* and *instr* are per element; *bound* is what limits a kernel on an H200 at perfect issue."""
 
@@ -58,11 +58,6 @@ def audited() -> dict[str, Any]:
 
 def _on_gpu(run: dict[str, Any]) -> bool:
     return "multiprocessors" in run["machine"]
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def performance() -> str:
@@ -99,7 +94,7 @@ def _machine_code() -> str:
         "registers",
         "bytes, composed of torch's parts",
     ]
-    return f"{MACHINE_CODE}\n\n{_table(headings, lines)}\n\n{COMPOSED_OF}"
+    return f"{MACHINE_CODE}\n\n{report.markdown(headings, lines)}\n\n{COMPOSED_OF}"
 
 
 def _summary(name: str, run: dict[str, Any]) -> str:
@@ -115,7 +110,7 @@ def _summary(name: str, run: dict[str, Any]) -> str:
                 f"**{ratio['median']:.2f}**", f"{ratio['q20']:.2f}\N{EN DASH}{ratio['q80']:.2f}",
             ])  # fmt: skip
     headings = ["one step", "fastreg", "baseline", "times faster", "20\N{EN DASH}80 % of rounds"]
-    parts = [f"{report.machine_line(run)} (`fastreg bench`):", _table(headings, lines)]
+    parts = [f"{report.machine_line(run)} (`fastreg bench`):", report.markdown(headings, lines)]
     parts += [
         _training(result) for result in run["results"] if result["suite"] == "training" and result["rows"]
     ]
@@ -129,7 +124,7 @@ def _training(result: dict[str, Any]) -> str:
     for label in (name.removeprefix(f"{OURS} ") for name in rows if name.startswith(OURS)):
         pair = [rows.get(f"{who} {label}", {}) for who in ("torch", OURS)]
         if all("ms" in row for row in pair):
-            shares = [row["optimizer_ms"]["median"] / row["ms"]["median"] for row in pair]
+            shares = [report.share(result, row) for row in pair]
             lines.append([
                 label, *(report.duration(row["ms"]["median"]) for row in pair),
                 *(report.duration(row["optimizer_ms"]["median"]) for row in pair),
@@ -138,7 +133,7 @@ def _training(result: dict[str, Any]) -> str:
     headings = [
         result["case"], "torch", "fastreg", "its optimizer: torch", "fastreg", "optimizer's share",
     ]  # fmt: skip
-    return _table(headings, lines)
+    return report.markdown(headings, lines)
 
 
 def tables(name: str, run: dict[str, Any]) -> str:
@@ -148,7 +143,9 @@ def tables(name: str, run: dict[str, Any]) -> str:
     about = [f"measured {run['created'][:10]}", versions, f"clocks: {clocks}" if clocks else ""]
     parts = [f"## {report.machine_line(run)}", "; ".join(filter(None, about))]
     parts.append(f"![Speed-up and bandwidth]({name}bench.png)")
-    parts += [report.markdown(result) for result in run["results"] if "skipped" not in result]
+    for result in run["results"]:
+        if "skipped" not in result:
+            parts += [f"**{report.heading(result)}**", report.markdown(*report.table(result))]
     parts.append("\n".join(f"- {note}" for note in report.notes(run["results"])))
     return "\n\n".join(filter(None, parts))
 
@@ -188,13 +185,15 @@ def main(arguments: list[str] | None = None) -> int:
         run = json.loads((options.only / "bench.json").read_text("utf-8"))
         (options.only / "README.md").write_text(f"{ABOUT}\n\n{tables('', run)}\n", "utf-8")
         return 0
-    stale = [
-        path for path, text in rendered().items() if not path.exists() or path.read_text("utf-8") != text
-    ]
-    for path in stale:
+    stale = {
+        path: text
+        for path, text in rendered().items()
+        if not path.exists() or path.read_text("utf-8") != text
+    }
+    for path, text in stale.items():
         print(f"{'out of date' if options.check else 'written'}: {path.relative_to(ROOT)}")
         if not options.check:
-            path.write_text(rendered()[path], "utf-8")
+            path.write_text(text, "utf-8")
     return 1 if options.check and stale else 0
 
 

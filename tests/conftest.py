@@ -15,8 +15,8 @@ from fastreg import multi_tensor
 from fastreg.multi_tensor import Batch
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
-"""Where kernels run in every test, on copies of the CPU tensors that the tests are written with: "cuda" on a
-GPU; "cpu" in the interpreter, which tests the copying."""
+"""Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
+interpreter, which tests the copying."""
 
 
 class Lion(torch.optim.Optimizer):
@@ -82,17 +82,22 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     run, square_sum, finish = multi_tensor._run_triton, multi_tensor._square_sum, multi_tensor._finish
 
     def run_there(batch: Batch) -> None:
+        if batch.device.type != "cpu":
+            return run(batch)
         there = moved(batch)
         run(there)
         for mine, theirs in zip(written(batch), written(there), strict=True):
             mine.copy_(theirs)
+
+    def square_sum_there(batch: Batch) -> Tensor:
+        return square_sum(batch) if batch.device.type != "cpu" else square_sum(moved(batch)).cpu()
 
     def finish_there(partial: Tensor, max_norm: Tensor) -> Tensor:
         return finish(partial.to(DEVICE), max_norm.to(DEVICE)).to(partial.device)
 
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
     monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
-    monkeypatch.setattr(multi_tensor, "_square_sum", lambda batch: square_sum(moved(batch)).cpu())
+    monkeypatch.setattr(multi_tensor, "_square_sum", square_sum_there)
     monkeypatch.setattr(multi_tensor, "_finish", finish_there)
 
 

@@ -154,7 +154,7 @@ def test_the_norm_is_verified(monkeypatch):
 
 @pytest.mark.parametrize("count", [148, 1000])
 def test_the_host_spends_no_more_than_torch(count):
-    found = rows(HostCase(count, 60))
+    found = rows(HostCase(count, 200))
     assert found["fastreg"]["errors"] == {"step count": 0, "launches": 0}
     assert found["fastreg"]["ratio"]["median"] >= 1
 
