@@ -26,7 +26,7 @@ from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import step as step_kernels
 
 from . import sass
-from .chains import shipped
+from .chains import READ_ONLY, shipped
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -124,13 +124,14 @@ def step_entry(
     constants = multi_tensor.step_constants(chain, dtypes, warp)
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
-        "work": "*i32", "skip": "*fp32", "stages": stages, "storage": storage,
+        "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
     }  # fmt: skip
     names = ("parameter", "gradient", *(buffer.name for buffer in chain.buffers))
     sizes = {name: dtype.itemsize for name, dtype in zip(names, dtypes, strict=True)}
-    state = sum(sizes[buffer.name] for stage in chain.stages for buffer in stage.buffers)
-    reads = sizes["gradient"] + state + sum(sizes[name] for name in chain.storage.sources)
-    writes = state + sum(sizes[name] for name in chain.storage.targets)
+    state = {buffer.name: sizes[buffer.name] for stage in chain.stages for buffer in stage.buffers}
+    written = sum(size for name, size in state.items() if name not in READ_ONLY)
+    reads = sizes["gradient"] + sum(state.values()) + sum(sizes[name] for name in chain.storage.sources)
+    writes = written + sum(sizes[name] for name in chain.storage.targets)
     return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget)
 
 
@@ -139,12 +140,15 @@ def entries(target: str) -> list[Entry]:
     warp, chains = TARGETS[target].warp_size, list(shipped())
     listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, warp, c.budget) for c in chains]
     pointers = {"table": "*i64", "gradients": "*i64", "work": "*i32", "partial": "*fp64"}
-    for name, dtype, budget in (("fp32", torch.float32, 4.7), ("bf16", torch.bfloat16, 5.2)):
-        constants = multi_tensor.norm_constants(chains[0].chain, dtype, warp)
-        kernel = norm_kernels.square_sum_kernel
-        listed.append(Entry(f"norm {name}", kernel, pointers, constants, dtype.itemsize, 0, budget))
-    finish = {"partial": "*fp64", "count": "i32", "max_norm": "*fp64", "out": "*fp64"}
-    constants = {"BLOCK": multi_tensor.PARTIALS}
+    for kind, largest, budgets in (("norm", False, (4.7, 5.2)), ("largest", True, (5.7, 5.8))):
+        for name, dtype, budget in zip(
+            ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
+        ):
+            constants = multi_tensor.norm_constants(chains[0].chain, dtype, largest, warp)
+            kernel = norm_kernels.norm_kernel
+            listed.append(Entry(f"{kind} {name}", kernel, pointers, constants, dtype.itemsize, 0, budget))
+    finish = {"partial": "*fp64", "count": "i32", "limits": "*fp64", "out": "*fp64"}
+    constants = {"LARGEST": False, "BLOCK": multi_tensor.PARTIALS}
     return [*listed, Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants)]
 
 

@@ -14,14 +14,14 @@ import torch
 import fastreg
 from fastreg.chain import Chain
 
-MAX_NORM, STD, DECAY = 1.0, 0.01, 0.999
+MAX_NORM, VALUE, STD, STRENGTH, DECAY = 1.0, 1.0, 0.01, 1e-3, 0.999
 
 
 class Shipped(NamedTuple):
     """A chain at a combination of dtypes, with what the audit holds it to."""
 
     name: str
-    storage: str  # "fp32", "mixed" (bf16 weights and gradients, fp32 state) or "bf16"
+    storage: str  # one of `STORAGES`
     chain: Chain
     dtypes: tuple[torch.dtype, ...]
     budget: float  # instructions per parameter on sm_90
@@ -30,7 +30,10 @@ class Shipped(NamedTuple):
     def bytes(self) -> int:
         """Per parameter: weight and state read and written, gradient read."""
         weight, gradient, *state = (dtype.itemsize for dtype in self.dtypes)
-        return 2 * weight + gradient + 2 * sum(state)
+        only_read = sum(
+            size for buffer, size in zip(self.chain.buffers, state, strict=True) if buffer.name in READ_ONLY
+        )
+        return 2 * weight + gradient + 2 * sum(state) - only_read
 
     @property
     def bytes_with_norm(self) -> int:
@@ -44,20 +47,34 @@ OPTIMIZERS = {
     "SGD-momentum": (fastreg.SGD, {"momentum": 0.9}),
     "SGD-nesterov": (fastreg.SGD, {"momentum": 0.9, "nesterov": True}),
     "Lion": (fastreg.Lion, {}),
+    "Adam-amsgrad": (fastreg.Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    "AdamW-cautious": (fastreg.AdamW, {"decay": "cautious"}),
 }
+READ_ONLY = ("l2_sp_start",)
+"""Buffers that a step does not write."""
 
-# Instructions per parameter on sm_90: (fp32, mixed, bf16).
-BUDGETS = {
-    "AdamW": (32, 35.7, 35.7),
-    "clip+AdamW": (31, 36.9, 36.9),
-    "clip+AdamW+EMA": (35.2, 42.4, 42.4),
-    "clip+noise+AdamW+EMA": (81.4, 88, 88),
-    "SGD": (9.5, 11.5, 11.5),
-    "SGD-momentum": (14, 18.5, 17),
-    "SGD-nesterov": (17.5, 21.5, 19.5),
-    "Lion": (20, 24, 23),
+STORAGES = {
+    "fp32": (torch.float32, "stochastic", None),
+    "mixed": (torch.bfloat16, "stochastic", torch.float32),
+    "bf16": (torch.bfloat16, "stochastic", None),
+    "remainder": (torch.bfloat16, "remainder", None),
 }
-STORAGES = ("fp32", "mixed", "bf16")
+"""Weights and gradients, how bf16 is rounded, and the dtype of the state if it is another."""
+
+# Instructions per parameter on sm_90, for each of the storages.
+BUDGETS = {
+    "AdamW": (30, 50.5, 49.5, 42.5),
+    "clip+AdamW": (31.5, 52, 50.5, 43),
+    "clip+AdamW+EMA": (35.5, 57, 57, 48),
+    "clip+noise+AdamW+EMA": (80, 102, 102.5, 94.5),
+    "SGD": (9.5, 26, 26, 17),
+    "SGD-momentum": (13.5, 32.5, 31.5, 25),
+    "SGD-nesterov": (16.5, 35, 33.5, 27),
+    "Lion": (20, 38, 37, 30.5),
+    "Adam-amsgrad": (33, 55, 53.5, 45),
+    "AdamW-cautious+L1": (37.5, 58, 56.5, 49.5),
+    "value+relative+L2SP+AdamW": (82, 104, 102.5, 97),
+}
 
 
 def rule(name: str) -> str:
@@ -77,7 +94,11 @@ def optimizer(name: str, params: Iterable[Any], max_norm: float = MAX_NORM, **op
     """
     pieces = {
         "clip": fastreg.ClipNorm(max_norm),
+        "value": fastreg.ClipValue(VALUE),
         "noise": fastreg.GradientNoise(STD),
+        "relative": fastreg.GradientNoise(STD, relative=True),
+        "L2SP": fastreg.L2SP(STRENGTH),
+        "L1": fastreg.L1(STRENGTH),
         "EMA": fastreg.EMA(DECAY),
     }
     make, settings = OPTIMIZERS[rule(name)]
@@ -94,9 +115,9 @@ def shipped() -> Iterator[Shipped]:
 
 def at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     """The chain of this name at a combination of dtypes."""
-    made = optimizer(name, [torch.nn.Parameter(torch.zeros(1))])
-    chain = made.chain(made.param_groups[0])
-    weight = torch.float32 if storage == "fp32" else torch.bfloat16
-    state = {"parameter": torch.float32 if storage == "mixed" else weight, "compute": torch.float32}
-    dtypes = (weight, weight, *(state.get(b.dtype, b.dtype) for b in chain.buffers))
-    return Shipped(name, storage, chain, dtypes, budget)
+    dtype, bf16, state_dtype = STORAGES[storage]
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
+    made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype)
+    chain = made.chain(made.param_groups[0], dtype)
+    held = [made.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers]
+    return Shipped(name, storage, chain, (dtype, dtype, *held), budget)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastreg import multi_tensor
 from fastreg.chain import Chain
+from fastreg.reference.norm import Measured
 
 from . import shapes
 from .steps import DTYPES, models, rounds
@@ -71,7 +72,7 @@ class _Ours:
 
     def __init__(self, gradients: list[Tensor]) -> None:
         self._gradients, self._table = gradients, multi_tensor.Table()
-        self._max_norm = torch.ones((), dtype=torch.float64, device=gradients[0].device)
+        self._limits = torch.ones(2, dtype=torch.float64, device=gradients[0].device)
 
     def __call__(self) -> Tensor:
         count = len(self._gradients)
@@ -79,7 +80,7 @@ class _Ours:
             Chain(()), self._gradients, self._gradients, [], [], [], [0] * count, [0] * count, [0] * count,
             [1], [[]], table=self._table,
         )  # fmt: skip
-        return multi_tensor.clip_factor([batch], self._max_norm)[1]
+        return Measured(*multi_tensor.measure([batch], self._limits, False)).norm
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

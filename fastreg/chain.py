@@ -21,12 +21,13 @@ class Buffer:
 
     Args:
         name: Its key in `optimizer.state[p]`.
-        dtype: `"parameter"`, or `"compute"`: float32, float64 for float64 parameters; or a dtype.
+        dtype: `"state"`, what the optimizer's `state_dtype` says; `"parameter"`; `"compute"`, float32 or, for
+            float64 parameters, float64; or a dtype.
         start: Its first content, `"zeros"` or the `"parameter"`.
     """
 
     name: str
-    dtype: torch.dtype | Literal["parameter", "compute"] = "parameter"
+    dtype: torch.dtype | Literal["state", "parameter", "compute"] = "state"
     start: Literal["zeros", "parameter"] = "zeros"
 
 
@@ -37,7 +38,7 @@ class Stage:
     Args:
         kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
         reference: The same function in PyTorch.
-        buffers: The state it reads and writes.
+        buffers: The state it reads, and writes as far as `new` goes.
         scalars: Names of the float64 device scalars it reads.
         words: Names of the integers it takes, such as a random key.
         numbers: How many numbers it takes, which may change with every step.

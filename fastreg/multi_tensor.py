@@ -51,10 +51,10 @@ class Batch:
         firsts: Global index of the first element of each.
         streams: Random stream of each.
         rows: Which row of `steps` and `numbers` is whose.
-        steps: Step count of each row.
-        numbers: The numbers of the chain, for each row.
+        steps: Step count of each row; a tensor where the device counts.
+        numbers: The numbers of the chain, for each row; where the device counts, a tensor.
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
-        skip: float32 `[1]` on the device; not 0: the step does nothing.
+        skip: float64 `[1]` on the device; not 0: the step does nothing.
         table: What the former batch of the same parameters left on the device.
     """
 
@@ -67,8 +67,8 @@ class Batch:
     firsts: list[int]
     streams: list[int]
     rows: list[int]
-    steps: list[int]
-    numbers: list[list[float]]
+    steps: list[int] | Tensor
+    numbers: list[list[float]] | Tensor
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     skip: Tensor | None = None
     table: Table = field(default_factory=lambda: Table())
@@ -100,22 +100,23 @@ def run(batch: Batch) -> None:
         place.copy_(used)
 
 
-def clip_factor(batches: Sequence[Batch], max_norm: Tensor) -> Tensor:
-    """Σ g², ‖g‖ and min(max_norm / (‖g‖ + 1e-6), 1) over batches of one device: `[3]`, float64, there.
+def measure(batches: Sequence[Batch], limits: Tensor, largest: bool) -> Tensor:
+    """`reference.norm.Measured` over batches of one device: `[5]`, float64, there.
 
     Args:
         batches: The gradients.
-        max_norm: float64, 0-d, on the device.
+        limits: (max_norm, 1 / scale), float64, on the device.
+        largest: Measure max |g| instead of √Σ g².
     """
     if all(batch.backend == "triton" for batch in batches):
-        return _finish(torch.cat([_square_sum(batch) for batch in batches]), max_norm)
-    sums = [reference_norm.square_sum(list(map(flat, batch.gradients))) for batch in batches]
-    return reference_norm.clip_factor(torch.cat(sums), max_norm)
+        return _finish(torch.cat([_partial_norms(batch, largest) for batch in batches]), limits, largest)
+    found = [reference_norm.partial_norms(list(map(flat, batch.gradients)), largest) for batch in batches]
+    return reference_norm.clip_factor(torch.cat(found), limits, largest)
 
 
-def combine(squares: Sequence[Tensor], max_norm: Tensor) -> Tensor:
-    """`clip_factor` from the Σ g² of several groups, each 0-d and on the device of `max_norm`."""
-    return reference_norm.clip_factor(torch.stack(tuple(squares)), max_norm)
+def combine(totals: Sequence[Tensor], limits: Tensor, largest: bool) -> Tensor:
+    """`measure` from the totals of several groups, each 0-d and on the device of `limits`."""
+    return reference_norm.clip_factor(torch.stack(tuple(totals)), limits, largest)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -128,7 +129,8 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _run_reference(batch: Batch) -> None:
     chain, dtype, threads = batch.chain, compute_dtype(batch.parameters[0].dtype), torch.get_num_threads()
-    rows = torch.tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
+    rows = torch.as_tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
+    steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
     words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
     count = len(batch.parameters)
     columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
@@ -150,7 +152,7 @@ def _run_reference(batch: Batch) -> None:
     if fused is not None:
         integers = torch.tensor(
             [
-                [batch.firsts[i] + start, batch.streams[i], batch.steps[batch.rows[i]], *batch.words]
+                [batch.firsts[i] + start, batch.streams[i], steps[batch.rows[i]], *batch.words]
                 for i, start, _ in runs
             ],
             device=batch.device,
@@ -163,7 +165,7 @@ def _run_reference(batch: Batch) -> None:
         if fused is not None and stop - start > 1 and not (chain.random and first % 8):
             fused(tensors, scalars[i], integers[run], rows[row])
         elif stop > start:
-            at = At(first - first % 8, first % 8, batch.streams[i], batch.steps[row])
+            at = At(first - first % 8, first % 8, batch.streams[i], steps[row])
             parameter, gradient, *buffers = tensors
             numbers = rows[row].unbind()
             reference_step(chain, parameter, gradient, buffers, scalars[i].unbind(), words, numbers, at)
@@ -189,6 +191,7 @@ class Table:
         self.rows: Tensor
         self.counts: list[int] = []
         self.work: Tensor
+        self.captured: list[Tensor] = []
 
     def refresh(self, batch: Batch) -> None:
         """Upload addresses and integers if any differs from last time, the work list if a size does."""
@@ -205,13 +208,22 @@ class Table:
         if columns == self.key:
             return
         self.key = columns
-        self.rows = _upload(_host(columns, torch.int64).T.contiguous(), batch.device)
+        self.rows = self.upload(_host(columns, torch.int64).T.contiguous(), batch.device)
         if columns[1] != self.counts:
             self.counts = columns[1]
             blocks = _host([-(-count // BLOCK) for count in self.counts], torch.int64)
             tensor = torch.arange(len(blocks), device="cpu").repeat_interleave(blocks)
             block = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
-            self.work = _upload(torch.stack((tensor, block), 1).int(), batch.device)
+            self.work = self.upload(torch.stack((tensor, block), 1).int(), batch.device)
+
+    def upload(self, host: Tensor, device: torch.device) -> Tensor:
+        """Copy without waiting: the allocator of pinned memory keeps it while it is in use."""
+        if device.type == "cpu":
+            return host
+        pinned = host.pin_memory()
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.captured.append(pinned)  # a replay reads it again
+        return pinned.to(device, non_blocking=True)
 
 
 class Uploaded(NamedTuple):
@@ -228,28 +240,27 @@ def _begin(batch: Batch) -> Uploaded:
         batch.table.refresh(batch)
         # Each part starts at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
         gradients = list(map(Tensor.data_ptr, batch.gradients))
-        integers = [*gradients, *[0] * (len(gradients) % 2), *batch.steps, *[0] * (len(batch.steps) % 2)]
+        integers = gradients + [0] * (len(gradients) % 2)
+        if isinstance(batch.numbers, Tensor):
+            addresses = batch.table.upload(_host(integers, torch.int64), batch.device)
+            batch.uploaded = Uploaded(addresses, torch.as_tensor(batch.steps), batch.numbers)
+            return batch.uploaded
+        first = len(integers)
+        integers += [*batch.steps, *[0] * (len(batch.steps) % 2)]
         rows = _host(batch.numbers, compute_dtype(batch.parameters[0].dtype))
         host = torch.cat((_host(integers, torch.int64).view(torch.uint8), rows.flatten().view(torch.uint8)))
-        data = _upload(host, batch.device)
+        data = batch.table.upload(host, batch.device)
         words, numbers = (
             data[: 8 * len(integers)].view(torch.int64),
             data[8 * len(integers) :].view(rows.dtype),
         )
-        batch.uploaded = Uploaded(words, words[len(gradients) + len(gradients) % 2 :], numbers)
+        batch.uploaded = Uploaded(words, words[first:], numbers)
     return batch.uploaded
 
 
 def _host(values: list[Any], dtype: torch.dtype) -> Tensor:
     """In host memory, whatever the default device."""
     return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting; pinned memory comes from the caching allocator, which keeps it while in use."""
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _scalar_addresses(scalar: Tensor, count: int) -> list[int]:
@@ -272,25 +283,25 @@ def _run_triton(batch: Batch) -> None:
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
 
-def _square_sum(batch: Batch) -> Tensor:
+def _partial_norms(batch: Batch, largest: bool) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
     changing, table = _begin(batch), batch.table
     partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
     if len(partial):
         with _current(batch.device):
-            kernels.square_sum_kernel[(len(partial),)](
+            kernels.norm_kernel[(len(partial),)](
                 table.rows, changing.gradients, table.work, partial,
-                **norm_constants(batch.chain, batch.gradients[0].dtype, _warp()), num_warps=WARPS,
+                **norm_constants(batch.chain, batch.gradients[0].dtype, largest, _warp()), num_warps=WARPS,
             )  # fmt: skip
     return partial
 
 
-def _finish(partial: Tensor, max_norm: Tensor) -> Tensor:
+def _finish(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
-    out = torch.empty(3, dtype=torch.float64, device=partial.device)
+    out = torch.empty(5, dtype=torch.float64, device=partial.device)
     with _current(partial.device):
         kernels.clip_factor_kernel[(1,)](
-            partial, len(partial), max_norm, out, BLOCK=PARTIALS, num_warps=WARPS
+            partial, len(partial), limits, out, LARGEST=largest, BLOCK=PARTIALS, num_warps=WARPS
         )
     return out
 
@@ -309,11 +320,12 @@ def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
     }
 
 
-def norm_constants(chain: Chain, dtype: torch.dtype, warp: int) -> dict[str, Any]:
-    """The compile-time arguments of `square_sum_kernel`."""
+def norm_constants(chain: Chain, dtype: torch.dtype, largest: bool, warp: int) -> dict[str, Any]:
+    """The compile-time arguments of `norm_kernel`."""
     return {
         "G": _triton(dtype),
         "COMPUTE": _triton(compute_dtype(dtype)),
+        "LARGEST": largest,
         "COLUMNS": _columns(chain),
         "BLOCK": BLOCK,
         "CHUNK": PER_THREAD * WARPS * warp,
@@ -399,4 +411,4 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 @functools.cache
 def _never(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.float32, device=device)
+    return torch.zeros(1, dtype=torch.float64, device=device)

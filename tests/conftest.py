@@ -79,7 +79,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE is None:
         return
-    run, square_sum, finish = multi_tensor._run_triton, multi_tensor._square_sum, multi_tensor._finish
+    run, partial_norms = multi_tensor._run_triton, multi_tensor._partial_norms
+    finish = multi_tensor._finish
 
     def run_there(batch: Batch) -> None:
         if batch.device.type != "cpu":
@@ -89,15 +90,17 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         for mine, theirs in zip(written(batch), written(there), strict=True):
             mine.copy_(theirs)
 
-    def square_sum_there(batch: Batch) -> Tensor:
-        return square_sum(batch) if batch.device.type != "cpu" else square_sum(moved(batch)).cpu()
+    def partial_norms_there(batch: Batch, largest: bool) -> Tensor:
+        if batch.device.type != "cpu":
+            return partial_norms(batch, largest)
+        return partial_norms(moved(batch), largest).cpu()
 
-    def finish_there(partial: Tensor, max_norm: Tensor) -> Tensor:
-        return finish(partial.to(DEVICE), max_norm.to(DEVICE)).to(partial.device)
+    def finish_there(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
+        return finish(partial.to(DEVICE), limits.to(DEVICE), largest).to(partial.device)
 
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
     monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
-    monkeypatch.setattr(multi_tensor, "_square_sum", square_sum_there)
+    monkeypatch.setattr(multi_tensor, "_partial_norms", partial_norms_there)
     monkeypatch.setattr(multi_tensor, "_finish", finish_there)
 
 

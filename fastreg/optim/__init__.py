@@ -1,9 +1,12 @@
 """Optimizers that run all their regularizers in one pass over memory."""
 
-from .adamw import AdamW
+from .adam import Adam, AdamW
 from .lion import Lion
 from .piece import Phase, Piece
-from .regularizers import EMA, ClipNorm, GradientNoise
+from .regularizers import EMA, L1, L2SP, ClipNorm, ClipValue, GradientNoise
 from .sgd import SGD
 
-__all__ = ["EMA", "SGD", "AdamW", "ClipNorm", "GradientNoise", "Lion", "Phase", "Piece"]
+__all__ = [
+    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Phase",
+    "Piece",
+]  # fmt: skip

@@ -26,15 +26,19 @@ from .. import backend, multi_tensor, random
 from ..chain import PLAIN, Buffer, Chain
 from ..multi_tensor import Batch, Table
 from ..reference.step import compute_dtype
-from . import placement
-from .piece import Piece
+from . import amp, decay, placement
+from .counts import Counts, Verdict
+from .measurement import Measurement
+from .piece import Piece, Work
 from .regularizers import EMA, ClipNorm
-from .rules import Descend
+from .rounding import Rounding
+from .rules import Descend, Maximize
 
 _kind = attrgetter("dtype", "layout")
 
-_NOT_YET = ("amsgrad", "maximize", "capturable", "differentiable")
-"""Options of torch's optimizers that would change the result and are not supported."""
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+"""Keys of a group that say how a step is computed, not what: a checkpoint does not change them."""
+NONFINITE = ("propagate", "skip", "raise")
 
 
 @dataclass
@@ -43,7 +47,10 @@ class Bucket:
 
     chain: Chain
     shards: placement.Shards | None
+    capturable: bool
+    dtypes: tuple[torch.dtype, ...]
     positions: list[int] = field(default_factory=list)  # among the parameters of this step
+    groups: dict[int, None] = field(default_factory=dict)  # whose parameters these are, in order
     firsts: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     layouts: list[tuple[int, ...]] = field(default_factory=list)
@@ -65,7 +72,25 @@ class Engine(torch.optim.Optimizer):
     constructor of that one, which checks the arguments and makes the parameter groups.
     """
 
-    def _compose(self, pieces: Iterable[Piece], regularizers: Iterable[Piece], seed: int | None) -> None:
+    def _compose(
+        self, rule: Piece, decay_kind: str | None, regularizers: Iterable[Piece], seed: int | None,
+        bf16: str, state_dtype: torch.dtype | None, nonfinite: str,
+    ) -> None:  # fmt: skip
+        """Put the pieces together.
+
+        Args:
+            rule: The update rule.
+            decay_kind: See `decay`; `None`: what the group's `decoupled_weight_decay` says.
+            regularizers: What the user adds.
+            seed: Base of the random numbers.
+            bf16: How 16-bit weights are rounded, see `Rounding`.
+            state_dtype: Of the state buffers; `None`: that of the parameter, float32 beside a remainder.
+            nonfinite: What to do about gradients that are not finite.
+
+        Raises:
+            TypeError: If a regularizer is not a piece, or state_dtype not a dtype.
+            ValueError: For values out of range, and regularizers that exclude each other.
+        """
         regularizers = tuple(regularizers)
         for piece in regularizers:
             if not isinstance(piece, Piece):
@@ -76,49 +101,100 @@ class Engine(torch.optim.Optimizer):
                 raise ValueError(
                     f"{name!r} is given more than once; several EMAs need names: EMA(decay, name=...)"
                 )
-        self._pieces = tuple(sorted((*pieces, *regularizers, Descend()), key=attrgetter("phase")))
+        if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
+            raise TypeError(f"state_dtype must be a torch.dtype such as torch.bfloat16, got {state_dtype!r}")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
+        clip = next((piece for piece in regularizers if isinstance(piece, ClipNorm)), None)
+        needed = [piece for piece in regularizers if piece.needs_norm]
+        if clip is not None and clip.error_if_nonfinite:
+            nonfinite = "raise"
+        if clip is not None and clip.norm_type != 2 and needed:
+            raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
+        self._decay_kind = decay_kind
+        self._state_dtype, self._nonfinite = state_dtype, nonfinite
+        self._measurement = Measurement(clip, bool(needed), nonfinite)
+        own = (Maximize(), self._measurement, decay.Penalty(decay_kind), rule, decay.Shrinkage(decay_kind))
+        self._pieces = tuple(
+            sorted((*own, Rounding(bf16), *regularizers, Descend()), key=attrgetter("phase"))
+        )
         self._seed = random.instance_seed() if seed is None else seed
         random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
         self._forget()
-        self._swapped = False
+        amp.silence()
 
     def _forget(self) -> None:
         self._key: Any = None
         self._buckets: list[Bucket] = []
-        self._steps: list[Tensor] = []
-        self._counts = torch.zeros(0, device="cpu")
+        self._counts = Counts([], [])
+        self._verdict: Verdict | None = None
+        self._swapped = False
 
     # The step -------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
         """Take one optimization step; parameters without a gradient are left alone.
 
         Args:
             closure: Reevaluates the model and returns the loss.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
 
         Returns:
             What the closure returns, `None` without one.
 
         Raises:
-            RuntimeError: Inside `averaged()`, and for sparse gradients.
+            RuntimeError: Inside `averaged()`, for sparse gradients, and with `nonfinite="raise"` if those of
+                the last step were not finite.
         """
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._refuse_inside("step()", "train the averaged weights")
+        self._settle(report=True)
+        scaling = self._measurement.scaling = amp.scaling(self, grad_scaler)
         work = self._work()
-        if not work:
+        if not work.batches:
             return loss
         for piece in self._pieces:
             piece.prepare(work)
-        for batch, _ in work:
-            batch.skip = self._skip(batch.device)
+        flags = {}
+        for batch, _ in work.batches:
+            if batch.device not in flags and (flag := self._skip(batch.device)) is not None:
+                flags[batch.device] = flag
+            batch.skip = flags.get(batch.device)
+        for batch, _ in work.batches:
             multi_tensor.run(batch)
-        self._counts.add_(1)
+        self._counts.add(flags)
+        if flags and not self._capturing():
+            report = self._nonfinite == "raise" and not scaling.active
+            self._verdict = Verdict(next(iter(flags.values())), self._counts, report)
         return loss
+
+    def _settle(self, report: bool = False) -> None:
+        """Correct the count of a step that was skipped on a device: whoever reads counts calls this."""
+        verdict = self._verdict
+        if verdict is not None and verdict.skipped() and report:
+            self._verdict = None
+            if verdict.report:
+                raise RuntimeError(
+                    "the gradients of the last step were not finite; it was skipped, weights and state are "
+                    "as they were before (nonfinite='skip' goes on, 'propagate' updates nevertheless)"
+                )
+
+    def _capturing(self) -> bool:
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def _check_capture(self) -> None:
+        if self._capturing() and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
+            )
 
     def _refuse_inside(self, what: str, consequence: str) -> None:
         if self._swapped:
@@ -128,7 +204,7 @@ class Engine(torch.optim.Optimizer):
         flags = [flag for piece in self._pieces if (flag := piece.skip(device)) is not None]
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0] if flags else None
 
-    def _work(self) -> list[tuple[Batch, placement.Shards | None]]:
+    def _work(self) -> Work:
         """What there is to do in this step."""
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -143,49 +219,69 @@ class Engine(torch.optim.Optimizer):
                 list(compress(every, active)) for every in (parameters, groups, streams, gradients)
             )
         if not parameters:
-            return []
-        chains = [self.chain(group) for group in self.param_groups]
-        states = [self.state[p] for p in parameters]
+            return Work([], 0)
+        states = [self.state.get(p, {}) for p in parameters]
         tensors = parameters
-        if not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, parameters)):
+        if not _PLAIN_TYPES.issuperset(map(type, parameters)) or any(map(Tensor.is_complex, parameters)):
             gradients = list(map(placement.local_gradient, parameters, gradients))
             tensors = list(map(placement.local, parameters))
         key = (
             list(map(id, parameters)), list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)),
-            list(map(_kind, gradients)), streams, groups, chains, backend.forced(),
+            list(map(_kind, gradients)), streams, groups, backend.forced(),
         )  # fmt: skip
-        buffers = self._same_buffers(states) if key == self._key else None
+        buffers = self._same_buffers(states) if key == self._key and self._same_chains() else None
         if buffers is None:
             self._key = None
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 placement.check(tensor, gradient)
-            self._initialise(parameters, states, [chains[group] for group in groups])
-            self._sort(parameters, tensors, gradients, states, streams, [chains[group] for group in groups])
-            self._key = key
+            placement.check_apart(tensors)
+            kinds = [(group, tensor.dtype) for group, tensor in zip(groups, tensors, strict=True)]
+            known = {kind: self.chain(self.param_groups[kind[0]], kind[1]) for kind in dict.fromkeys(kinds)}
+            chains = [known[kind] for kind in kinds]
+            states = [self.state[p] for p in parameters]
+            self._initialise(parameters, states, streams, groups, chains)
+            self._sort(parameters, tensors, gradients, states, streams, groups, chains)
+            self._key, self._elements = key, sum(p.numel() for p in parameters)
             buffers = [bucket.gather(states) for bucket in self._buckets]
-        counts = [int(count) + 1 for count in self._counts.tolist()]
-        return [
+        counts = [count + 1 for count in self._counts.on_host()]
+        batches = [
             (self._batch(bucket, tensors, gradients, own, groups, counts), bucket.shards)
             for bucket, own in zip(self._buckets, buffers, strict=True)
         ]
+        return Work(batches, self._elements)
 
-    def chain(self, group: dict[str, Any]) -> Chain:
-        """What is done to the parameters of a group.
+    def chain(self, group: dict[str, Any], dtype: torch.dtype) -> Chain:
+        """What is done to the parameters of this dtype in a group.
 
         Raises:
             ValueError: If the group asks for what is not supported, or two pieces for how weights are stored.
         """
-        self._refuse(group)
-        storages = [storage for piece in self._pieces if (storage := piece.storage(group)) is not None]
+        if group.get("differentiable"):
+            self._refuse_differentiable(group)
+        storages = [found for piece in self._pieces if (found := piece.storage(group, dtype)) is not None]
         if len(storages) > 1:
             raise ValueError(f"only one piece may say how weights are stored, got {storages}")
         stages = tuple(stage for piece in self._pieces if (stage := piece.stage(group)) is not None)
         return Chain(stages, storages[0] if storages else PLAIN)
 
+    def _chains(self, group: dict[str, Any]) -> list[Chain]:
+        """What is done to the parameters of a group, whatever their dtypes are."""
+        dtypes = dict.fromkeys(placement.local(p).dtype for p in group["params"])
+        return [self.chain(group, dtype) for dtype in dtypes]
+
+    def _same_chains(self) -> bool:
+        """Whether groups still ask for what the buckets were made for."""
+        return all(
+            self.chain(self.param_groups[index], bucket.dtypes[0]) == bucket.chain
+            and bool(self.param_groups[index].get("capturable")) == bucket.capturable
+            for bucket in self._buckets
+            for index in bucket.groups
+        )
+
     def _same_buffers(self, states: list[dict[str, Any]]) -> list[list[list[Tensor]]] | None:
         """What each bucket gathers, if every state tensor is what it was when the buckets were made."""
         steps = [state.get("step") for state in states]
-        if len(steps) != len(self._steps) or not all(map(is_, steps, self._steps)):
+        if len(steps) != len(self._counts.views) or not all(map(is_, steps, self._counts.views)):
             return None
         try:
             buffers = [bucket.gather(states) for bucket in self._buckets]
@@ -196,34 +292,82 @@ class Engine(torch.optim.Optimizer):
         return None
 
     def _initialise(
-        self, parameters: list[Tensor], states: list[dict[str, Any]], chains: list[Chain]
-    ) -> None:
-        """Make missing state, bring loaded state into shape, let the step counts share one tensor."""
+        self, parameters: list[Tensor], states: list[dict[str, Any]], streams: list[int], groups: list[int],
+        chains: list[Chain],
+    ) -> None:  # fmt: skip
+        """Make missing state, bring loaded state into shape, let the step counts share a tensor."""
         # torch's SGD saves no step: where there is a buffer, the first step is behind it.
         counts = [
             float(state.get("step", any(value is not None for value in state.values()))) for state in states
         ]
         made = [
-            {buffer.name: _start(buffer, parameter, state.get(buffer.name)) for buffer in chain.buffers}
-            for parameter, state, chain in zip(parameters, states, chains, strict=True)
+            {
+                buffer.name: self._buffer(chain, buffer, parameter, stream, state.get(buffer.name))
+                for buffer in chain.buffers
+            }
+            for parameter, state, stream, chain in zip(parameters, states, streams, chains, strict=True)
         ]
-        self._counts = torch.tensor(counts, dtype=torch.float32, device="cpu")
-        self._steps = list(self._counts.unbind())
-        for state, buffers, step in zip(states, made, self._steps, strict=True):
+        places = [
+            placement.local(parameter).device if self.param_groups[group].get("capturable") else None
+            for parameter, group in zip(parameters, groups, strict=True)
+        ]
+        self._counts = Counts(counts, places)
+        for state, buffers, step in zip(states, made, self._counts.views, strict=True):
             state.update(buffers, step=step)
+
+    def _buffer(
+        self, chain: Chain, buffer: Buffer, parameter: Tensor, index: int, value: Tensor | None
+    ) -> Tensor:
+        """A buffer as the parameter needs it: made, or checked where there is one."""
+        if value is None:
+            dtype = self.buffer_dtype(chain, buffer, parameter)
+            made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            given = next(
+                (t for p in self._pieces if (t := p.start(buffer.name, index, parameter)) is not None), None
+            )
+            if given is not None:
+                return made.copy_(given)
+            return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
+        if value.shape != parameter.shape or value.device != parameter.device:
+            raise RuntimeError(
+                f"state {buffer.name!r} has shape {tuple(value.shape)} on {value.device}, "
+                f"its parameter {tuple(parameter.shape)} on {parameter.device}; move it back before step()"
+            )
+        inner = placement.local(parameter)
+        if placement.is_dtensor(value) or value.is_complex():
+            return value
+        return placement.laid_out(value, placement.layout(inner))
+
+    def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
+        """What a buffer of a parameter holds."""
+        inner = placement.local(parameter).dtype
+        dtype = buffer.dtype
+        if dtype == "state":
+            # An exact weight is worth little beside moments that lose their small changes.
+            exact = chain.storage.buffers and inner == torch.bfloat16
+            dtype = self._state_dtype or (torch.float32 if exact else inner)
+        elif dtype == "parameter":
+            dtype = inner
+        elif dtype == "compute":
+            dtype = compute_dtype(inner)
+        if parameter.is_complex() and dtype.is_floating_point:
+            return dtype.to_complex()
+        return dtype
 
     def _sort(
         self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor],
-        states: list[dict[str, Any]], streams: list[int], chains: list[Chain],
+        states: list[dict[str, Any]], streams: list[int], groups: list[int], chains: list[Chain],
     ) -> None:  # fmt: skip
         """Sort the parameters of this step into buckets."""
         buckets: dict[Any, Bucket] = {}
         for i, (parameter, tensor, gradient) in enumerate(zip(parameters, tensors, gradients, strict=True)):
-            names = [buffer.name for buffer in chains[i].buffers]
-            dtypes = tuple(t.dtype for t in (tensor, gradient, *(states[i][name] for name in names)))
-            shards = placement.shards(parameter)
-            bucket = buckets.setdefault((tensor.device, dtypes, chains[i], shards), Bucket(chains[i], shards))
+            held = (placement.local(states[i][buffer.name]) for buffer in chains[i].buffers)
+            dtypes = tuple(t.dtype for t in (tensor, gradient, *held))
+            capturable = bool(self.param_groups[groups[i]].get("capturable"))
+            kind = tensor.device, dtypes, chains[i], placement.shards(parameter), capturable
+            bucket = buckets.setdefault(kind, Bucket(kind[2], kind[3], capturable, dtypes))
             bucket.positions.append(i)
+            bucket.groups[groups[i]] = None
             bucket.firsts.append(placement.first_element(parameter))
             bucket.streams.append(streams[i])
             bucket.layouts.append(placement.layout(tensor))
@@ -243,11 +387,23 @@ class Engine(torch.optim.Optimizer):
             tensors = list(map(placement.laid_out, tensors, bucket.layouts))
         if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
             gradients = list(map(placement.laid_out, gradients, bucket.layouts))
-        pairs = [(groups[i], counts[i]) for i in bucket.positions]
-        rows = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
         seed, pieces, device = self.seed, self._pieces, tensors[0].device
-        shared = self.param_groups[pairs[0][0]]  # every group of a bucket has the same chain
+        shared = self.param_groups[groups[bucket.positions[0]]]  # every group of a bucket has the same chain
         staged = [piece for piece in pieces if piece.stage(shared) is not None]
+        rows: list[int]
+        steps: Any
+        numbers: Any
+        if bucket.capturable:
+            rows = list(range(len(bucket.positions)))
+            steps, numbers = self._device_numbers(bucket, groups, staged)
+        else:
+            pairs = [(groups[i], counts[i]) for i in bucket.positions]
+            places_of = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
+            rows, steps = [places_of[pair] for pair in pairs], [step for _, step in places_of]
+            numbers = [
+                [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
+                for group, step in places_of
+            ]
         return Batch(
             chain=bucket.chain,
             parameters=tensors,
@@ -256,19 +412,39 @@ class Engine(torch.optim.Optimizer):
             scalars=[scalar for piece in staged for scalar in piece.scalars(device)],
             words=[
                 *(word for piece in staged for word in piece.words(seed)),
-                *(word for piece in pieces if piece.storage(shared) for word in piece.storage_words(seed)),
+                *(
+                    word
+                    for piece in pieces
+                    if bucket.chain.storage.words and piece.storage(shared, bucket.dtypes[0])
+                    for word in piece.storage_words(seed)
+                ),
             ],
             firsts=bucket.firsts,
             streams=bucket.streams,
-            rows=[rows[pair] for pair in pairs],
-            steps=[step for _, step in rows],
-            numbers=[
-                [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
-                for group, step in rows
-            ],
+            rows=rows,
+            steps=steps,
+            numbers=numbers,
             copies=[(place, used) for place, used in zip(places, tensors, strict=True) if place is not used],
             table=bucket.table,
         )
+
+    def _device_numbers(
+        self, bucket: Bucket, groups: list[int], staged: list[Piece]
+    ) -> tuple[Tensor, Tensor]:
+        """Step counts and numbers of each parameter of a bucket, worked out on the device in double."""
+        steps = torch.stack([self._counts.views[i] for i in bucket.positions]).double() + 1
+        numbers = steps.new_empty(len(bucket.positions), sum(stage.numbers for stage in bucket.chain.stages))
+        for group in bucket.groups:
+            own = [row for row, i in enumerate(bucket.positions) if groups[i] == group]
+            # Parameters of a group follow each other.
+            rows = slice(own[0], own[-1] + 1)
+            found = (n for piece in staged for n in piece.numbers(self.param_groups[group], steps[rows]))
+            for column, number in enumerate(found):
+                if isinstance(number, Tensor):
+                    numbers[rows, column] = number
+                else:
+                    numbers[rows, column].fill_(number)
+        return steps.long(), numbers.to(compute_dtype(bucket.dtypes[0]))
 
     # What surrounds the step ----------------------------------------------------------------------------
 
@@ -278,7 +454,18 @@ class Engine(torch.optim.Optimizer):
 
         `None` without `ClipNorm` among the regularizers, and before the first step.
         """
-        return next((piece.norm for piece in self._pieces if isinstance(piece, ClipNorm)), None)
+        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
+        return self._measurement.norm if clips else None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks: whether the step divides by the scale itself."""
+        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
+        return amp.supports_scaling(self.param_groups, clips)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it; here it follows from the groups and pieces."""
 
     @property
     def seed(self) -> int:
@@ -328,24 +515,33 @@ class Engine(torch.optim.Optimizer):
             ValueError: For options that are not supported, and as in torch.
         """
         group = {**self.defaults, **param_group}
-        names = ["step", *(buffer.name for buffer in self.chain(group).buffers)]
+        chain = self.chain(group, torch.float32)
+        names = ["step", *(buffer.name for buffer in chain.buffers)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} is taken in the optimizer's state; give the piece another name=")
         super().add_param_group(param_group)
+        decay.complete(self.param_groups[-1], self._decay_kind)
         self._share_seed()
 
-    def _refuse(self, group: dict[str, Any]) -> None:
-        for option in _NOT_YET:
-            if group.get(option):
-                name = type(self).__name__
-                fix = f"; use torch.optim.{name}" if hasattr(torch.optim, name) else ""
-                raise ValueError(f"{option}={group[option]!r} is not supported by fastreg.{name}{fix}")
+    def _refuse_differentiable(self, group: dict[str, Any]) -> None:
+        if group.get("fused"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+        name = type(self).__name__
+        fix = f"; use torch.optim.{name}" if hasattr(torch.optim, name) else ""
+        raise ValueError(f"differentiable=True is not supported by fastreg.{name}{fix}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; a step that was skipped on a device does not count."""
+        self._settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the given tensors are copied, and averages keep their precision.
+        """As in torch, but tensors are copied, and nothing is rounded that was not.
 
-        torch would cast every buffer to the dtype of its parameter.
+        torch would share the given tensors, cast every buffer to the dtype of its parameter, and take over
+        with the groups how the saved optimizer was implemented (`foreach`, `fused`, `capturable`).  Options
+        that the given groups do not know keep their values.
 
         Raises:
             RuntimeError: Inside `averaged()`.
@@ -353,16 +549,22 @@ class Engine(torch.optim.Optimizer):
         """
         self._refuse_inside("load_state_dict()", "lose what is loaded at its end")
         loaded: dict[str, Any] = {}
+        former = [dict(group) for group in self.param_groups]
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            for group in state_dict["param_groups"]:
-                self._refuse(group)
+            for group, kept in zip(state_dict["param_groups"], former, strict=False):
+                self.chain({**kept, **group, **_own(kept)}, torch.float32)
             loaded.update(state_dict)
+
+        def keep(optimizer: torch.optim.Optimizer) -> None:
+            for group, kept in zip(self.param_groups, former, strict=True):
+                group.update({**kept, **group, **_own(kept)})
+            self._keep_precise(loaded)
 
         # As the last hook before and the first after, between which nobody else's hooks run.
         hooks = (
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._keep_precise(loaded), prepend=True),
+            self.register_load_state_dict_post_hook(keep, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
@@ -371,51 +573,47 @@ class Engine(torch.optim.Optimizer):
                 hook.remove()
 
     def _keep_precise(self, state_dict: dict[str, Any]) -> None:
-        """Copy what torch took over as it is, and take again what it rounded."""
+        """Take again what torch rounded or shares, in the dtype that it has here."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (parameter, group) in zip(saved_ids, parameters, strict=True):
             saved, state = state_dict["state"].get(i, {}), self.state.get(parameter, {})
-            precise = {buffer.name for buffer in self.chain(group).buffers if buffer.dtype != "parameter"}
+            chain = self.chain(group, placement.local(parameter).dtype)
+            own = {buffer.name: self.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers}
             for name, value in saved.items():
-                if name in precise:
-                    state[name] = value.to(device=parameter.device, copy=True)
-                elif isinstance(value, Tensor) and state[name] is value:
-                    state[name] = value.clone()
+                if not isinstance(value, Tensor):
+                    continue
+                if name in own:
+                    state[name] = value.to(parameter.device, own[name], copy=True)
+                elif state[name] is value or not (value.is_floating_point() or value.is_complex()):
+                    state[name] = value.to(state[name].device, copy=True)
 
     def _share_seed(self) -> None:
-        if any(self.chain(group).random for group in self.param_groups):
+        if any(chain.random for group in self.param_groups for chain in self._chains(group)):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: also the pieces."""
-        return {**super().__getstate__(), "_pieces": self._pieces, "_seed": self._seed}
+        self._settle()
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COMPOSED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Buckets are made anew."""
         super().__setstate__(state)
         self._forget()
-        self._swapped = False
         self._share_seed()
+
+
+_COMPOSED = ("_pieces", "_measurement", "_seed", "_decay_kind", "_state_dtype", "_nonfinite")
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+
+
+def _own(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a group, what a checkpoint does not change."""
+    return {name: group[name] for name in IMPLEMENTATION if name in group}
 
 
 def _places(buffers: list[list[Tensor]]) -> list[tuple[list[int], list[int]]]:
     """Address and size of each: an address alone may have been given to another tensor meanwhile."""
     return [(list(map(Tensor.data_ptr, buffer)), list(map(Tensor.numel, buffer))) for buffer in buffers]
-
-
-def _start(buffer: Buffer, parameter: Tensor, value: Tensor | None) -> Tensor:
-    """A buffer as the parameter needs it: made, or checked where there is one."""
-    inner = placement.local(parameter)
-    if value is None:
-        dtypes: dict[Any, Any] = {"parameter": inner.dtype, "compute": compute_dtype(inner.dtype)}
-        dtype = dtypes.get(buffer.dtype, buffer.dtype)
-        made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
-    if value.shape != parameter.shape or value.device != parameter.device:
-        raise RuntimeError(
-            f"state {buffer.name!r} has shape {tuple(value.shape)} on {value.device}, "
-            f"its parameter {tuple(parameter.shape)} on {parameter.device}; move it back before step()"
-        )
-    return value if placement.is_dtensor(value) else placement.laid_out(value, placement.layout(inner))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .engine import Engine
 from .piece import Piece
-from .rules import DecoupledDecay
 from .rules import Lion as Rule
 
 
@@ -23,8 +23,17 @@ class Lion(Engine):
         lr: Learning rate, ≥ 0; 3 to 10 times smaller than for AdamW.
         betas: Interpolation for the update and decay of the momentum, each in [0, 1).
         weight_decay: Decoupled weight decay λ, ≥ 0; 3 to 10 times larger than for AdamW.
+        maximize: Ascend instead of descend.
+        foreach: Taken as by torch's optimizers, without effect: all tensors are always updated together.
+        capturable: For CUDA graphs.
+        differentiable: Not supported.
+        fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
+        decay: As for `Adam`, like all that follow; `"decoupled"` by default.
         regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
-        seed: Base of the random numbers, up to 64 bits; from `torch.initial_seed()` by default.
+        bf16: How 16-bit weights are rounded.
+        state_dtype: Of the momentum.
+        nonfinite: What to do if a gradient is NaN or infinite.
+        seed: Base of the random numbers.
 
     Raises:
         ValueError: For values out of range.
@@ -35,7 +44,10 @@ class Lion(Engine):
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0, *, regularizers: Iterable[Piece] = (), seed: int | None = None,
+        weight_decay: float = 0.0, *, maximize: bool = False, foreach: bool | None = None,
+        capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
+        decay: str | None = None, regularizers: Iterable[Piece] = (), bf16: str = "stochastic",
+        state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -45,5 +57,11 @@ class Lion(Engine):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas=}")
         if not 0 <= weight_decay:
             raise ValueError(f"weight_decay must be >= 0, got {weight_decay=}")
-        self._compose((Rule(), DecoupledDecay()), regularizers, seed)
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._compose(Rule(), decay or "decoupled", regularizers, seed, bf16, state_dtype, nonfinite)
+        defaults = {
+            "lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach,
+            "capturable": capturable, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults)

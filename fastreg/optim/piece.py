@@ -7,7 +7,7 @@ leaves a device scalar for its stage to read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..chain import Stage, Storage
 from ..multi_tensor import Batch
+from ..reference.norm import Measured
 from .placement import Shards
 
 
@@ -28,7 +29,23 @@ class Phase(IntEnum):
     RULE = 3
     DECAY = 4
     DESCEND = 5
-    AVERAGE = 6
+    PROXIMAL = 6
+    AVERAGE = 7
+
+
+@dataclass
+class Work:
+    """What a step has to do, as `Piece.prepare` sees it.
+
+    Args:
+        batches: The parameters that have gradients, and how each batch is sharded.
+        elements: How many elements they have, shards elsewhere included.
+        measured: What is known of all gradients together, on each device, where anything asked for it.
+    """
+
+    batches: list[tuple[Batch, Shards | None]]
+    elements: int
+    measured: dict[torch.device, Measured] = field(default_factory=dict)
 
 
 class Piece:
@@ -39,12 +56,21 @@ class Piece:
 
     phase: Phase
 
+    @property
+    def needs_norm(self) -> bool:
+        """Whether `prepare` reads the norm of all gradients from `Work.measured`."""
+        return False
+
     def stage(self, group: dict[str, Any]) -> Stage | None:
         """The stage for the parameters of a group; may depend on what the group switches on."""
         return None
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The numbers of the stage at a step (the first is 1), as many as `stage.numbers`."""
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The numbers of the stage at a step (the first is 1), as many as `stage.numbers`.
+
+        Where the device counts the steps (`capturable`), `step` is a float64 tensor with an element for each
+        parameter; the same arithmetic then gives tensors.
+        """
         return ()
 
     def words(self, seed: int) -> tuple[int, ...]:
@@ -55,20 +81,30 @@ class Piece:
         """The device scalars of the stage, float64: the same tensors at every step, written by `prepare`."""
         return ()
 
-    def prepare(self, batches: Sequence[tuple[Batch, Shards | None]]) -> None:
+    def prepare(self, work: Work) -> None:
         """Called once per step before any parameter changes, with all gradients and how they are sharded."""
 
     def skip(self, device: torch.device) -> Tensor | None:
-        """A float32 `[1]` flag on the device; where it is not 0 after `prepare`, the step does nothing."""
+        """A float64 `[1]` flag on the device; where it is not 0 after `prepare`, the step does nothing."""
         return None
 
-    def storage(self, group: dict[str, Any]) -> Storage | None:
-        """How weights are stored, if not plainly."""
+    def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
+        """How weights of this dtype are stored, if not plainly."""
         return None
 
     def storage_words(self, seed: int) -> tuple[int, ...]:
         """The integers that writing takes, as many as `storage.words`."""
         return ()
+
+    def start(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
+        """The first content of a buffer, if not what the buffer says.
+
+        Args:
+            name: The buffer.
+            index: Place of the parameter in the optimizer.
+            parameter: The parameter.
+        """
+        return None
 
     def __repr__(self) -> str:
         """As it would be written in code."""
@@ -78,6 +114,18 @@ class Piece:
         return f"{type(self).__name__}({shown})"
 
 
-def floats(group: dict[str, Any], *names: str) -> tuple[float, ...]:
-    """Hyper-parameters of a group as Python floats; a tensor on a device is waited for."""
+def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:
+    """Hyper-parameters of a group for `numbers`: as floats, or as they are where the device counts."""
+    if isinstance(step, Tensor):
+        return tuple(_double(group[name]) for name in names)
     return tuple(float(group[name]) for name in names)
+
+
+def betas(group: dict[str, Any], step: Any) -> tuple[Any, Any]:
+    """The two betas of a group, likewise."""
+    first, second = group["betas"]
+    return (_double(first), _double(second)) if isinstance(step, Tensor) else (float(first), float(second))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value

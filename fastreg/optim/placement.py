@@ -1,7 +1,7 @@
 """Where the elements of a parameter are: its memory layout, and its part of a sharded tensor.
 
-Everything below the optimizer works on dense local memory.  This file is where views, channels-last
-tensors and shards of DTensors are brought to that.
+Everything below the optimizer works on dense local memory of real numbers.  This file is where views,
+channels-last tensors, complex ones and shards of DTensors are brought to that.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ class Shards(NamedTuple):
     mesh: Any
     dims: tuple[int, ...]
 
-    def all_reduce(self, value: Tensor) -> None:
-        """Sum `value` over all shards, in place."""
+    def all_reduce(self, value: Tensor, largest: bool = False) -> None:
+        """Sum `value` over all shards, or take the largest, in place."""
+        operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
         for dim in self.dims:
-            torch.distributed.all_reduce(value, group=self.mesh.get_group(dim))
+            torch.distributed.all_reduce(value, operation, group=self.mesh.get_group(dim))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -32,8 +33,9 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local part of a DTensor."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    """The tensor itself, or the local part of a DTensor; complex numbers as pairs of real ones."""
+    inner = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return torch.view_as_real(inner.resolve_conj()) if inner.is_complex() else inner
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
     """Refuse what cannot be updated element by element.
 
     Raises:
-        ValueError: If elements of the parameter share memory, or it is complex.
+        ValueError: If elements of the parameter share memory.
         RuntimeError: If the gradient is sparse, or has another shape.
     """
     if gradient.layout != torch.strided:
@@ -103,15 +105,64 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
             f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(parameter.shape)}; "
             "call zero_grad() after changing the data of a parameter"
         )
-    if parameter.is_complex():
-        raise ValueError(
-            f"complex parameters are not supported, got dtype {parameter.dtype}; "
-            "hold them as torch.view_as_real(...) or use a torch optimizer for them"
-        )
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
-    ):
+    if _overlaps(parameter):
         raise ValueError(
             f"elements of a parameter share memory: {tuple(parameter.shape)=}, {parameter.stride()=}; "
             "use .contiguous() before making it a parameter"
         )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory; strides so odd that it is hard to say count as such."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return tensor.numel() > 0
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def check_apart(tensors: list[Tensor]) -> None:
+    """Refuse parameters that share memory with each other: all are updated at once, in any order.
+
+    Raises:
+        ValueError: If an element belongs to two of them.
+    """
+    spans = sorted((t.device.index or 0, *_span(t), i) for i, t in enumerate(tensors) if t.numel())
+    clusters: list[list[int]] = []
+    reach = (-1, 0)
+    for device, start, stop, i in spans:
+        if (device, start) < reach:
+            clusters[-1].append(i)
+        else:
+            clusters.append([i])
+        reach = max(reach, (device, stop))
+    for cluster in clusters:
+        if len(cluster) > 1 and _interleave([tensors[i] for i in cluster]):
+            shapes = ", ".join(str(tuple(tensors[i].shape)) for i in cluster)
+            raise ValueError(
+                f"parameters of shapes {shapes} share memory; give the optimizer the one tensor that "
+                "holds it, or a .clone() of each"
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and the byte after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _interleave(tensors: list[Tensor]) -> bool:
+    """Whether tensors with overlapping spans have an element in common."""
+    size, start = tensors[0].element_size(), min(map(Tensor.data_ptr, tensors))
+    stop = max(_span(t)[1] for t in tensors)
+    if any(t.element_size() != size or (t.data_ptr() - start) % size for t in tensors):
+        return True
+    owners = torch.zeros((stop - start) // size, dtype=torch.uint8, device="cpu")
+    for t in tensors:
+        view = owners.as_strided(t.shape, t.stride(), (t.data_ptr() - start) // size)
+        if view.any():
+            return True
+        view.fill_(1)
+    return False

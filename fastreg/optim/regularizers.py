@@ -3,134 +3,244 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chain import Buffer, Stage
-from ..multi_tensor import Batch, clip_factor, combine
 from ..random import Purpose, key
 from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
-from .piece import Phase, Piece
-from .placement import Shards
+from .piece import Phase, Piece, Work, values
+
+
+def _checked(name: str, value: float, lowest: float, *, above: bool = False, finite: bool = True) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: If it is below `lowest` (or not `above` it), infinite where it must be `finite`, or NaN.
+    """
+    if not (value > lowest if above else value >= lowest) or (finite and value == math.inf):
+        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
+        raise ValueError(f"{name} must be {wanted}, got {name}={value!r}")
+    return float(value)
 
 
 class ClipNorm(Piece):
     """Global gradient norm clipping: g ← g · min(max_norm / (‖g‖ + 1e-6), 1) over all groups.
 
     The same factor as `torch.nn.utils.clip_grad_norm_`, applied in registers: `.grad` keeps its contents.
-    The norm before clipping is `optimizer.grad_norm`.
+    The norm before clipping is `optimizer.grad_norm`.  Under a `torch.amp.GradScaler` the norm is that of the
+    unscaled gradients; do not call `scaler.unscale_` yourself, it would be another pass.
 
     Args:
-        max_norm: Largest L2 norm of all gradients together; > 0, may be infinite (then it only measures).
+        max_norm: Largest norm of all gradients together; > 0, may be infinite (then it only measures).
+        norm_type: 2, or `math.inf` for the largest absolute element (of complex ones: part).
+        error_if_nonfinite: As the optimizer's `nonfinite="raise"`.
 
     Raises:
-        ValueError: If max_norm is not positive.
+        ValueError: If max_norm is not positive, or for another norm_type.
 
     Reference:
         Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks".
     """
 
+    phase = Phase.CLIP  # its stage is that of `Measurement`
+
+    def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
+        self.max_norm = _checked("max_norm", max_norm, 0, above=True, finite=False)
+        if float(norm_type) not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2 or math.inf, got {norm_type=}")
+        self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
+
+
+class ClipValue(Piece):
+    """Clips every element of the gradient: g ← min(max(g, -clip_value), clip_value).
+
+    As `torch.nn.utils.clip_grad_value_`, in registers; after `ClipNorm` where both are given.
+
+    Args:
+        clip_value: Largest absolute value, in units of the gradient; ≥ 0.
+
+    Raises:
+        ValueError: If clip_value is negative or not finite.
+
+    Reference:
+        Mikolov 2012, "Statistical language models based on neural networks".
+    """
+
     phase = Phase.CLIP
-    _stage = Stage("regularizers.clip", reference.clip, scalars=("factor",))
+    _stage = Stage("regularizers.clip_value", reference.clip_value, numbers=2)
 
-    def __init__(self, max_norm: float) -> None:
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be > 0, got {max_norm=}")
-        self.max_norm = float(max_norm)
-        self._results: dict[torch.device, Tensor] = {}  # Σ g², norm, factor
-        self._limits: dict[torch.device, tuple[float, Tensor]] = {}
-
-    @property
-    def norm(self) -> Tensor | None:
-        """The norm at the latest step: 0-d, float64, on the device of the first parameters; `None` before."""
-        return next((result[1].clone() for result in self._results.values()), None)
+    def __init__(self, clip_value: float) -> None:
+        self.clip_value = _checked("clip_value", clip_value, 0)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The factor."""
-        return (self._result(device)[2],)
-
-    def prepare(self, batches: Sequence[tuple[Batch, Shards | None]]) -> None:
-        """One norm over everything: over devices by copying a scalar, over shards by summing one."""
-        parts: dict[tuple[torch.device, Shards | None], list[Batch]] = {}
-        for batch, shards in batches:
-            parts.setdefault((batch.device, shards), []).append(batch)
-        measured = {
-            (device, shards): clip_factor(part, self._limit(device))
-            for (device, shards), part in parts.items()
-        }
-        (home, shards), result = next(iter(measured.items()))
-        if len(measured) > 1 or shards is not None:
-            squares = []
-            for (_, shards), part in measured.items():
-                square = part[0].clone()
-                if shards is not None:
-                    shards.all_reduce(square)
-                squares.append(square.to(home))
-            result = combine(squares, self._limit(home))
-        for device in {device for device, _ in measured}:
-            self._result(device).copy_(result, non_blocking=True)
-
-    def _result(self, device: torch.device) -> Tensor:
-        if device not in self._results:
-            self._results[device] = torch.zeros(3, dtype=scalar_dtype(device), device=device)
-        return self._results[device]
-
-    def _limit(self, device: torch.device) -> Tensor:
-        """`max_norm`, which may be changed between steps, on the device."""
-        if device not in self._limits or self._limits[device][0] != self.max_norm:
-            limit = torch.tensor(self.max_norm, dtype=scalar_dtype(device), device=device)
-            self._limits[device] = self.max_norm, limit
-        return self._limits[device][1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles measure anew."""
-        return {**vars(self), "_results": {}, "_limits": {}}
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """Both limits."""
+        return self.clip_value, -self.clip_value
 
 
 class GradientNoise(Piece):
-    """Adds Gaussian noise to the gradient after clipping: g ← g + std · N(0, 1).
+    """Adds Gaussian noise to the gradient after clipping: g ← g + σ · N(0, 1).
+
+    σ is `std` at first, and falls where `gamma` is given: σ² = std² / (1 + t)^γ after t steps.  With
+    `relative=True` the noise of all elements together has, on average, `std` times the norm of all
+    gradients, after clipping: σ is std · ‖g‖ / √n.
 
     The noise is a function of the optimizer's `seed`, the position of the parameter in the optimizer, its
     step count and the element index: the same on every backend and for every sharding.  Replicas that hold
     whole copies of a parameter (DDP) must be given the same `seed`.
 
     Args:
-        std: Standard deviation, in units of the gradient; ≥ 0.
+        std: Standard deviation, in units of the gradient, or a share of its norm; ≥ 0.
+        gamma: How fast the noise is annealed, ≥ 0; 0.55 in the paper, with std = √η, η of 0.01, 0.3 or 1.
+        relative: Whether `std` is a share.
 
     Raises:
-        ValueError: If std is negative or not finite.
+        ValueError: If std or gamma is negative or not finite.
 
     Reference:
         Neelakantan et al. 2015, "Adding gradient noise improves learning for very deep networks".
     """
 
     phase = Phase.NOISE
-    _stage = Stage("regularizers.gradient_noise", reference.gradient_noise, words=("key",), numbers=1)
+    _absolute = Stage("regularizers.gradient_noise", reference.gradient_noise, words=("key",), numbers=1)
+    _relative = Stage(
+        "regularizers.relative_noise", reference.relative_noise,
+        scalars=("size",), words=("key",), numbers=1,
+    )  # fmt: skip
 
-    def __init__(self, std: float) -> None:
-        if not 0 <= std < math.inf:
-            raise ValueError(f"std must be finite and >= 0, got {std=}")
-        self.std = float(std)
+    def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
+        self.std, self.gamma = _checked("std", std, 0), _checked("gamma", gamma, 0)
+        self.relative = bool(relative)
+        self._sizes: dict[torch.device, Tensor] = {}
+
+    @property
+    def needs_norm(self) -> bool:
+        """Relative noise does."""
+        return self.relative
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Relative noise reads its size from the device."""
+        return self._relative if self.relative else self._absolute
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The standard deviation."""
+        return (self.std * step ** (-self.gamma / 2),)
+
+    def words(self, seed: int) -> tuple[int, ...]:
+        """The key."""
+        return (key(seed, Purpose.GRADIENT_NOISE),)
+
+    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+        """‖g‖ / √n of relative noise."""
+        return (self._size(device),) if self.relative else ()
+
+    def prepare(self, work: Work) -> None:
+        """Relative noise follows the norm."""
+        if self.relative:
+            for device, measured in work.measured.items():
+                torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._size(device))
+
+    def _size(self, device: torch.device) -> Tensor:
+        if device not in self._sizes:
+            self._sizes[device] = torch.zeros((), dtype=scalar_dtype(device), device=device)
+        return self._sizes[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles measure anew."""
+        return {**vars(self), "_sizes": {}}
+
+
+class L2SP(Piece):
+    """Pulls weights towards where they started, or towards given weights: g ← g + strength · (p - p₀).
+
+    For fine-tuning: forgets less of what was learned before than decay towards zero does.  The starting
+    point is held in the state of each parameter, in its own dtype.
+
+    Args:
+        strength: α of the penalty α/2 · ‖p - p₀‖²; ≥ 0.
+        towards: One tensor for each parameter of the optimizer, in its order, such as
+            `pretrained.parameters()`; by default each parameter as it is before its first step.
+
+    Raises:
+        ValueError: If strength is negative or not finite.
+
+    Reference:
+        Li, Grandvalet, Davoine 2018, "Explicit inductive bias for transfer learning with convolutional
+        networks".
+    """
+
+    phase = Phase.PENALTY
+    _stage = Stage(
+        "regularizers.l2_sp", reference.l2_sp, (Buffer("l2_sp_start", "parameter", "parameter"),), numbers=1
+    )
+
+    def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
+        self.strength = _checked("strength", strength, 0)
+        self._towards = None if towards is None else [t.detach() for t in towards]
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The standard deviation."""
-        return (self.std,)
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The strength."""
+        return (self.strength,)
 
-    def words(self, seed: int) -> tuple[int, ...]:
-        """The key."""
-        return (key(seed, Purpose.GRADIENT_NOISE),)
+    def start(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
+        """The given weight of a parameter.
+
+        Raises:
+            ValueError: If there is none, or it has another shape.
+        """
+        if self._towards is None or name != "l2_sp_start":
+            return None
+        if index >= len(self._towards) or self._towards[index].shape != parameter.shape:
+            given = tuple(self._towards[index].shape) if index < len(self._towards) else "nothing"
+            raise ValueError(
+                f"towards must hold a tensor for each parameter of the optimizer, in its order: "
+                f"number {index} has shape {tuple(parameter.shape)}, got {given}"
+            )
+        return self._towards[index]
+
+
+class L1(Piece):
+    """Drives weights to exact zeros: p ← sign(p) · max(|p| - lr · strength, 0) after the update.
+
+    The proximal step of the penalty strength · ‖p‖₁, beside the update like decoupled weight decay.
+
+    Args:
+        strength: Strength of the penalty; ≥ 0.
+
+    Raises:
+        ValueError: If strength is negative or not finite.
+
+    Reference:
+        Tibshirani 1996, "Regression shrinkage and selection via the lasso"; Daubechies, Defrise, De Mol 2004,
+        "An iterative thresholding algorithm for linear inverse problems with a sparsity constraint".
+    """
+
+    phase = Phase.PROXIMAL
+    _stage = Stage("regularizers.l1", reference.l1, numbers=1)
+
+    def __init__(self, strength: float) -> None:
+        self.strength = _checked("strength", strength, 0)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The threshold."""
+        (lr,) = values(group, step, "lr")
+        return (lr * self.strength,)
 
 
 class EMA(Piece):
@@ -163,6 +273,6 @@ class EMA(Piece):
         """The average is its one buffer."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The weight of the new parameter."""
         return (1 - self.decay,)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..chain import Buffer, Stage
 from ..reference import regularizers as reference_regularizers
 from ..reference import rules as reference
-from .piece import Phase, Piece, floats
+from .piece import Phase, Piece, betas, values
 
 
 class Adam(Piece):
-    """Adam's update with bias correction; reads `lr`, `betas` and `eps` of the group."""
+    """Adam's update with bias correction; reads `lr`, `betas`, `eps` and `amsgrad` of the group."""
 
     phase = Phase.RULE
-    _stage = Stage("rules.adam", reference.adam, (Buffer("exp_avg"), Buffer("exp_avg_sq")), numbers=6)
+    _moments = Buffer("exp_avg"), Buffer("exp_avg_sq")
+    _plain = Stage("rules.adam", reference.adam, _moments, numbers=6)
+    _amsgrad = Stage(
+        "rules.adam_amsgrad", reference.adam_amsgrad, (*_moments, Buffer("max_exp_avg_sq")), numbers=6
+    )
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
+        """With one more buffer for AMSGrad."""
+        return self._amsgrad if group.get("amsgrad") else self._plain
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
-        beta1, beta2 = map(float, group["betas"])
-        lr, eps = floats(group, "lr", "eps")
+        beta1, beta2 = betas(group, step)
+        lr, eps = values(group, step, "lr", "eps")
         return 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
 
 
@@ -41,13 +47,14 @@ class SGD(Piece):
             return self._plain
         return self._nesterov if group["nesterov"] else self._momentum
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """lr; with momentum: momentum, 1 - dampening, lr; with Nesterov's also lr · momentum."""
-        lr, momentum, dampening = floats(group, "lr", "momentum", "dampening")
-        if not momentum:
+        lr, momentum, dampening = values(group, step, "lr", "momentum", "dampening")
+        if not group["momentum"]:
             return (lr,)
         # The buffer starts as the undamped gradient.
-        keep, take = (0.0, 1.0) if step == 1 else (momentum, 1 - dampening)
+        later = (step > 1).to(step.dtype) if isinstance(step, Tensor) else float(step > 1)
+        keep, take = momentum * later, 1 - dampening * later
         return (keep, take, lr, lr * momentum) if group["nesterov"] else (keep, take, lr)
 
 
@@ -61,41 +68,21 @@ class Lion(Piece):
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """beta1, 1 - beta1, beta2, 1 - beta2, lr."""
-        beta1, beta2 = map(float, group["betas"])
-        return beta1, 1 - beta1, beta2, 1 - beta2, float(group["lr"])
+        beta1, beta2 = betas(group, step)
+        return beta1, 1 - beta1, beta2, 1 - beta2, *values(group, step, "lr")
 
 
-class L2Decay(Piece):
-    """Adds `weight_decay` · p to the gradient, as torch's SGD and Adam do."""
+class Maximize(Piece):
+    """Turns the gradient around where the group says `maximize`."""
 
-    phase = Phase.PENALTY
-    _stage = Stage("regularizers.l2_decay", reference_regularizers.l2_decay, numbers=1)
+    phase = Phase.CLIP
+    _stage = Stage("regularizers.negate", reference_regularizers.negate)
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Also where the rate is 0, so that groups that differ only there share a launch."""
-        return self._stage
-
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The rate."""
-        return floats(group, "weight_decay")
-
-
-class DecoupledDecay(Piece):
-    """Multiplies p by 1 - lr · `weight_decay` beside the update, as torch's AdamW does."""
-
-    phase = Phase.DECAY
-    _stage = Stage("regularizers.decoupled_decay", reference_regularizers.decoupled_decay, numbers=1)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Also where the rate is 0, so that groups that differ only there share a launch."""
-        return self._stage
-
-    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The share of the weight that stays: as a factor, since torch rounds at the same place."""
-        lr, rate = floats(group, "lr", "weight_decay")
-        return (1 - lr * rate,)
+    def stage(self, group: dict[str, Any]) -> Stage | None:
+        """Nothing to do for who minimizes."""
+        return self._stage if group.get("maximize") else None
 
 
 class Descend(Piece):
@@ -107,17 +94,3 @@ class Descend(Piece):
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
-
-
-DECAYS = {"l2": L2Decay, "decoupled": DecoupledDecay}
-
-
-def decay_piece(kind: str) -> Piece:
-    """The piece for a `decay=` keyword.
-
-    Raises:
-        ValueError: If there is no such kind.
-    """
-    if kind not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(map(repr, DECAYS))}, got {kind!r}")
-    return DECAYS[kind]()

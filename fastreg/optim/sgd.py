@@ -11,7 +11,6 @@ from torch import Tensor
 from .engine import Engine
 from .piece import Piece
 from .rules import SGD as Rule
-from .rules import decay_piece
 
 
 class SGD(Engine, torch.optim.SGD):
@@ -26,13 +25,16 @@ class SGD(Engine, torch.optim.SGD):
         dampening: Dampening τ of what enters the buffer after the first step.
         weight_decay: Weight decay λ, ≥ 0.
         nesterov: Nesterov momentum; needs momentum > 0 and no dampening.
-        maximize: Not supported yet.
+        maximize: Ascend instead of descend.
         foreach: Taken as in torch, without effect: all tensors are always updated together.
         differentiable: Not supported.
-        fused: Taken as in torch, without effect: the step is always fused.
-        decay: `"l2"` adds λp to the gradient as torch does, `"decoupled"` subtracts lr·λ·p beside the update.
+        fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
+        decay: As for `Adam`, like all that follow; `"l2"` by default.
         regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
-        seed: Base of the random numbers, up to 64 bits; from `torch.initial_seed()` by default.
+        bf16: How 16-bit weights are rounded.
+        state_dtype: Of the momentum buffer.
+        nonfinite: What to do if a gradient is NaN or infinite.
+        seed: Base of the random numbers.
 
     Raises:
         ValueError: For values out of range, with torch's messages, and for options that are not supported.
@@ -45,13 +47,12 @@ class SGD(Engine, torch.optim.SGD):
         self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
         weight_decay: float | Tensor = 0, nesterov: bool = False, *,
         maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
-        fused: bool | None = None, decay: str = "l2",
-        regularizers: Iterable[Piece] = (), seed: int | None = None,
+        fused: bool | None = None, decay: str | None = None, regularizers: Iterable[Piece] = (),
+        bf16: str = "stochastic", state_dtype: torch.dtype | None = None, nonfinite: str = "propagate",
+        seed: int | None = None,
     ) -> None:  # fmt: skip
-        self._compose((Rule(), decay_piece(decay)), regularizers, seed)
+        self._compose(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov,
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        # torch sets it for `fused=True`: GradScaler would then leave the unscaling to the step.
-        self._step_supports_amp_scaling = False

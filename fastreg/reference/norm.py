@@ -1,8 +1,10 @@
-"""The global gradient norm and the clip factor that follows from it."""
+"""The global gradient norm, and what follows from it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +20,31 @@ CHUNK = 2**20
 """Elements that are taken at a time: converting more would wait for memory."""
 
 
-def square_sum(gradients: Sequence[Tensor]) -> Tensor:
-    """Partial sums of g² over flat tensors of one device: `[rows]`, in double."""
+class Measured(NamedTuple):
+    """What is known of all gradients together, float64 each, 0-d."""
+
+    bad: Tensor  # 1 where something is not finite, else 0
+    total: Tensor  # Σ g² or max |g| of the gradients as they are
+    norm: Tensor  # unscaled
+    clipped: Tensor  # the norm after clipping
+    factor: Tensor  # unscales and clips: min(max_norm / (norm + 1e-6), 1) / scale
+
+
+def partial_norms(gradients: Sequence[Tensor], largest: bool) -> Tensor:
+    """Partial sums of g², or the largest |g| of each, over flat tensors of one device: in double."""
     compute = compute_dtype(gradients[0].dtype)
+    order = math.inf if largest else 2
     norms = [
-        torch.linalg.vector_norm(rows.to(compute), dim=-1).view(-1)
+        torch.linalg.vector_norm(rows.to(compute), order, dim=-1).view(-1)
         for g in gradients
+        if g.numel()
         for rows in (_rows(g) if g.numel() > SHORT else (g,))
     ]
-    return torch.cat(norms).to(scalar_dtype(norms[0].device)).square()
+    scalar = scalar_dtype(gradients[0].device)
+    if not norms:
+        return torch.zeros(1, dtype=scalar, device=gradients[0].device)
+    found = torch.cat(norms).to(scalar)
+    return found if largest else found.square()
 
 
 def _rows(gradient: Tensor) -> Iterator[Tensor]:
@@ -39,8 +57,11 @@ def _rows(gradient: Tensor) -> Iterator[Tensor]:
             yield chunk[whole:]
 
 
-def clip_factor(partial: Tensor, max_norm: Tensor) -> Tensor:
-    """(Σ partial, its root, min(max_norm / (root + 1e-6), 1)): `[3]`, float64  (Pascanu et al. 2013)."""
-    square = partial.sum()
-    norm = square.sqrt()
-    return torch.stack((square, norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)))
+def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
+    """`Measured` as `[5]`, from partial results and (max_norm, 1 / scale)  (Pascanu et al. 2013)."""
+    max_norm, inverse_scale = limits.unbind()
+    total = partial.amax() if largest else partial.sum()
+    norm = (total if largest else total.sqrt()) * inverse_scale
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    bad = (~total.isfinite()).to(total.dtype)
+    return torch.stack((bad, total, norm, norm * factor, factor * inverse_scale))

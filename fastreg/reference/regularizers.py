@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .random import At, normal
 from .rules import Result
 
 
-def clip(p: Tensor, u: Tensor, at: At, factor: Tensor) -> Result:
-    """u ← factor · u, with factor = min(max_norm / (‖g‖ + 1e-6), 1)  (Pascanu et al. 2013)."""
+def negate(p: Tensor, u: Tensor, at: At) -> Result:
+    """u ← -u: what is maximized is descended the other way."""
+    return p, -u, ()
+
+
+def scale(p: Tensor, u: Tensor, at: At, factor: Tensor) -> Result:
+    """u ← factor · u, with factor = min(max_norm / (‖g‖ + 1e-6), 1)  (Pascanu et al. 2013), unscaled."""
     return p, u * factor, ()
+
+
+def clip_value(p: Tensor, u: Tensor, at: At, high: Tensor, low: Tensor) -> Result:
+    """u ← min(max(u, low), high)  (Mikolov 2012)."""
+    return p, torch.maximum(torch.minimum(u, high), low), ()
 
 
 def gradient_noise(p: Tensor, u: Tensor, at: At, key: Tensor, std: Tensor) -> Result:
@@ -18,14 +29,35 @@ def gradient_noise(p: Tensor, u: Tensor, at: At, key: Tensor, std: Tensor) -> Re
     return p, u + std * normal(key, at, u), ()
 
 
+def relative_noise(p: Tensor, u: Tensor, at: At, size: Tensor, key: Tensor, std: Tensor) -> Result:
+    """u ← u + std · size · N(0, 1), where size follows the gradient's norm."""
+    return p, u + std * (size * normal(key, at, u)), ()
+
+
 def l2_decay(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
     """u ← u + rate · p before the update rule, the gradient of rate/2 · ‖p‖²."""
     return p, u + rate * p, ()
 
 
+def l2_sp(p: Tensor, u: Tensor, at: At, start: Tensor, rate: Tensor) -> Result:
+    """u ← u + rate · (p - start), the gradient of rate/2 · ‖p - start‖²  (Li et al. 2018)."""
+    return p, u + rate * (p - start), ()
+
+
 def decoupled_decay(p: Tensor, u: Tensor, at: At, keep: Tensor) -> Result:
     """p ← keep · p beside the update, with keep = 1 - lr · λ  (Loshchilov & Hutter 2019)."""
     return p * keep, u, ()
+
+
+def cautious_decay(p: Tensor, u: Tensor, at: At, keep: Tensor) -> Result:
+    """p ← keep · p where the update shrinks p as well, u · p ≥ 0  (Chen et al. 2025)."""
+    return torch.where(u * p >= 0, p * keep, p), u, ()
+
+
+def l1(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
+    """p ← sign(p) · max(|p| - rate, 0) after the update  (soft thresholding, Daubechies et al. 2004)."""
+    shrunk = torch.clamp(p.abs() - rate, min=0.0)
+    return torch.where(p < 0, -shrunk, shrunk), u, ()
 
 
 def ema(p: Tensor, u: Tensor, at: At, average: Tensor, weight: Tensor) -> Result:

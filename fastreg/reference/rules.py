@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .random import At, sqrt
@@ -20,6 +21,18 @@ def adam(
     exp_avg = exp_avg + rest1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
     return p, size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
+
+
+def adam_amsgrad(
+    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
+    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+) -> Result:  # fmt: skip
+    """As `adam`, with the largest v so far in place of v  (Reddi et al. 2018)."""
+    exp_avg = exp_avg + rest1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+    max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    u = size * (exp_avg / (scale * sqrt(max_exp_avg_sq) + eps))
+    return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def sgd(p: Tensor, u: Tensor, at: At, lr: Tensor) -> Result:

@@ -4,14 +4,25 @@ The form of a stage is told in `rules`.
 """
 
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter looks for it in every module)
+import triton.language as tl
 
 from .random import normal
 
 
 @triton.jit
-def clip(p, u, at, factor):
+def negate(p, u, at):
+    return p, -u, ()
+
+
+@triton.jit
+def scale(p, u, at, factor):
     return p, u * factor, ()
+
+
+@triton.jit
+def clip_value(p, u, at, high, low):
+    u = tl.minimum(u, high, propagate_nan=tl.PropagateNan.ALL)
+    return p, tl.maximum(u, low, propagate_nan=tl.PropagateNan.ALL), ()
 
 
 @triton.jit
@@ -20,13 +31,34 @@ def gradient_noise(p, u, at, key, std):
 
 
 @triton.jit
+def relative_noise(p, u, at, size, key, std):
+    return p, u + std * (size * normal(key, at, u)), ()
+
+
+@triton.jit
 def l2_decay(p, u, at, rate):
     return p, u + rate * p, ()
 
 
 @triton.jit
+def l2_sp(p, u, at, start, rate):
+    return p, u + rate * (p - start), ()
+
+
+@triton.jit
 def decoupled_decay(p, u, at, keep):
     return p * keep, u, ()
+
+
+@triton.jit
+def cautious_decay(p, u, at, keep):
+    return tl.where(u * p >= 0, p * keep, p), u, ()
+
+
+@triton.jit
+def l1(p, u, at, rate):
+    shrunk = tl.maximum(tl.abs(p) - rate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(p < 0, -shrunk, shrunk), u, ()
 
 
 @triton.jit

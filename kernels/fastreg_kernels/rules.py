@@ -18,6 +18,15 @@ def adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps):
 
 
 @triton.jit
+def adam_amsgrad(p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps):
+    exp_avg += rest1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+    max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+    u = size * (exp_avg / (scale * tl.sqrt(max_exp_avg_sq) + eps))
+    return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+
+@triton.jit
 def sgd(p, u, at, lr):
     return p, lr * u, ()
 

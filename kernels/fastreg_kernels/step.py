@@ -91,7 +91,7 @@ def cast_all(blocks, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_blocks(addresses, dtypes, blocks, offsets, mask, WIDE: tl.constexpr):
-    for i in tl.static_range(len(addresses)):
+    for i in tl.static_range(len(blocks)):  # what a stage only reads stands last in its buffers
         tl.store(at_address(addresses[i], dtypes[i], offsets, WIDE), blocks[i].to(dtypes[i]), mask=mask)
 
 
@@ -143,7 +143,7 @@ def step_kernel(
     steps      int64[rows]               step count, for randomness
     numbers    COMPUTE[rows, NUMBERS]    what the host worked out for this step
     work       int32[programs, 2]        (tensor, block)
-    skip       float32[1]                not 0: nothing is read or written
+    skip       float64[1]                not 0: nothing is read or written
     """
     if tl.load(skip) != 0:
         return

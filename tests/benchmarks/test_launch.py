@@ -43,13 +43,13 @@ def test_nothing_recompiles():
             optimizer.add_param_group({"params": parameters(2), "lr": 16.0})
             optimizer.step()
         assert compiled() == 1
-        assert len(norm.square_sum_kernel.device_caches[0][0]) == 1
+        assert len(norm.norm_kernel.device_caches[0][0]) == 1
         assert len(norm.clip_factor_kernel.device_caches[0][0]) == 1
 
 
 @pytest.mark.parametrize(
     ("regularizers", "expected"),
-    [((), ["step_kernel"]), (EVERYTHING, ["square_sum_kernel", "clip_factor_kernel", "step_kernel"])],
+    [((), ["step_kernel"]), (EVERYTHING, ["norm_kernel", "clip_factor_kernel", "step_kernel"])],
 )
 def test_one_launch_for_all_tensors(regularizers, expected):
     with stub_driver() as launches:
@@ -82,8 +82,8 @@ def test_groups_and_step_counts_share_a_launch():
 
 def test_static_side_is_uploaded_once(monkeypatch):
     uploads = []
-    upload = fastreg.multi_tensor._upload
-    monkeypatch.setattr(fastreg.multi_tensor, "_upload", lambda *a: uploads.append(a) or upload(*a))
+    upload = fastreg.multi_tensor.Table.upload
+    monkeypatch.setattr(fastreg.multi_tensor.Table, "upload", lambda *a: uploads.append(a) or upload(*a))
     params = parameters(4)
     with stub_driver():
         optimizer = fastreg.AdamW(params)

@@ -8,7 +8,9 @@ import torch
 
 import fastreg
 from fastreg.cli import main
-from fastreg.optim.rules import Adam, DecoupledDecay
+from fastreg.optim.decay import Shrinkage
+from fastreg.optim.measurement import Measurement
+from fastreg.optim.rules import Adam
 from fastreg_benchmarks import SUITES, figure, measure, norm, peers, report, steps, suite
 from fastreg_benchmarks.host import HostCase, PerTensorCase
 from fastreg_benchmarks.training import TrainingCase
@@ -56,9 +58,9 @@ def test_a_right_result_has_numbers(chain, storage):
 
 
 def no_decay(monkeypatch):
-    numbers = DecoupledDecay.numbers
+    numbers = Shrinkage.numbers
     monkeypatch.setattr(
-        DecoupledDecay,
+        Shrinkage,
         "numbers",
         lambda self, group, step: numbers(self, {**group, "weight_decay": 0.0}, step),
     )
@@ -91,7 +93,7 @@ def test_a_wrong_kernel_prints_no_number(fault, storage, monkeypatch, capsys):
 
 def test_clipping_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(
-        fastreg.ClipNorm, "prepare", lambda self, work: self._results.update({CPU: torch.ones(3).double()})
+        Measurement, "prepare", lambda self, work: self._results.update({CPU: torch.ones(5).double()})
     )
     assert "weights off" in rows(case("clip+AdamW"))["fastreg"]["wrong"]
 

@@ -21,11 +21,17 @@ BACKENDS = ["reference", "compiled", "triton"]
 SHAPES = [(1,), (7,), (33, 65), (4096 + 48,), (0,), (2 * 4096 + 17,)]
 
 
+class Nothing(fastreg.Piece):
+    """The update rule that takes the gradient as it is."""
+
+    phase = fastreg.Phase.RULE
+
+
 class Toy(Engine):
     """Gradient descent by 1 with the given pieces."""
 
     def __init__(self, params, *pieces, seed=0, **defaults):
-        self._compose(pieces, (), seed)
+        self._compose(Nothing(), None, pieces, seed, "nearest", None, "propagate")
         super().__init__(params, defaults)
 
 
@@ -95,7 +101,7 @@ class Restore(fastreg.Piece):
 
     phase = fastreg.Phase.RULE
 
-    def storage(self, group):
+    def storage(self, group, dtype):
         return Storage(
             kernels=(read_backup, "storage.write_plain"),
             read=lambda backup: backup,
@@ -125,7 +131,7 @@ class Skip(fastreg.Piece):
     phase = fastreg.Phase.RULE
 
     def __init__(self, flag):
-        self.flag = torch.tensor([flag])
+        self.flag = torch.tensor([flag], dtype=torch.float64)
 
     def skip(self, device):
         return self.flag
@@ -165,8 +171,8 @@ class TrustRatio(fastreg.Piece):
     def scalars(self, device):
         return self.shared, self.own
 
-    def prepare(self, batches):
-        ((batch, _),) = batches
+    def prepare(self, work):
+        ((batch, _),) = work.batches
         self.own.copy_(torch.stack([p.sum() for p in batch.parameters]))
 
 
@@ -185,7 +191,7 @@ def test_device_scalars(backend):
 def noise_batch(tensor, first, stream=3, step=5, seed=11):
     """A batch that adds noise to zero weights."""
     piece = GradientNoise(1.0)
-    chain = Toy([torch.nn.Parameter(torch.zeros(1))], piece).chain({})
+    chain = Toy([torch.nn.Parameter(torch.zeros(1))], piece).chain({}, torch.float32)
     return Batch(
         chain=chain, parameters=[tensor], gradients=[torch.zeros_like(tensor)], buffers=[], scalars=[],
         words=list(piece.words(seed)), firsts=[first], streams=[stream],
@@ -281,7 +287,7 @@ def split(weight, at):
 class Rounded(fastreg.Piece):
     phase = fastreg.Phase.RULE
 
-    def storage(self, group):
+    def storage(self, group, dtype):
         return Storage(kernels=("storage.read_plain", write_rounded), write=rounded, words=("key",))
 
     def storage_words(self, seed):
@@ -291,7 +297,7 @@ class Rounded(fastreg.Piece):
 class Split(fastreg.Piece):
     phase = fastreg.Phase.RULE
 
-    def storage(self, group):
+    def storage(self, group, dtype):
         both, low = ("parameter", "low"), Buffer("low", torch.int16)
         kernels = (read_joined, write_split)
         return Storage(kernels, joined, split, sources=both, targets=both, buffers=(low,))

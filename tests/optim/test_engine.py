@@ -184,7 +184,7 @@ def test_different_step_counts_share_a_launch(Race):
     race.gradients(1)
     optimizer.step()
     race.gradients()
-    ((batch, _),) = optimizer._work()
+    ((batch, _),) = optimizer._work().batches
     assert batch.steps == [2, 1] and batch.rows == [0, 1]
 
 
@@ -217,9 +217,9 @@ def test_is_what_it_stands_in_for(rule, Race):
     assert isinstance(ours, torch.optim.Optimizer)
     if rule.ours is not fastreg.Lion:
         assert isinstance(ours, rule.theirs)
-    assert repr(ours) == repr(theirs)
-    assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
-    assert ours.defaults == theirs.defaults
+        assert repr(ours) == repr(theirs)
+        assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
+        assert ours.defaults == theirs.defaults
 
 
 @pytest.mark.parametrize("to_none", (True, False))

@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 import fastreg
-from fastreg import EMA, SGD, AdamW, ClipNorm, GradientNoise, Lion
+from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, ClipNorm, ClipValue, GradientNoise, Lion
 
 VALUES = (
     (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1"),
@@ -27,7 +27,20 @@ VALUES = (
         {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
         "Nesterov momentum requires a momentum and zero dampening",
     ),
-    (SGD, {"decay": "cautios"}, "decay must be one of 'l2', 'decoupled', got 'cautios'"),
+    (SGD, {"decay": "cautios"}, "must be one of 'l2', 'decoupled', 'independent', 'cautious', got 'cautios'"),
+    *(
+        (optimizer, options, message)
+        for optimizer in (Adam, AdamW, SGD, Lion)
+        for options, message in (
+            ({"bf16": "kahan"}, "bf16 must be one of 'stochastic', 'remainder', 'nearest', got 'kahan'"),
+            ({"state_dtype": torch.int8}, "state_dtype must be a floating-point dtype, got torch.int8"),
+            ({"nonfinite": "ignore"}, "must be one of 'propagate', 'skip', 'raise', got 'ignore'"),
+            (
+                {"regularizers": [ClipNorm(1.0, math.inf), GradientNoise(0.1, relative=True)]},
+                "needs the L2 norm, but ClipNorm(max_norm=1.0, norm_type=inf",
+            ),
+        )
+    ),
     (Lion, {"lr": -0.1}, "lr must be >= 0, got lr=-0.1"),
     (Lion, {"lr": math.nan}, "lr must be >= 0, got lr=nan"),
     (Lion, {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
@@ -58,12 +71,22 @@ def test_extreme_values_that_are_allowed(optimizer):
 
 
 PIECES = (
-    (lambda: ClipNorm(0.0), "max_norm must be > 0, got max_norm=0.0"),
-    (lambda: ClipNorm(-1.0), "max_norm must be > 0, got max_norm=-1.0"),
-    (lambda: ClipNorm(math.nan), "max_norm must be > 0, got max_norm=nan"),
-    (lambda: GradientNoise(-0.1), "std must be finite and >= 0, got std=-0.1"),
-    (lambda: GradientNoise(math.inf), "std must be finite and >= 0, got std=inf"),
-    (lambda: GradientNoise(math.nan), "std must be finite and >= 0, got std=nan"),
+    *(
+        (lambda value=value: ClipNorm(value), f"max_norm must be > 0, got max_norm={value}")
+        for value in (0.0, -1.0, math.nan)
+    ),
+    (lambda: ClipNorm(1.0, norm_type=1), "norm_type must be 2 or math.inf, got norm_type=1"),
+    *(
+        (lambda make=make, value=value: make(value), f"{name} must be finite and >= 0, got {name}={value}")
+        for make, name in (
+            (ClipValue, "clip_value"),
+            (GradientNoise, "std"),
+            (L2SP, "strength"),
+            (L1, "strength"),
+        )
+        for value in (-0.1, math.inf, math.nan)
+    ),
+    (lambda: GradientNoise(0.1, gamma=-1.0), "gamma must be finite and >= 0, got gamma=-1.0"),
     (lambda: EMA(1.0), "decay must be in [0, 1), got decay=1.0"),
     (lambda: EMA(-0.1), "decay must be in [0, 1), got decay=-0.1"),
     (lambda: EMA(math.nan), "decay must be in [0, 1), got decay=nan"),
@@ -77,9 +100,17 @@ def test_pieces(make, message):
 
 
 def test_pieces_show_as_written():
-    assert [repr(piece) for piece in (ClipNorm(1), GradientNoise(0.5), EMA(0.9, "slow"))] == [
-        "ClipNorm(max_norm=1.0)", "GradientNoise(std=0.5)", "EMA(decay=0.9, name='slow')"
-    ]  # fmt: skip
+    for piece in (
+        ClipNorm(1),
+        ClipValue(2),
+        GradientNoise(0.5, 0.55, True),
+        EMA(0.9, "slow"),
+        L1(0.1),
+        L2SP(3),
+    ):
+        again = eval(repr(piece), vars(fastreg))
+        assert repr(again) == repr(piece) and type(again) is type(piece)
+    assert repr(EMA(0.9, "slow")) == "EMA(decay=0.9, name='slow')"
 
 
 @pytest.mark.parametrize("thing", (1.0, ClipNorm, "ema", torch.nn.Dropout()))
@@ -88,39 +119,23 @@ def test_not_a_piece(rule, thing):
         rule([Parameter(torch.ones(1))], regularizers=[thing])
 
 
-UNSUPPORTED = (
-    (AdamW, "amsgrad"), (AdamW, "maximize"), (AdamW, "capturable"), (AdamW, "differentiable"),
-    (SGD, "maximize"), (SGD, "differentiable"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("optimizer, option", UNSUPPORTED)
-def test_unsupported_options(optimizer, option):
+@pytest.mark.parametrize("optimizer", (Adam, AdamW, SGD, Lion))
+def test_differentiable_is_refused(optimizer):
     name = optimizer.__name__
     weights = [Parameter(torch.ones(2)) for _ in range(2)]
-    refusal = pytest.raises(
-        ValueError, match=f"{option}=True is not supported by fastreg.{name}; use torch.optim.{name}"
-    )
+    refusal = pytest.raises(ValueError, match=f"differentiable=True is not supported by fastreg.{name}")
     with refusal:
-        optimizer(weights, **{option: True})
+        optimizer(weights, differentiable=True)
     with refusal:
-        optimizer([{"params": weights[0]}, {"params": weights[1], option: True}])
+        optimizer([{"params": weights[0]}, {"params": weights[1], "differentiable": True}])
     made = optimizer(weights[:1])
     with refusal:
-        made.add_param_group({"params": weights[1], option: True})
+        made.add_param_group({"params": weights[1], "differentiable": True})
     assert len(made.param_groups) == 1
-    saved = getattr(torch.optim, name)(weights[:1], **{option: True}).state_dict()
-    with refusal:
-        made.load_state_dict(saved)
-    assert not made.param_groups[0][option]
-    weights[0].grad = torch.ones(2)
-    made.step()
-    assert (weights[0] < 1).all()
-
-
-def test_torch_has_no_lion():
-    with pytest.raises(ValueError, match=r"maximize=True is not supported by fastreg\.Lion$"):
-        Lion([{"params": [Parameter(torch.ones(1))], "maximize": True}])
+    with pytest.raises(RuntimeError, match="`fused` does not support `differentiable`"):
+        optimizer(weights, differentiable=True, fused=True)
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+        optimizer(weights, foreach=True, fused=True)
 
 
 def test_what_torch_refuses(rule):
@@ -142,7 +157,7 @@ def test_two_pieces_that_store_weights():
     class Stored(fastreg.Piece):
         phase = fastreg.Phase.AVERAGE
 
-        def storage(self, group):
+        def storage(self, group, dtype):
             from fastreg.chain import PLAIN
 
             return PLAIN
@@ -159,7 +174,25 @@ def test_an_option_set_later_is_refused_at_the_step():
     weight = Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = AdamW([weight])
-    optimizer.param_groups[0]["maximize"] = True
-    with pytest.raises(ValueError, match="maximize=True is not supported"):
-        optimizer.step()
+    for option, value, message in (
+        ("differentiable", True, "differentiable=True is not supported"),
+        ("decay", "cautios", "got 'cautios'"),
+    ):
+        optimizer.param_groups[0][option] = value
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        del optimizer.param_groups[0][option]
     assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
+
+
+def test_what_is_set_later_takes_effect():
+    """maximize, amsgrad and the kind of decay are looked up at every step."""
+    weight = Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = Adam([weight], weight_decay=0.1)
+    optimizer.step()
+    down = float(weight[0].detach())
+    optimizer.param_groups[0].update(maximize=True, amsgrad=True, decay="decoupled", lr=0.5)
+    for _ in range(3):
+        optimizer.step()
+    assert down < 1 < weight[0] and "max_exp_avg_sq" in optimizer.state[weight]

@@ -226,7 +226,7 @@ def test_refused_dict_changes_nothing(rule, Race):
     good["param_groups"][0]["lr"] = 99.0
     good["state"][0]["step"] += 5
     for change, message in (
-        ({"maximize": True}, "maximize=True is not supported"),
+        ({"decay": "cautios"}, "got 'cautios'"),
         ({"params": [0]}, "doesn't match the size"),
     ):
         bad = copy.deepcopy(good)

@@ -1,0 +1,69 @@
+"""What a `torch.amp.GradScaler` asks of a step.
+
+A scaler hands `optimizer.grad_scale` and `optimizer.found_inf` to optimizers that divide by the scale
+themselves, but looks for infinities first, in a pass that reads and writes every gradient.  To optimizers
+whose `step` takes `grad_scaler`, the older of its two agreements, it leaves that as well: the norm that
+clipping needs tells the same, in one read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+
+
+class Scaling(NamedTuple):
+    """How gradients are scaled, and who has checked them."""
+
+    scale: Tensor | None = None  # what gradients have been multiplied by
+    found_inf: Tensor | None = None  # not 0: something is not finite, skip the step
+    record: dict[torch.device, Tensor] | None = None  # where to tell the scaler what was found
+
+    @property
+    def active(self) -> bool:
+        """Whether a scaler is at work, for which skipped steps are nothing unusual."""
+        return self.found_inf is not None or self.record is not None
+
+
+def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | None) -> Scaling:
+    """The scaling of this step.
+
+    Raises:
+        RuntimeError: If the scaler steps another optimizer than this.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scaler is None:
+        return Scaling(scale, getattr(optimizer, "found_inf", None))
+    if id(optimizer) not in scaler._per_optimizer_states:
+        raise RuntimeError(
+            f"step(grad_scaler=...) is for torch.amp.GradScaler.step(optimizer), "
+            f"which has not been called with this {type(optimizer).__name__}"
+        )
+    state = scaler._per_optimizer_states[id(optimizer)]
+    # A scaler with ideas of its own, such as one that compares notes with other ranks, does it its way.
+    if state["stage"] is OptState.READY and type(scaler).unscale_ is not GradScaler.unscale_:
+        scaler.unscale_(optimizer)
+    if state["stage"] is OptState.UNSCALED:
+        found = list(state["found_inf_per_device"].values())
+        return Scaling(scale, torch.stack([flag.to(found[0].device) for flag in found]).amax())
+    current = scaler._get_scale_async()
+    return Scaling(current if scale is None else current * scale, None, state["found_inf_per_device"])
+
+
+def silence() -> None:
+    """Keep the scaler from warning at every step that it would rather use its newer agreement."""
+    warnings.filterwarnings(
+        "ignore", message="GradScaler is going to stop passing itself", category=FutureWarning
+    )
+
+
+def supports_scaling(groups: list[dict[str, Any]], clips: bool) -> bool:
+    """Whether a scaler leaves unscaling to the step: only where that saves a pass or was asked for.
+
+    Lightning refuses its own clipping for optimizers that unscale themselves.
+    """
+    return clips or any(group.get("fused") for group in groups)

@@ -1,0 +1,84 @@
+"""Weight decay in its four kinds, as pieces: one of the two below is at work in a group.
+
+| kind            |                                      | source                      |
+|-----------------|--------------------------------------|-----------------------------|
+| `"l2"`          | g ← g + λ · p                        | Hanson & Pratt 1988         |
+| `"decoupled"`   | p ← p - lr · λ · p                   | Loshchilov & Hutter 2019    |
+| `"independent"` | p ← p - lr / lr_max · λ · p          | ibid., λ apart from the lr  |
+| `"cautious"`    | p ← p - lr · λ · p where u · p ≥ 0   | Chen et al. 2025            |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..chain import Stage
+from ..reference import regularizers as reference
+from .piece import Phase, Piece, values
+
+KINDS = ("l2", "decoupled", "independent", "cautious")
+
+
+class Decay(Piece):
+    """Base of both: knows which kind a group has.
+
+    Args:
+        kind: The kind of groups that do not say so themselves, as `decay`; `None`: what torch's
+            `decoupled_weight_decay` says.
+    """
+
+    def __init__(self, kind: str | None) -> None:
+        self.kind = kind
+
+    def _kind(self, group: dict[str, Any]) -> str | None:
+        if "weight_decay" not in group:
+            return None
+        kind = group.get("decay", self.kind)
+        if kind is None:
+            return "decoupled" if group.get("decoupled_weight_decay") else "l2"
+        if kind not in KINDS:
+            raise ValueError(f"decay must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        return kind
+
+
+class Penalty(Decay):
+    """Kind `"l2"`: adds `weight_decay` · p to the gradient, as torch's SGD and Adam do."""
+
+    phase = Phase.PENALTY
+    _stage = Stage("regularizers.l2_decay", reference.l2_decay, numbers=1)
+
+    def stage(self, group: dict[str, Any]) -> Stage | None:
+        """Also where the rate is 0, so that groups that differ only there share a launch."""
+        return self._stage if self._kind(group) == "l2" else None
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The rate."""
+        return values(group, step, "weight_decay")
+
+
+class Shrinkage(Decay):
+    """The other kinds: p times what is kept of it, beside the update."""
+
+    phase = Phase.DECAY
+    _everywhere = Stage("regularizers.decoupled_decay", reference.decoupled_decay, numbers=1)
+    _cautious = Stage("regularizers.cautious_decay", reference.cautious_decay, numbers=1)
+
+    def stage(self, group: dict[str, Any]) -> Stage | None:
+        """Also where the rate is 0, so that groups that differ only there share a launch."""
+        kind = self._kind(group)
+        return None if kind in (None, "l2") else self._cautious if kind == "cautious" else self._everywhere
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The share of the weight that stays: as a factor, since torch rounds at the same place."""
+        lr, rate = values(group, step, "lr", "weight_decay")
+        if self._kind(group) == "independent":
+            # Schedulers that rise above the first learning rate say so in `max_lr`.
+            largest = max(group["lr_max"], float(group.get("max_lr", 0)))
+            return (1 - (lr / largest if largest else 0 * lr) * rate,)
+        return (1 - lr * rate,)
+
+
+def complete(group: dict[str, Any], kind: str | None) -> None:
+    """Note the largest learning rate of a new group where its decay follows the schedule alone."""
+    if group.get("decay", kind) == "independent":
+        group.setdefault("lr_max", float(group["lr"]))
