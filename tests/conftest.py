@@ -55,6 +55,10 @@ class Rule(NamedTuple):
 RULES = {
     "adamw": Rule(fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
     "adamw-defaults": Rule(fastreg.AdamW, torch.optim.AdamW, {}),
+    "adam": Rule(fastreg.Adam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    "amsgrad": Rule(
+        fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True, "maximize": True, "weight_decay": 0.1}
+    ),
     "sgd": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
     "momentum": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
     "nesterov": Rule(

@@ -86,7 +86,7 @@ def test_closure(rule, clip):
     with torch.no_grad():
         loss = optimizer.step(closure)
     assert loss.item() == 5 and loss.requires_grad
-    assert (weight < 1).all()
+    assert (weight != 1).all()
     assert optimizer.step() is None
 
 
@@ -147,6 +147,7 @@ def test_freezing(rule, Race):
 
 
 GROUPS = {
+    "adam": ({"lr": 0.03}, {"weight_decay": 0.5, "amsgrad": True}, {"maximize": True}),
     "adamw": ({"lr": 0.03}, {"weight_decay": 0.5, "eps": 1e-3}, {"betas": (0.5, 0.6)}),
     "sgd": ({"lr": 0.03}, {"weight_decay": 0.5}, {"momentum": 0.0, "nesterov": False, "dampening": 0.0}),
     "lion": ({"lr": 0.03}, {"weight_decay": 0.5}, {"betas": (0.5, 0.6)}),
@@ -268,37 +269,6 @@ def test_subclasses_fire_hooks_once(rule, Race):
     race.gradients()
     optimizer.step()
     assert seen == [1] and optimizer.state[race.ours[0]]["step"] == 1
-
-
-@pytest.mark.parametrize("clip", (False, True))
-@pytest.mark.parametrize("fused", (None, True))
-@pytest.mark.parametrize("optimizer", ("AdamW", "SGD"))
-def test_grad_scaler(optimizer, fused, clip, Race):
-    race = Race([(6,)])
-    make = {"lr": 0.1, "fused": fused}
-    ours = getattr(fastreg, optimizer)(race.ours, **make, regularizers=[ClipNorm(0.5)] if clip else [])
-    theirs = getattr(torch.optim, optimizer)(race.theirs, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for bad in (False, True, False):
-        target = race.draw((6,))
-        before = race.ours[0].detach().clone()
-        ours.zero_grad()
-        theirs.zero_grad()
-        scaler.scale((race.ours[0] * target).sum()).backward()
-        if bad:
-            race.ours[0].grad[2] = math.inf
-        scaler.step(ours)
-        scaler.update()
-        assert torch.equal(race.ours[0], before) == bad
-        if not bad:
-            (race.theirs[0] * target).sum().backward()
-            if clip:
-                norm = torch.nn.utils.clip_grad_norm_(race.theirs, 0.5)
-                assert float(ours.grad_norm) == pytest.approx(float(norm), rel=1e-6)
-            theirs.step()
-    assert scaler.get_scale() == 2.0**9
-    assert ours.state[race.ours[0]]["step"] == 2
-    race.check()
 
 
 def test_clip(rule, backend, Race):

@@ -223,6 +223,85 @@ def test_gradient_of_another_dtype(rule, backend):
     torch.testing.assert_close(weight, twin, rtol=0, atol=1e-6)
 
 
+SHARED = {
+    "twice the same": lambda buffer: (buffer[:8], buffer[:8]),
+    "one inside the other": lambda buffer: (buffer[:8], buffer[2:5]),
+    "a row of a matrix": lambda buffer: (buffer[:12].view(3, 4), buffer[4:8]),
+    "a column of a matrix": lambda buffer: (buffer[:12].view(3, 4), buffer[1:12:4]),
+    "another dtype": lambda buffer: (buffer[:4], buffer[2:4].view(torch.float64)),
+}
+APART = {
+    "side by side": lambda buffer: (buffer[:8], buffer[8:]),
+    "interleaved": lambda buffer: (buffer[::2], buffer[1::2]),
+    "columns": lambda buffer: (buffer.view(8, 2)[:, 0], buffer.view(8, 2)[:, 1]),
+    "blocks of a matrix": lambda buffer: (buffer.view(4, 4)[:2, :2], buffer.view(4, 4)[1:, 2:]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_parameters_that_share_memory(backend, case):
+    """All are updated at once: refused, and nothing has happened."""
+    buffer = torch.arange(16.0)
+    params = [with_gradient(view) for view in SHARED[case](buffer)]
+    optimizer = fastreg.AdamW(params)
+    with pytest.raises(ValueError, match=r"parameters of shapes .* share memory"):
+        optimizer.step()
+    assert torch.equal(buffer, torch.arange(16.0)) and not optimizer.state
+
+
+@pytest.mark.parametrize("case", APART)
+def test_parameters_that_only_lie_close(backend, case, close):
+    ours, theirs = torch.arange(16.0), torch.arange(16.0)
+    params = [with_gradient(view) for view in APART[case](ours)]
+    others = [with_gradient(view) for view in APART[case](theirs)]
+    optimizer, oracle = fastreg.AdamW(params, lr=0.1), torch.optim.AdamW(others, lr=0.1, foreach=False)
+    for _ in range(3):
+        optimizer.step()
+        oracle.step()
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "transposed", "gaps", "conjugate gradient", "scalar"))
+def test_complex_parameters(rule, backend, layout, close):
+    """As pairs of real numbers, in any layout, with everything that goes along."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(4, 6, generator=generator, dtype=torch.complex64)
+
+    views = {
+        "transposed": lambda t: t.t(),
+        "gaps": lambda t: t[:, ::2],
+        "scalar": lambda t: t[1, 1].clone(),
+    }
+    view = views.get(layout, lambda t: t)
+    start = draw()
+    ours, theirs = Parameter(view(start.clone())), Parameter(view(start.clone()).contiguous())
+    optimizer = rule([ours], regularizers=[ClipNorm(1.0), EMA(0.5)])
+    oracle = rule.oracle([theirs] if rule.ours is not fastreg.Lion else [as_real(theirs)])
+    for _ in range(3):
+        gradient = view(draw())
+        ours.grad = gradient.conj() if layout == "conjugate gradient" else gradient
+        norm = ours.grad.resolve_conj().abs().square().sum().sqrt()
+        clipped = ours.grad.resolve_conj() * min(1.0, 1 / (float(norm) + 1e-6))
+        (target,) = oracle.param_groups[0]["params"]
+        target.grad = torch.view_as_real(clipped) if rule.ours is fastreg.Lion else clipped.contiguous()
+        optimizer.step()
+        oracle.step()
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    (target,) = oracle.param_groups[0]["params"]
+    expected = target.detach() if rule.ours is fastreg.Lion else torch.view_as_real(target.detach())
+    close(torch.view_as_real(ours.detach().contiguous()), expected)
+    assert optimizer.state[ours]["ema"].dtype == torch.complex64
+    other = rule([ours], regularizers=[ClipNorm(1.0), EMA(0.5)])
+    other.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(other.state[ours][name], value) for name, value in optimizer.state[ours].items())
+
+
+def as_real(parameter: Parameter) -> Parameter:
+    return Parameter(torch.view_as_real(parameter.detach()).clone())
+
+
 def sparse() -> Parameter:
     weight = Parameter(torch.ones(4, 2))
     weight.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)

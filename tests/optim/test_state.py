@@ -108,6 +108,58 @@ def test_exchange_with_torch(rule, carry, Race):
     race.check()
 
 
+@pytest.mark.parametrize("carry", (lambda state: state, through_disk))
+@pytest.mark.parametrize("order", ("torch, fastreg, torch", "fastreg, torch, fastreg"))
+def test_changing_hands_mid_run_is_the_uninterrupted_run(rule, order, carry, backend, Race):
+    """Also where the one that goes on was made with other values."""
+    if rule.ours is fastreg.Lion:
+        pytest.skip("torch has no Lion")
+    race = Race()
+    uninterrupted = rule.oracle(race.theirs)
+    optimizer = None
+    for name in order.split(", "):
+        former = optimizer
+        optimizer = (rule if name == "fastreg" else rule.oracle)(
+            race.ours, lr=9.0 if former else rule.options.get("lr", 1e-3)
+        )
+        if former is not None:
+            optimizer.load_state_dict(carry(former.state_dict()))
+        for turn in range(4):
+            race.step(optimizer, uninterrupted, *((1,) if turn == 2 else ()))
+    race.check()
+
+
+def test_options_that_a_checkpoint_does_not_know_are_kept(Race):
+    """A checkpoint of torch's says nothing of the kind of decay or the seed."""
+    race = Race()
+    make = {"regularizers": [GradientNoise(0.1)], "seed": 7, "decay": "independent"}
+    ours = fastreg.AdamW([{"params": race.ours, "decay": "cautious"}], lr=0.5, **make)
+    ours.add_param_group({"params": Parameter(torch.ones(1))})
+    theirs = torch.optim.AdamW([{"params": race.theirs}, {"params": Parameter(torch.ones(1))}], lr=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["decay"] == "cautious" and ours.seed == 7
+    assert ours.param_groups[1]["lr_max"] == 0.5 and ours.param_groups[1]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("flags", ({"fused": True}, {"foreach": True}, {"capturable": True}))
+def test_flags_of_torchs_checkpoints_do_not_matter(flags, Race):
+    race = Race()
+    theirs = torch.optim.AdamW(race.theirs, lr=0.1)
+    ours = fastreg.AdamW(race.ours, lr=0.1)
+    race.gradients()
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"][0].update(flags)
+    ours.load_state_dict(saved)
+    assert not any(ours.param_groups[0][name] for name in ("fused", "foreach", "capturable"))
+    with torch.no_grad():
+        for p, q in zip(race.ours, race.theirs, strict=True):
+            p.copy_(q)
+    for _ in range(2):
+        race.step(ours, theirs)
+    race.check()
+
+
 def test_torch_loads_what_has_averages(Race):
     race = Race()
     ours, theirs = fastreg.AdamW(race.ours, regularizers=full()[2:]), torch.optim.AdamW(race.theirs)
