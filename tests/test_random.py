@@ -51,7 +51,9 @@ def noise(
 ) -> list[Tensor]:
     """What `GradientNoise(1.0)` adds to the gradients of tensors of these sizes at a step."""
     parameters = [torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=device)) for count in counts]
-    optimizer = fastreg.SGD(parameters, lr=1.0, regularizers=[fastreg.GradientNoise(1.0)], seed=seed)
+    optimizer = fastreg.SGD(
+        parameters, lr=1.0, regularizers=[fastreg.GradientNoise(1.0)], bf16="nearest", seed=seed
+    )
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(step):

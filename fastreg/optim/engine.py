@@ -589,7 +589,8 @@ class Engine(torch.optim.Optimizer):
                     state[name] = value.to(state[name].device, copy=True)
 
     def _share_seed(self) -> None:
-        if any(chain.random for group in self.param_groups for chain in self._chains(group)):
+        chains = (chain for group in self.param_groups for chain in self._chains(group))
+        if any(stage.words for chain in chains for stage in chain.stages):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 

@@ -17,6 +17,9 @@ MODES = ("stochastic", "remainder", "nearest")
 class Rounding(Piece):
     """The storage of bfloat16 and float16 weights.
 
+    Rounding at random does not depend on the optimizer's seed: replicas of a weight (DDP), whose processes
+    may well be seeded differently, would drift apart.
+
     Args:
         bf16: `"stochastic"` rounds at random, right on average; `"remainder"` keeps 16 more bits of every
             bfloat16 in the state, together an exact float32; `"nearest"` rounds as torch does.
@@ -52,5 +55,5 @@ class Rounding(Piece):
         return self._float16 if dtype == torch.float16 else None
 
     def storage_words(self, seed: int) -> tuple[int, ...]:
-        """The key."""
-        return (key(seed, Purpose.STOCHASTIC_ROUNDING),)
+        """The key, the same for all."""
+        return (key(0, Purpose.STOCHASTIC_ROUNDING),)

@@ -28,7 +28,7 @@ def train(dtype, steps, lr, weight_decay, noise=0.0, make=fastreg.AdamW, **optio
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_weight_decay_is_not_lost(mode, dtype):
-    shrink = train(dtype, 2000, 1e-3, 0.1, bf16=mode, seed=0)
+    shrink = train(dtype, 2000, 1e-3, 0.1, bf16=mode)
     assert shrink == pytest.approx((1 - 1e-4) ** 2000, rel=0.01)
 
 
@@ -46,7 +46,7 @@ def test_weight_decay_beside_noisy_gradients(mode):
 
     expected = ratio(torch.float32)
     assert expected == pytest.approx(math.exp(-0.2), rel=0.02)
-    assert ratio(torch.bfloat16, bf16=mode, seed=0) == pytest.approx(expected, rel=0.02)
+    assert ratio(torch.bfloat16, bf16=mode) == pytest.approx(expected, rel=0.02)
 
 
 RULES = {
@@ -118,7 +118,7 @@ def test_stochastic_rounding_is_the_same_everywhere():
         for dtype in (torch.bfloat16, torch.float16):
             narrow = [Parameter(p.detach().to(dtype)) for p in pair()[0]]
             # Moments in float32: the interpreter truncates what it stores as bfloat16.
-            optimizer = fastreg.AdamW(narrow, lr=0.1, seed=3, state_dtype=torch.float32)
+            optimizer = fastreg.AdamW(narrow, lr=0.1, state_dtype=torch.float32)
             with fastreg.use_backend(name):
                 for turn in range(3):
                     draw = torch.Generator().manual_seed(turn)
@@ -131,17 +131,20 @@ def test_stochastic_rounding_is_the_same_everywhere():
             assert all(map(torch.equal, mine, reference))
 
 
-def test_seeds_and_steps_round_differently():
+def test_replicas_round_alike_and_steps_differently():
+    """Whatever their seeds are: DDP's processes are often seeded apart."""
+
     def run(seed, steps):
+        torch.manual_seed(seed)
         narrow, wide = pair()
-        optimizer = fastreg.SGD(narrow, lr=1e-4, seed=seed)
+        optimizer = fastreg.SGD(narrow, lr=1e-4)
+        assert "seed" not in optimizer.param_groups[0]
         for _ in range(steps):
             gradients(narrow, wide, 0)
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in narrow])
 
-    assert torch.equal(run(1, 1), run(1, 1))
-    assert not torch.equal(run(1, 1), run(2, 1)) and not torch.equal(run(1, 1), run(1, 2))
+    assert torch.equal(run(1, 1), run(2, 1)) and not torch.equal(run(1, 1), run(1, 2))
 
 
 @pytest.mark.parametrize("make", (fastreg.AdamW, fastreg.SGD, fastreg.Lion))
