@@ -94,6 +94,15 @@ def resolve(device: torch.device, elements: int) -> Backend:
     return "reference"
 
 
+def why_reference(device: torch.device) -> str:
+    """Why `auto` takes the reference for any step on a device."""
+    if device.type != "cpu":
+        return _no_triton(device) or "only CUDA and ROCm devices run the kernels"
+    if not has_compiler():
+        return "no C++ compiler, none of $CXX, g++, clang++, c++ found"
+    return "compiling the step has failed in this process"
+
+
 def cannot_compile(error: Exception) -> None:
     """Note that compiling failed: `auto` takes the reference from now on, a forced backend raises.
 
@@ -128,4 +137,10 @@ def has_triton() -> bool:
 @functools.cache
 def has_compiler() -> bool:
     """Whether a C++ compiler is on the path."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    return compiler() is not None
+
+
+def compiler() -> str | None:
+    """The C++ compiler on the path, if there is one."""
+    names = os.environ.get("CXX", ""), "g++", "clang++", "c++"
+    return next((name for name in names if name and shutil.which(name)), None)

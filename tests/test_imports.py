@@ -31,6 +31,7 @@ FLOORS = (
     "multi_tensor",
     "compiled",
     "chain",
+    "environment",
     "backend",
     "random",
     "blocks",

@@ -1,6 +1,7 @@
 """Optimizers that run all their regularizers in one pass over memory."""
 
 from .adam import Adam, AdamW
+from .groups import param_groups
 from .lion import Lion
 from .piece import Phase, Piece
 from .regularizers import EMA, L1, L2SP, ClipNorm, ClipValue, GradientNoise
@@ -8,5 +9,5 @@ from .sgd import SGD
 
 __all__ = [
     "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Phase",
-    "Piece",
+    "Piece", "param_groups",
 ]  # fmt: skip

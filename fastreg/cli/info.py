@@ -1,0 +1,27 @@
+"""`fastreg info`: versions, devices and backends, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "info", help="versions, devices, and which backend runs where",
+        description="Tell versions, devices, and which backend runs an optimizer step on each and why.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    from ..environment import info
+
+    found = info()
+    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found)
+    return 0

@@ -1,0 +1,124 @@
+"""Parameter groups: what decays, and by how much, and how fast each layer learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..blocks import stacks
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float | Callable[[float], float] = 0.01, lr: float | None = None,
+    lr_decay: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Parameter groups of a model, for fastreg's optimizers and torch's.
+
+    Biases, parameters of norms and all with less than two dimensions do not decay.  Frozen parameters are
+    included, so that unfreezing them later is enough; tied ones appear once, where they are first.
+
+    Layers have a depth: 0 for all before the blocks, such as embeddings, 1 to L for the blocks, L + 1 for all
+    after them, such as the final norm and the head.  Blocks are found by `fastreg.blocks.stacks`.
+
+    Args:
+        model: The model.
+        weight_decay: The rate, or a function of the depth as a share of L + 1, from embeddings to head.
+        lr: Learning rate of the last layers, put into the groups.
+        lr_decay: Layerwise decay of the learning rate, in (0, 1]: lr · lr_decay^(L + 1 - depth).
+
+    Returns:
+        Groups with `params`, `weight_decay`, `name` and, where given, `lr`: by depth, decayed ones first.
+
+    Raises:
+        TypeError: If the model is not a module.
+        ValueError: For values out of range, for a model without parameters, and for one without repeated
+            layers where depth matters.
+
+    Reference:
+        Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups() takes a model, not its parameters, got {type(model).__name__}")
+    if lr is not None and not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be finite and >= 0, got {lr=}")
+    if lr_decay is not None and not 0 < lr_decay <= 1:
+        raise ValueError(f"lr_decay must be in (0, 1], got {lr_decay=}")
+    if lr_decay is not None and lr is None:
+        raise ValueError(f"lr_decay needs the learning rate of the last layers: give lr=, got {lr=}")
+    layered = lr_decay is not None or callable(weight_decay)
+    depth_of, last = depths(model)
+    if layered and last < 2:
+        raise ValueError(
+            f"found no repeated layers in {type(model).__name__}: give weight_decay as a number, no lr_decay"
+        )
+    if not depth_of:
+        raise ValueError(f"{type(model).__name__} has no parameters")
+    norms = {
+        id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)
+    }
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        depth = depth_of[name] if layered else last
+        exempt = p.dim() < 2 or id(p) in norms or name.endswith("bias")
+        if (depth, exempt) not in groups:
+            rate = _rate(weight_decay, depth / last)
+            where = _place(depth, last) if layered else "all layers"
+            group = {"params": [], "weight_decay": rate, "name": where}
+            if exempt:
+                group |= {"weight_decay": 0.0, "name": f"{where}, no decay"}
+            if lr is not None:
+                group["lr"] = lr * (lr_decay or 1.0) ** (last - depth)
+            groups[depth, exempt] = group
+        groups[depth, exempt]["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
+
+def depths(model: nn.Module) -> tuple[dict[str, int], int]:
+    """The depth of every parameter by name, and that of what comes after the blocks (1 without blocks).
+
+    What stands in no block belongs to the stack nearest to it in the tree of modules: an encoder's final norm
+    comes after the encoder's blocks, a decoder's embedding before the decoder's.
+    """
+    found = stacks(model)
+    last = max(map(len, found), default=0) + 1
+    names = [name for name, _ in model.named_parameters()]
+    result: dict[str, int] = {}
+    starts = []
+    for stack in found:
+        inside = {
+            name: depth
+            for depth, (block, _) in enumerate(stack, 1)
+            for name in names
+            if name.startswith(f"{block}.")
+        }
+        starts.append((stack[0][0].split("."), min(map(names.index, inside), default=0)))
+        result |= inside
+    for index, name in enumerate(names):
+        if name not in result:
+            near = [_common(name.split("."), path) for path, _ in starts]
+            nearest = [start for (_, start), n in zip(starts, near, strict=True) if n == max(near)]
+            result[name] = last if nearest and index > max(nearest) else 0
+    return result, last
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _rate(weight_decay: float | Callable[[float], float], depth: float) -> float:
+    rate = weight_decay(depth) if callable(weight_decay) else weight_decay
+    if not 0 <= rate < math.inf:
+        where = f" at depth {depth:g}" if callable(weight_decay) else ""
+        raise ValueError(f"weight_decay must be finite and >= 0, got {rate!r}{where}")
+    return float(rate)
+
+
+def _place(depth: int, last: int) -> str:
+    return "before the blocks" if depth == 0 else "after the blocks" if depth == last else f"block {depth}"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
