@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastreg import multi_tensor
 from fastreg.cli import document
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import step as step_kernels
+from fastreg_kernels import units as unit_kernels
 
 from . import sass
 from .chains import READ_ONLY, shipped
@@ -52,6 +54,7 @@ class Entry:
         reads: Bytes read per element.
         writes: Bytes written per element.
         budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
+        gathers: Loads per element that are not wide: of what a unit shares, out of the cache.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Entry:
     reads: int = 0
     writes: int = 0
     budget: float | None = None
+    gathers: int = 0
 
     @property
     def bytes(self) -> int:
@@ -132,7 +136,8 @@ def step_entry(
     written = sum(size for name, size in state.items() if name not in READ_ONLY)
     reads = sizes["gradient"] + sum(state.values()) + sum(sizes[name] for name in chain.storage.sources)
     writes = written + sum(sizes[name] for name in chain.storage.targets)
-    return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget)
+    gathers = len(chain.units)
+    return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget, gathers)
 
 
 def entries(target: str) -> list[Entry]:
@@ -149,6 +154,13 @@ def entries(target: str) -> list[Entry]:
             listed.append(Entry(f"{kind} {name}", kernel, pointers, constants, dtype.itemsize, 0, budget))
     finish = {"partial": "*fp64", "count": "i32", "limits": "*fp64", "out": "*fp64"}
     constants = {"LARGEST": False, "BLOCK": multi_tensor.PARTIALS}
+    adaptive = next(c for c in chains if c.chain.units)
+    arguments = {name: pointers[name] for name in ("table", "gradients", "work")}
+    for dtype, name, budget in ((torch.float32, "fp32", 18), (torch.bfloat16, "bf16", 20)):
+        units = multi_tensor.unit_constants(adaptive.chain, (dtype, dtype), warp)
+        kernel, read = unit_kernels.unit_squares_kernel, 2 * dtype.itemsize
+        sums = {**arguments, "out": f"*{units['COMPUTE']}"}
+        listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
     return [*listed, Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants)]
 
 
@@ -202,9 +214,12 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
     if loop and entry.bytes:
         loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
         report.loads, report.stores = (sorted({8 * width for width in kind}) for kind in (loads, stores))
-        report.narrow = sum(count for width, count in (loads + stores).items() if width < 16)
-        per_turn = _elements(sum(width * count for width, count in (loads + stores).items()), entry)
-        per_program = entry.constants["BLOCK"] / (32 * multi_tensor.WARPS)
+        wide = Counter({width: count for width, count in (loads + stores).items() if width >= 16})
+        per_turn = _elements(sum(width * count for width, count in wide.items()), entry)
+        report.narrow = (loads + stores).total() - wide.total() - entry.gathers * per_turn
+        loads = Counter({width: count for width, count in loads.items() if not entry.gathers or width >= 16})
+        # A program of a kernel without blocks works on something of its own length, at least on a chunk.
+        per_program = entry.constants.get("BLOCK", entry.constants["CHUNK"]) / (32 * multi_tensor.WARPS)
         report.instructions = len(loop) / per_turn + len(before) / per_program
         report.moved = tuple(sum(w * c for w, c in kind.items()) / per_turn for kind in (loads, stores))
     return report

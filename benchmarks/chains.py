@@ -73,6 +73,7 @@ BUDGETS = {
     "Lion": (20, 38, 37, 30.5),
     "Adam-amsgrad": (33, 55, 53.5, 45),
     "AdamW-cautious+L1": (37.5, 58, 56.5, 49.5),
+    "adaptive+SGD-momentum": (54, 73.5, 71, 64),
     "value+relative+L2SP+AdamW": (82, 104, 102.5, 97),
 }
 
@@ -94,6 +95,7 @@ def optimizer(name: str, params: Iterable[Any], max_norm: float = MAX_NORM, **op
     """
     pieces = {
         "clip": fastreg.ClipNorm(max_norm),
+        "adaptive": fastreg.AdaptiveClip(),
         "value": fastreg.ClipValue(VALUE),
         "noise": fastreg.GradientNoise(STD),
         "relative": fastreg.GradientNoise(STD, relative=True),

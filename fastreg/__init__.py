@@ -9,6 +9,7 @@ from .optim import (
     SGD,
     Adam,
     AdamW,
+    AdaptiveClip,
     ClipNorm,
     ClipValue,
     GradientNoise,
@@ -16,11 +17,11 @@ from .optim import (
     Phase,
     Piece,
     param_groups,
-)  # fmt: skip
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Phase",
-    "Piece", "info", "param_groups", "use_backend",
+    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",
+    "Lion", "Phase", "Piece", "info", "param_groups", "use_backend",
 ]  # fmt: skip

@@ -33,7 +33,9 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link: element-wise maths `(p, u, at, *buffers, *scalars, *words, *numbers) -> (p, u, new)`.
+    """One link: element-wise maths `(p, u, at, *buffers, *units, *scalars, *words, *numbers)`.
+
+    It returns weight, update and what the buffers hold then.
 
     Args:
         kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
@@ -42,6 +44,7 @@ class Stage:
         scalars: Names of the float64 device scalars it reads.
         words: Names of the integers it takes, such as a random key.
         numbers: How many numbers it takes, which may change with every step.
+        units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
     """
 
     kernel: Any
@@ -50,6 +53,7 @@ class Stage:
     scalars: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     numbers: int = 0
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class Chain:
     def buffers(self) -> tuple[Buffer, ...]:
         """All buffers, in order."""
         return tuple(buffer for link in self.links for buffer in link.buffers)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What is read once per unit, in order."""
+        return tuple(name for stage in self.stages for name in stage.units)
 
     @property
     def random(self) -> bool:

@@ -28,8 +28,8 @@ def compiled_step(
 ) -> Callable[[list[Tensor], Tensor, Tensor, Tensor], None]:
     """The compiled form of `reference.step`, called as `(tensors, scalars, integers, numbers)`.
 
-    `tensors` are parameter, gradient and buffers, flat; `integers` are first element, stream, step and the
-    words of the chain, with a first element that is a multiple of 8.
+    `tensors` are parameter, gradient, buffers and units, flat; `integers` are first element, stream, step
+    and the words of the chain, with a first element that is a multiple of 8.
 
     Args:
         chain: The chain to compile.
@@ -40,11 +40,13 @@ def compiled_step(
     """
 
     def fused_step(tensors: list[Tensor], scalars: Tensor, integers: Tensor, numbers: Tensor) -> None:
-        parameter, gradient, *buffers = tensors
+        parameter, gradient, *others = tensors
+        buffers, units = others[:held], others[held:]
         first, stream, count, *words = integers.unbind()
         at = At(first, 0, stream, count)
-        step(chain, parameter, gradient, buffers, scalars.unbind(), words, numbers.unbind(), at)
+        step(chain, parameter, gradient, buffers, units, scalars.unbind(), words, numbers.unbind(), at)
 
+    held = len(chain.buffers)
     options: dict[str, Any] = {
         "size_asserts": False,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,

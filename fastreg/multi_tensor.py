@@ -22,9 +22,11 @@ from . import backend
 from .chain import Chain
 from .compiled import compiled_step
 from .reference import norm as reference_norm
+from .reference import units as reference_units
 from .reference.random import At
 from .reference.step import CHUNK, compute_dtype
 from .reference.step import step as reference_step
+from .reference.units import Place
 
 BLOCK = 4096
 """Elements a program updates: enough to amortise reading its addresses and numbers."""
@@ -53,6 +55,7 @@ class Batch:
         rows: Which row of `steps` and `numbers` is whose.
         steps: Step count of each row; a tensor where the device counts.
         numbers: The numbers of the chain, for each row; where the device counts, a tensor.
+        places: Where the units of each lie, for chains that have `units`.
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
         skip: float64 `[1]` on the device; not 0: the step does nothing.
         table: What the former batch of the same parameters left on the device.
@@ -69,10 +72,15 @@ class Batch:
     rows: list[int]
     steps: list[int] | Tensor
     numbers: list[list[float]] | Tensor
+    places: list[Place] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     skip: Tensor | None = None
     table: Table = field(default_factory=lambda: Table())
     uploaded: Uploaded | None = None
+
+    def unit(self, name: str) -> Tensor:
+        """What the chain reads as `name`, an element for each unit of each parameter; kept by the table."""
+        return self.table.units_of(self)[self.chain.units.index(name)]
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +127,14 @@ def combine(totals: Sequence[Tensor], limits: Tensor, largest: bool) -> Tensor:
     return reference_norm.clip_factor(torch.stack(tuple(totals)), limits, largest)
 
 
+def unit_squares(batch: Batch) -> Tensor:
+    """(Σ p², Σ g²) over every unit of every parameter: `[units, 2]`, in compute precision."""
+    if batch.backend == "triton":
+        return _unit_squares(batch)
+    flats = (list(map(flat, tensors)) for tensors in (batch.parameters, batch.gradients))
+    return torch.cat(list(map(reference_units.unit_squares, *flats, batch.places)))
+
+
 def flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory: a `[n]` view."""
     return tensor if tensor.dim() == 1 else tensor.as_strided((tensor.numel(),), (1,))
@@ -146,7 +162,8 @@ def _run_reference(batch: Batch) -> None:
     fused = None
     if batch.backend == "compiled":
         try:
-            fused = compiled_step(chain, batch.dtypes, dtype, batch.device, threads)
+            dtypes = (*batch.dtypes, *[dtype] * len(chain.units))
+            fused = compiled_step(chain, dtypes, dtype, batch.device, threads)
         except Exception as error:
             backend.cannot_compile(error)
     if fused is not None:
@@ -159,6 +176,11 @@ def _run_reference(batch: Batch) -> None:
         ).unbind()
     for run, (i, start, stop) in enumerate(runs):
         tensors = [flat(t) for t in (batch.parameters[i], batch.gradients[i], *(b[i] for b in batch.buffers))]
+        if chain.units:
+            counts = [place.number for place in batch.places]
+            for values in batch.table.units_of(batch):
+                own = values.split(counts)[i]
+                tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
         if stop - start < tensors[0].numel():
             tensors = [t[start:stop] for t in tensors]
         row, first = batch.rows[i], batch.firsts[i] + start
@@ -166,9 +188,10 @@ def _run_reference(batch: Batch) -> None:
             fused(tensors, scalars[i], integers[run], rows[row])
         elif stop > start:
             at = At(first - first % 8, first % 8, batch.streams[i], steps[row])
-            parameter, gradient, *buffers = tensors
-            numbers = rows[row].unbind()
-            reference_step(chain, parameter, gradient, buffers, scalars[i].unbind(), words, numbers, at)
+            parameter, gradient, *others = tensors
+            buffers, units = others[: len(batch.buffers)], others[len(batch.buffers) :]
+            own = scalars[i].unbind(), words, rows[row].unbind()
+            reference_step(chain, parameter, gradient, buffers, units, *own, at)
 
 
 def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
@@ -192,6 +215,8 @@ class Table:
         self.counts: list[int] = []
         self.work: Tensor
         self.captured: list[Tensor] = []
+        self.units: list[Tensor] = []
+        self.unit_work: Tensor
 
     def refresh(self, batch: Batch) -> None:
         """Upload addresses and integers if any differs from last time, the work list if a size does."""
@@ -205,6 +230,11 @@ class Table:
             *(_scalar_addresses(scalar, len(batch.parameters)) for scalar in batch.scalars),
             *([word] * len(batch.parameters) for word in batch.words),
         ]
+        if batch.chain.units:
+            counts = [place.number for place in batch.places]
+            for values in self.units_of(batch):
+                columns.append(list(map(Tensor.data_ptr, values.split(counts))))
+            columns += [[place.stride for place in batch.places], counts]
         if columns == self.key:
             return
         self.key = columns
@@ -215,6 +245,18 @@ class Table:
             tensor = torch.arange(len(blocks), device="cpu").repeat_interleave(blocks)
             block = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
             self.work = self.upload(torch.stack((tensor, block), 1).int(), batch.device)
+
+    def units_of(self, batch: Batch) -> list[Tensor]:
+        """For each name of `chain.units`, an element for each unit of each parameter."""
+        if batch.chain.units and not self.units:
+            total = sum(place.number for place in batch.places)
+            dtype = compute_dtype(batch.parameters[0].dtype)
+            self.units = [torch.ones(total, dtype=dtype, device=batch.device) for _ in batch.chain.units]
+            counts = _host([place.number for place in batch.places], torch.int64)
+            tensor = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+            unit = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
+            self.unit_work = self.upload(torch.stack((tensor, unit), 1).int(), batch.device)
+        return self.units
 
     def upload(self, host: Tensor, device: torch.device) -> Tensor:
         """Copy without waiting: the allocator of pinned memory keeps it while it is in use."""
@@ -296,6 +338,18 @@ def _partial_norms(batch: Batch, largest: bool) -> Tensor:
     return partial
 
 
+def _unit_squares(batch: Batch) -> Tensor:
+    kernels = importlib.import_module("fastreg_kernels.units")
+    changing, work = _begin(batch), batch.table.unit_work
+    out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
+    with _current(batch.device):
+        kernels.unit_squares_kernel[(len(work),)](
+            batch.table.rows, changing.gradients, work, out,
+            **unit_constants(batch.chain, batch.dtypes, _warp()), num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
 def _finish(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
     out = torch.empty(5, dtype=torch.float64, device=partial.device)
@@ -332,6 +386,18 @@ def norm_constants(chain: Chain, dtype: torch.dtype, largest: bool, warp: int) -
     }
 
 
+def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
+    """The compile-time arguments of `unit_squares_kernel`."""
+    return {
+        "P": _triton(dtypes[0]),
+        "G": _triton(dtypes[1]),
+        "COMPUTE": _triton(compute_dtype(dtypes[0])),
+        "COLUMNS": _columns(chain),
+        "PLACE": _columns(chain) - 2,
+        "CHUNK": PER_THREAD * WARPS * warp,
+    }
+
+
 def _warp() -> int:
     return 64 if torch.version.hip else 32
 
@@ -347,6 +413,8 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
     word_columns = iter(
         range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain))
     )
+    place = tuple(range(_columns(chain) - 2, _columns(chain)))
+    unit_columns = iter(range(_columns(chain) - 2 - len(chain.units), _columns(chain)))
     number_columns = iter(range(sum(stage.numbers for stage in chain.stages)))
     buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
 
@@ -366,6 +434,8 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
                 tuple(islice(scalar_columns, len(stage.scalars))),
                 tuple(islice(word_columns, len(stage.words))),
                 tuple(islice(number_columns, stage.numbers)),
+                tuple(islice(unit_columns, len(stage.units))),
+                place if stage.units else (),
             )
         )
     storage = chain.storage
@@ -385,7 +455,8 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
 def _columns(chain: Chain) -> int:
     header = importlib.import_module("fastreg_kernels.step").HEADER.value
     scalars = sum(len(stage.scalars) for stage in chain.stages)
-    return header + len(chain.buffers) + scalars + sum(len(link.words) for link in chain.links)
+    units = len(chain.units) + 2 if chain.units else 0
+    return header + len(chain.buffers) + scalars + sum(len(link.words) for link in chain.links) + units
 
 
 def _device_function(kernel: Any) -> Any:

@@ -84,7 +84,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE is None:
         return
     run, partial_norms = multi_tensor._run_triton, multi_tensor._partial_norms
-    finish = multi_tensor._finish
+    finish, unit_squares = multi_tensor._finish, multi_tensor._unit_squares
 
     def run_there(batch: Batch) -> None:
         if batch.device.type != "cpu":
@@ -102,7 +102,11 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def finish_there(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
         return finish(partial.to(DEVICE), limits.to(DEVICE), largest).to(partial.device)
 
+    def unit_squares_there(batch: Batch) -> Tensor:
+        return unit_squares(batch) if batch.device.type != "cpu" else unit_squares(moved(batch)).cpu()
+
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
+    monkeypatch.setattr(multi_tensor, "_unit_squares", unit_squares_there)
     monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
     monkeypatch.setattr(multi_tensor, "_partial_norms", partial_norms_there)
     monkeypatch.setattr(multi_tensor, "_finish", finish_there)
@@ -121,7 +125,7 @@ def moved(batch: Batch) -> Batch:
         store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=DEVICE)
         return store.as_strided(tensor.shape, tensor.stride(), skipped).copy_(tensor)
 
-    return replace(
+    there_batch = replace(
         batch,
         parameters=list(map(there, batch.parameters)),
         gradients=list(map(there, batch.gradients)),
@@ -131,6 +135,11 @@ def moved(batch: Batch) -> Batch:
         table=multi_tensor.Table(),
         uploaded=None,
     )
+    for mine, theirs in zip(
+        there_batch.table.units_of(there_batch), batch.table.units_of(batch), strict=True
+    ):
+        mine.copy_(theirs)
+    return there_batch
 
 
 class Race:

@@ -27,7 +27,7 @@ def fastreg_adamw(setup: Setup) -> Optimizer:
 
     return fastreg.AdamW(
         setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay,
-        regularizers=setup.regularizers, seed=setup.seed,
+        regularizers=setup.regularizers, seed=setup.seed, **setup.options,
     )  # fmt: skip
 
 
@@ -35,10 +35,10 @@ def torch_adamw(setup: Setup) -> Optimizer:
     """`torch.optim.AdamW` at its best setting."""
     import torch
 
-    if setup.regularizers:
-        names = ", ".join(type(piece).__name__ for piece in setup.regularizers)
+    if setup.regularizers or setup.options:
+        names = ", ".join((*(type(piece).__name__ for piece in setup.regularizers), *setup.options))
         raise ValueError(
-            f"torch.optim.AdamW takes no regularizers, got {names}; leave 'torch' out of the combination"
+            f"torch.optim.AdamW is compared as it is, got {names}; leave 'torch' out of the combination"
         )
     return torch.optim.AdamW(
         setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay, fused=True
@@ -68,6 +68,7 @@ class Setup:
     weight_decay: float
     seed: int
     regularizers: list[Any] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)  # for `fastreg.AdamW`
     optimizer: Callable[[Setup], Optimizer] = fastreg_adamw
     training_step: Callable[[Callable[[], Tensor], Optimizer, Stopwatch], None] = training_step
     evaluation: Callable[[Optimizer], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -123,11 +124,32 @@ def _clip(setup: Setup, max_norm: float) -> None:
     setup.regularizers.append(fastreg.ClipNorm(max_norm))
 
 
+@contender("value", "every gradient element clipped to {}", 0.01)
+def _value(setup: Setup, clip_value: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.ClipValue(clip_value))
+
+
+@contender("adaptive", "gradients of rows clipped to {} times the norm of their weights", 0.01)
+def _adaptive(setup: Setup, clipping: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.AdaptiveClip(clipping))
+
+
 @contender("noise", "Gaussian noise of standard deviation {} on every gradient element", 3e-3)
 def _noise(setup: Setup, std: float) -> None:
     import fastreg
 
     setup.regularizers.append(fastreg.GradientNoise(std))
+
+
+@contender("anneal", "Gaussian noise of {} times the gradient norm at first, annealed with gamma 0.55", 0.3)
+def _anneal(setup: Setup, std: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.GradientNoise(std, gamma=0.55, relative=True))
 
 
 @contender("ema", "evaluates a moving average of the weights with decay {}", 0.98)
@@ -141,6 +163,35 @@ def _ema(setup: Setup, decay: float) -> None:
 @contender("decay", "decoupled weight decay {}", 0.5)
 def _decay(setup: Setup, weight_decay: float) -> None:
     setup.weight_decay = weight_decay
+
+
+@contender("cautious", "weight decay {} where the update shrinks the weight as well", 0.5)
+def _cautious(setup: Setup, weight_decay: float) -> None:
+    setup.weight_decay, setup.options["decay"] = weight_decay, "cautious"
+
+
+@contender("independent", "weight decay {} that follows the schedule of the learning rate alone", 1e-3)
+def _independent(setup: Setup, weight_decay: float) -> None:
+    setup.weight_decay, setup.options["decay"] = weight_decay, "independent"
+
+
+@contender("amsgrad", "AMSGrad: divides by the largest second moment so far")
+def _amsgrad(setup: Setup) -> None:
+    setup.options["amsgrad"] = True
+
+
+@contender("l1", "L1 penalty {}, proximal", 0.1)
+def _l1(setup: Setup, strength: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.L1(strength))
+
+
+@contender("l2sp", "pulled towards the starting point with strength {}", 1e-3)
+def _l2sp(setup: Setup, strength: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.L2SP(strength))
 
 
 @dataclass(frozen=True)
@@ -210,4 +261,4 @@ def listing() -> str:
         (entry.name, Contender(entry.name, ((entry, entry.strength),)).summary) for entry in ENTRIES.values()
     ]
     lines += ALIASES.items()
-    return "\n".join(f"{name:<7}{summary}" for name, summary in lines)
+    return "\n".join(f"{name:<12}{summary}" for name, summary in lines)

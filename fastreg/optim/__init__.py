@@ -4,10 +4,10 @@ from .adam import Adam, AdamW
 from .groups import param_groups
 from .lion import Lion
 from .piece import Phase, Piece
-from .regularizers import EMA, L1, L2SP, ClipNorm, ClipValue, GradientNoise
+from .regularizers import EMA, L1, L2SP, AdaptiveClip, ClipNorm, ClipValue, GradientNoise
 from .sgd import SGD
 
 __all__ = [
-    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Phase",
-    "Piece", "param_groups",
+    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",
+    "Lion", "Phase", "Piece", "param_groups",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from .. import backend, multi_tensor, random
 from ..chain import PLAIN, Buffer, Chain
 from ..multi_tensor import Batch, Table
 from ..reference.step import compute_dtype
+from ..reference.units import Place
 from . import amp, decay, placement
 from .counts import Counts, Verdict
 from .measurement import Measurement
@@ -54,6 +55,7 @@ class Bucket:
     firsts: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     layouts: list[tuple[int, ...]] = field(default_factory=list)
+    units: list[Place] = field(default_factory=list)
     places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
     plain: bool = True  # no DTensors, all contiguous
     table: Table = field(default_factory=Table)
@@ -371,6 +373,7 @@ class Engine(torch.optim.Optimizer):
             bucket.firsts.append(placement.first_element(parameter))
             bucket.streams.append(streams[i])
             bucket.layouts.append(placement.layout(tensor))
+            bucket.units.append(placement.units(parameter, bucket.layouts[-1]))
             bucket.plain &= tensor is parameter and tensor.is_contiguous()
         self._buckets = list(buckets.values())
         for bucket in self._buckets:
@@ -424,6 +427,7 @@ class Engine(torch.optim.Optimizer):
             rows=rows,
             steps=steps,
             numbers=numbers,
+            places=bucket.units,
             copies=[(place, used) for place, used in zip(places, tensors, strict=True) if place is not used],
             table=bucket.table,
         )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.units import Place
+
 
 class Shards(NamedTuple):
     """The parts of a sharded tensor: summing over these process groups sums over the whole tensor."""
@@ -80,6 +82,19 @@ def shards(parameter: Tensor) -> Shards | None:
 def layout(tensor: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor with the same order of dimensions in memory: its own, if it is dense."""
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def units(parameter: Tensor, strides: tuple[int, ...]) -> Place:
+    """The units of a local tensor: rows of a matrix, output channels of a convolution, else all of it.
+
+    Args:
+        parameter: The parameter.
+        strides: Its dense layout.
+    """
+    inner = local(parameter)
+    if parameter.dim() < 2 or inner.shape[0] < 2 or not inner.numel():
+        return Place(max(inner.numel(), 1), 1)
+    return Place(strides[0], inner.shape[0])
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

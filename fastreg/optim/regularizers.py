@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..chain import Buffer, Stage
+from ..multi_tensor import Batch, unit_squares
 from ..random import Purpose, key
 from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
 from .piece import Phase, Piece, Work, values
+from .placement import Shards
 
 
 def _checked(name: str, value: float, lowest: float, *, above: bool = False, finite: bool = True) -> float:
@@ -84,6 +86,60 @@ class ClipValue(Piece):
     def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Both limits."""
         return self.clip_value, -self.clip_value
+
+
+class AdaptiveClip(Piece):
+    """Adaptive gradient clipping: no unit's gradient is larger than a share of its weights.
+
+    g ← g · min(clipping · max(‖p‖, eps) / ‖g‖, 1) for every unit: a row of a matrix, an output channel of a
+    convolution, the whole of a vector.  Norms are of the gradient as it is after unscaling and `ClipNorm`.
+
+    Args:
+        clipping: Largest ratio λ of the norms; > 0.
+        eps: Least norm that weights count with, so that zeros can learn; > 0.
+
+    Raises:
+        ValueError: If clipping or eps is not positive and finite.
+
+    Reference:
+        Brock, De, Smith, Simonyan 2021, "High-performance large-scale image recognition without
+        normalization".
+    """
+
+    phase = Phase.CLIP
+    _name = "adaptive_clip"
+    _stage = Stage("regularizers.scale", reference.scale, units=(_name,))
+
+    def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
+        self.clipping = _checked("clipping", clipping, 0, above=True)
+        self.eps = _checked("eps", eps, 0, above=True)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage
+
+    def prepare(self, work: Work) -> None:
+        """One read of weights and gradients gives the factor of every unit."""
+        for batch, shards in work.batches:
+            squares = unit_squares(batch)
+            if shards is not None:
+                self._whole(squares, batch, shards)
+            weight, gradient = squares.sqrt().unbind(1)
+            if batch.device in work.measured:
+                gradient = gradient * work.measured[batch.device].factor.to(gradient.dtype)
+            largest = self.clipping * weight.clamp(min=self.eps)
+            batch.unit(self._name).copy_((largest / gradient.clamp(min=1e-30)).clamp(max=1.0))
+
+    @staticmethod
+    def _whole(squares: Tensor, batch: Batch, shards: Shards) -> None:
+        """Vectors are one unit, whose parts lie in all shards; rows lie in one."""
+        counts = [place.number for place in batch.places]
+        starts = [sum(counts[:i]) for i, p in enumerate(batch.parameters) if p.dim() < 2]
+        if starts:
+            index = torch.tensor(starts, device=squares.device)
+            parts = squares[index]
+            shards.all_reduce(parts)
+            squares[index] = parts
 
 
 class GradientNoise(Piece):

@@ -16,8 +16,8 @@ torch's speed with noise, 124 M parameters)."""
 
 
 def step(
-    chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], scalars: Sequence[Tensor],
-    words: Sequence[Tensor], numbers: Sequence[Tensor], at: At,
+    chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], units: Sequence[Tensor],
+    scalars: Sequence[Tensor], words: Sequence[Tensor], numbers: Sequence[Tensor], at: At,
 ) -> None:  # fmt: skip
     """Apply the stages of a `fastreg.chain.Chain` in order; write parameter and buffers in place.
 
@@ -26,6 +26,7 @@ def step(
         parameter: `[n]`, any floating dtype.
         gradient: `[n]`, read only.
         buffers: `[n]` each, those of the stages in order, then those of the storage.
+        units: `[n]` each in compute precision, for every element the value of its unit.
         scalars: 0-d each in compute precision, device scalars of the stages in order.
         words: 0-d int64 each, integers of the stages in order, then those of the storage.
         numbers: 0-d each in compute precision, those of the stages in order.
@@ -40,11 +41,12 @@ def step(
 
     p = storage.read(*(place[name] for name in storage.sources)).to(compute)
     u = gradient.to(compute)
-    b = s = w = n = 0
+    b = k = s = w = n = 0
     for stage in chain.stages:
         own = buffers[b : b + len(stage.buffers)]
         arguments = (
             *(buffer.to(compute) for buffer in own),
+            *units[k : k + len(stage.units)],
             *scalars[s : s + len(stage.scalars)],
             *words[w : w + len(stage.words)],
             *numbers[n : n + stage.numbers],
@@ -52,6 +54,7 @@ def step(
         p, u, new = stage.reference(p, u, at, *arguments)
         for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
             buffer.copy_(value)
+        k += len(stage.units)
         b, s, w, n = b + len(own), s + len(stage.scalars), w + len(stage.words), n + stage.numbers
     for name, value in zip(storage.targets, storage.write(p, at, *words[w:]), strict=True):
         place[name].copy_(value)

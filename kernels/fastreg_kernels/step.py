@@ -28,12 +28,14 @@ HEADER = tl.constexpr(5)
 class Stage(NamedTuple):
     """One piece of the chain, as the kernel sees it."""
 
-    fn: Any  # device function (p, u, at, *state, *scalars, *words, *numbers) -> (p, u, new state)
+    fn: Any  # device function (p, u, at, *state, *units, *scalars, *words, *numbers) -> (p, u, new state)
     state: tuple  # table columns: addresses of its buffers
     dtypes: tuple  # and what these hold
     scalars: tuple  # table columns: addresses of float64 device scalars
     words: tuple  # table columns: integers handed over as they are (keys)
     numbers: tuple  # columns of the number row
+    units: tuple  # table columns: addresses of vectors with an element for each unit
+    place: tuple  # table columns: how far units lie apart and how many there are; () without units
 
 
 class Storage(NamedTuple):
@@ -82,6 +84,20 @@ def load_blocks(addresses, dtypes, offsets, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_units(addresses, place, start, offsets, mask, COMPUTE: tl.constexpr):
+    out = ()
+    if len(addresses) > 0:
+        # 64 bits once, 32 for each element: its division is what a unit costs.
+        stride = place[0].to(tl.int32)
+        within = (start % place[0]).to(tl.int32) + (offsets - start).to(tl.int32)
+        unit = ((start // place[0]) % place[1]).to(tl.int32) + within // stride
+        unit = unit % place[1].to(tl.int32)
+        for i in tl.static_range(len(addresses)):
+            out = out + (tl.load(addresses[i].to(tl.pointer_type(COMPUTE)) + unit, mask=mask),)
+    return out
+
+
+@triton.jit
 def cast_all(blocks, COMPUTE: tl.constexpr):
     out = ()
     for i in tl.static_range(len(blocks)):
@@ -104,8 +120,8 @@ def run_stage(stage, addresses, arguments, state, p, u, at, offsets, mask, WIDE:
 
 @triton.jit
 def update_block(
-    gradient, sources, targets, words, addresses, arguments, stages, storage, at, offsets, mask,
-    G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
+    gradient, sources, targets, words, addresses, arguments, units, places, stages, storage, at, start,
+    offsets, mask, G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # All loads are issued before the first use, so that they overlap.
     raw = load_blocks(sources, storage.source_dtypes, offsets, mask, WIDE)
@@ -116,7 +132,8 @@ def update_block(
     p = storage.read(*raw).to(COMPUTE)
     for i in tl.static_range(len(stages)):
         state = cast_all(states[i], COMPUTE)
-        p, u = run_stage(stages[i], addresses[i], arguments[i], state, p, u, at, offsets, mask, WIDE)
+        own = load_units(units[i], places[i], start, offsets, mask, COMPUTE) + arguments[i]
+        p, u = run_stage(stages[i], addresses[i], own, state, p, u, at, offsets, mask, WIDE)
     store_blocks(targets, storage.target_dtypes, storage.write(p, at, *words), offsets, mask, WIDE)
 
 
@@ -162,9 +179,13 @@ def step_kernel(
 
     addresses = ()
     arguments = ()
+    units = ()
+    places = ()
     everything = gradient | any_of(sources) | any_of(targets)
     for i in tl.static_range(len(stages)):
         addresses = addresses + (load_words(row, stages[i].state),)
+        units = units + (load_words(row, stages[i].units),)
+        places = places + (load_words(row, stages[i].place),)
         arguments = arguments + (
             load_scalars(row, stages[i].scalars, COMPUTE)
             + load_words(row, stages[i].words)
@@ -183,14 +204,14 @@ def step_kernel(
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         update_block(
-            gradient, sources, targets, words, addresses, arguments, stages, storage,
-            At(first + s, stream, step, VECTOR), offsets, offsets < wide, G, COMPUTE, True,
+            gradient, sources, targets, words, addresses, arguments, units, places, stages, storage,
+            At(first + s, stream, step, VECTOR), s, offsets, offsets < wide, G, COMPUTE, True,
         )  # fmt: skip
     # The narrow one starts early enough for random numbers to come in whole groups.
     for s in range(wide - (first + wide) % 8, stop, 128):
         offsets = s + tl.arange(0, 128)
         update_block(
-            gradient, sources, targets, words, addresses, arguments, stages, storage,
-            At(first + s, stream, step, VECTOR), offsets, (offsets >= wide) & (offsets < stop),
+            gradient, sources, targets, words, addresses, arguments, units, places, stages, storage,
+            At(first + s, stream, step, VECTOR), s, offsets, (offsets >= wide) & (offsets < stop),
             G, COMPUTE, False,
         )  # fmt: skip

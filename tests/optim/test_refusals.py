@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 import fastreg
-from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, ClipNorm, ClipValue, GradientNoise, Lion
+from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, AdaptiveClip, ClipNorm, ClipValue, GradientNoise, Lion
 
 VALUES = (
     (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1"),
@@ -86,6 +86,8 @@ PIECES = (
         )
         for value in (-0.1, math.inf, math.nan)
     ),
+    (lambda: AdaptiveClip(0.0), "clipping must be finite and > 0, got clipping=0.0"),
+    (lambda: AdaptiveClip(0.1, eps=-1.0), "eps must be finite and > 0, got eps=-1.0"),
     (lambda: GradientNoise(0.1, gamma=-1.0), "gamma must be finite and >= 0, got gamma=-1.0"),
     (lambda: EMA(1.0), "decay must be in [0, 1), got decay=1.0"),
     (lambda: EMA(-0.1), "decay must be in [0, 1), got decay=-0.1"),
