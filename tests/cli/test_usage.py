@@ -86,7 +86,8 @@ WRONG_LATER = [
     (["--with", "clip=0"], "max_norm must be > 0"),
     (["--with", "decay=-1"], "weight_decay"),
     (["--with", "clip+clip=2"], "more than once"),
-    (["--with", "torch+noise"], "takes no regularizers"),
+    (["--with", "torch+noise"], "compared as it is, got GradientNoise"),
+    (["--with", "torch+amsgrad"], "compared as it is, got amsgrad"),
 ]
 
 

@@ -36,7 +36,7 @@ def test_narrow_weights_are_rounded_once(dtype):
     wide = [torch.nn.Parameter(p.float()) for p in wide]
     for p, q in zip(ours, wide, strict=True):
         q.grad = p.grad.float()
-    fastreg.AdamW(ours, lr=1e-2).step()
+    fastreg.AdamW(ours, lr=1e-2, bf16="nearest").step()
     torch.optim.AdamW(wide, lr=1e-2).step()
     for p, q in zip(ours, wide, strict=True):
         ulp = torch.finfo(dtype).eps * q.abs()
@@ -55,6 +55,81 @@ def test_no_step_waits_for_the_device():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_skipped_step_waits_for_nobody_and_leaves_no_trace():
+    """Neither the step nor the next one synchronizes; the count is right when it is read."""
+    params = parameters()
+    optimizer = fastreg.AdamW(params, regularizers=EVERYTHING, nonfinite="skip")
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        params[0].grad = torch.full_like(params[0].grad, float("nan"))
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        params[0].grad = torch.zeros_like(params[0])
+        after = [p.detach().clone() for p in params]
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, before, after))
+    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {2.0}
+
+
+def test_cuda_graph(close):
+    """A captured step counts on the device and follows a learning rate that lies there."""
+    ours, theirs = parameters(), parameters()
+    rate = torch.tensor(0.1, device=ours[0].device)
+    optimizer = fastreg.AdamW(ours, lr=rate, capturable=True, regularizers=[fastreg.ClipNorm(1.0)])
+    oracle = torch.optim.AdamW(theirs, lr=0.1)
+
+    def plain():
+        for p, q in zip(theirs, ours, strict=True):
+            p.grad = q.grad.clone()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        oracle.param_groups[0]["lr"] = float(rate)
+        oracle.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):
+        plain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for turn in range(3):
+        rate.fill_(0.1 / (turn + 1))
+        for p in ours:
+            p.grad.mul_(-1.5)
+        graph.replay()
+        plain()
+    torch.cuda.synchronize()
+    close(ours, theirs)
+    assert optimizer.state[ours[0]]["step"] == 6
+
+
+def test_grad_scaler_on_the_device(close):
+    ours, theirs = parameters(), parameters()
+    optimizer = fastreg.AdamW(ours, lr=0.1, regularizers=[fastreg.ClipNorm(1.0)])
+    oracle, scaler = torch.optim.AdamW(theirs, lr=0.1), torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for turn in range(3):
+        scaler.scale(torch.ones((), device="cuda"))
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad * scaler.get_scale()
+        if turn == 1:
+            ours[0].grad.fill_(float("inf"))
+        else:
+            torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+            oracle.step()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    close(ours, theirs)
+    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {2.0}
 
 
 def test_on_another_stream():
