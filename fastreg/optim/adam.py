@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ranges
 from .engine import Engine
 from .piece import Piece
 from .rules import Adam as Rule
@@ -58,11 +59,12 @@ class Adam(Engine, torch.optim.Adam):
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         self._compose(Rule(), decay, regularizers, seed, bf16, state_dtype, nonfinite)
-        torch.optim.Adam.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
-            capturable=capturable, differentiable=differentiable, fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )  # fmt: skip
+        with ranges.told(lr=lr, betas=betas):
+            torch.optim.Adam.__init__(
+                self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
+                capturable=capturable, differentiable=differentiable, fused=fused,
+                decoupled_weight_decay=decoupled_weight_decay,
+            )  # fmt: skip
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -86,7 +86,8 @@ class Measurement(Piece):
         if len(measured) > 1 or shards is not None:
             totals = []
             for (_, shards), part in measured.items():
-                total = part[1].clone()
+                # A maximum over processes may lose NaN, but no infinity.
+                total = part[1].nan_to_num(nan=math.inf, posinf=math.inf) if largest else part[1].clone()
                 if shards is not None:
                     shards.all_reduce(total, largest)
                 totals.append(total.to(home))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ranges
 from .engine import Engine
 from .piece import Piece
 from .rules import SGD as Rule
@@ -52,7 +53,8 @@ class SGD(Engine, torch.optim.SGD):
         seed: int | None = None,
     ) -> None:  # fmt: skip
         self._compose(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov,
-            maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
-        )  # fmt: skip
+        with ranges.told(lr=lr, momentum=momentum, dampening=dampening):
+            super().__init__(
+                params, lr, momentum, dampening, weight_decay, nesterov,
+                maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
+            )  # fmt: skip

@@ -57,6 +57,12 @@ def noise(parameters: Any) -> fastreg.SGD:
     return fastreg.SGD(parameters, lr=1.0, regularizers=[fastreg.GradientNoise(1.0)], seed=7)
 
 
+def by_units(parameters: Any) -> fastreg.SGD:
+    """Rows lie in one shard each, vectors in all."""
+    regularizers = [fastreg.ClipNorm(0.5, float("inf")), fastreg.AdaptiveClip(0.05)]
+    return fastreg.SGD(parameters, lr=0.1, momentum=0.9, regularizers=regularizers)
+
+
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
@@ -248,6 +254,8 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "adamw outer dimension": tensors_case(adamw, "reference", (WORLD, 1)),
     "adamw inner dimension": tensors_case(adamw, "reference", (1, WORLD)),
     "unclipped reference": tensors_case(unclipped, "reference"),
+    "units reference": tensors_case(by_units, "reference"),
+    "units triton": tensors_case(by_units, "triton"),
     "noise reference": tensors_case(noise, "reference"),
     "noise triton": tensors_case(noise, "triton"),
     "adamw partial gradients": partial_gradients,
@@ -356,6 +364,15 @@ def test_without_clipping_shards_are_trained_to_the_same_bits(
     for found in outcomes:
         for name in expected.keys() - {"norms"}:
             assert all(map(torch.equal, found[name], expected[name])), name
+
+
+@about("units reference", "units triton")
+def test_units_and_largest_norms_of_shards(outcomes: list[dict[str, Any]], close: Close) -> None:
+    expected = train_tensors(by_units, "reference")
+    for found in outcomes:
+        for name in ("weights", "momentum_buffer"):
+            close(found[name], expected[name])
+        assert found["norms"] == expected["norms"]
 
 
 @about("columns")

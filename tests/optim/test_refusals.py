@@ -11,21 +11,29 @@ import fastreg
 from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, AdaptiveClip, ClipNorm, ClipValue, GradientNoise, Lion
 
 VALUES = (
-    (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1"),
-    (AdamW, {"lr": math.nan}, "Invalid learning rate: nan"),
-    (AdamW, {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
-    (AdamW, {"eps": -1.0}, "Invalid epsilon value: -1.0"),
-    (AdamW, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
-    (AdamW, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
-    (AdamW, {"weight_decay": -1}, "Invalid weight_decay value: -1"),
-    (SGD, {"lr": -0.1}, "Invalid learning rate: -0.1"),
-    (SGD, {"momentum": -0.5}, "Invalid momentum value: -0.5"),
-    (SGD, {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
-    (SGD, {"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+    (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1, must be >= 0"),
+    (AdamW, {"lr": math.nan}, "Invalid learning rate: nan, must be >= 0"),
+    (AdamW, {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element, got lr=tensor([0.1000, 0.2000])"),
+    (AdamW, {"eps": -1.0}, "Invalid epsilon value: -1.0, must be >= 0"),
+    (AdamW, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0, must be in [0, 1)"),
+    (AdamW, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1, must be in [0, 1)"),
     (
-        SGD,
-        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
-        "Nesterov momentum requires a momentum and zero dampening",
+        Adam,
+        {"betas": (0.9, torch.tensor(0.5))},
+        "betas must be either both floats or both Tensors, got betas=(0.9, tensor(0.5000))",
+    ),
+    (AdamW, {"weight_decay": -1}, "Invalid weight_decay value: -1, must be >= 0"),
+    (SGD, {"lr": -0.1}, "Invalid learning rate: -0.1, must be >= 0"),
+    (SGD, {"momentum": -0.5}, "Invalid momentum value: -0.5, must be >= 0"),
+    (SGD, {"weight_decay": -0.5}, "Invalid weight_decay value: -0.5, must be >= 0"),
+    *(
+        (
+            SGD,
+            {"nesterov": True, "momentum": momentum, "dampening": dampening},
+            "Nesterov momentum requires a momentum and zero dampening, "
+            f"got momentum={momentum}, dampening={dampening}",
+        )
+        for momentum, dampening in ((0, 0), (0.9, 0.1))
     ),
     (SGD, {"decay": "cautios"}, "must be one of 'l2', 'decoupled', 'independent', 'cautious', got 'cautios'"),
     *(
