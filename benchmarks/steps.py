@@ -21,8 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCALES = (1.0, 4.0, 0.5)
 """Of the gradients in the steps that are verified: clipped, clipped more, not clipped.  Powers of two round
 nothing."""
-BOUNDS = {"fp32": 1e-6, "bf16": len(SCALES) * 2**-8}
-"""Of the largest weight of a tensor.  In bf16: one unit in the last place for every step."""
+BOUNDS = {"fp32": 1e-6, "bf16": len(SCALES) * 2**-7}
+"""Of the largest weight of a tensor.  In bf16: a unit in the last place for every step, by which rounding at
+random may be off, or rounding to nearest twice a step, as foreach does."""
 LOOSE = 1e-2
 """For what others clip: on a CPU torch's own norm of 38 M elements is off by 0.3 %."""
 
@@ -144,7 +145,6 @@ class StepCase(Case):
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """Three steps from the start, against the judge; noise against what noise must be like."""
         loose = name != OURS and "clip" in self.chain
-        roundings = 2 if name != OURS else 1  # foreach rounds after every operation
         workload.reset()
         run.first = measure.Clock(workload.params[0].device).wall(run)
         if "noise" in self.chain:
@@ -152,7 +152,7 @@ class StepCase(Case):
         for scale in SCALES[1:]:
             workload.scale(scale)
             run()
-        bound = max(roundings * BOUNDS[self.storage], LOOSE * loose)
+        bound = max(BOUNDS[self.storage], LOOSE * loose)
         checks = [
             Check("weights", _difference([p.detach() for p in workload.params], workload.weights), bound)
         ]

@@ -6,17 +6,15 @@
     multi_tensor.run(batch)            read weight, gradient and state once; write weight and state once
 
 What a step shares with the last one is kept in buckets, which are made anew as soon as any parameter,
-state tensor, dtype, chain or backend differs.  Buckets hold addresses, not state: state may be replaced
-or moved off the device between steps.
+state tensor, dtype, chain or backend differs.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import compress
-from operator import attrgetter, eq, is_, itemgetter
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -24,47 +22,23 @@ from torch import Tensor
 
 from .. import backend, multi_tensor, random
 from ..chain import PLAIN, Buffer, Chain
-from ..multi_tensor import Batch, Table
+from ..multi_tensor import Batch
 from ..reference.step import compute_dtype
-from ..reference.units import Place
 from . import amp, decay, placement
+from .buckets import Bucket, Member, places, sort
 from .counts import Counts, Verdict
 from .measurement import Measurement
 from .piece import Piece, Work
 from .regularizers import EMA, ClipNorm
 from .rounding import Rounding
 from .rules import Descend, Maximize
+from .state import buffer_dtype, fitted, start
 
 _kind = attrgetter("dtype", "layout")
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """Keys of a group that say how a step is computed, not what: a checkpoint does not change them."""
 NONFINITE = ("propagate", "skip", "raise")
-
-
-@dataclass
-class Bucket:
-    """Parameters that share device, dtypes, chain and sharding: lists of equal length."""
-
-    chain: Chain
-    shards: placement.Shards | None
-    capturable: bool
-    dtypes: tuple[torch.dtype, ...]
-    positions: list[int] = field(default_factory=list)  # among the parameters of this step
-    groups: dict[int, None] = field(default_factory=dict)  # whose parameters these are, in order
-    firsts: list[int] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
-    layouts: list[tuple[int, ...]] = field(default_factory=list)
-    units: list[Place] = field(default_factory=list)
-    places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
-    plain: bool = True  # no DTensors, all contiguous
-    table: Table = field(default_factory=Table)
-
-    def gather(self, states: list[dict[str, Any]]) -> list[list[Tensor]]:
-        """For each buffer of the chain, the local tensors; a missing one is a `KeyError`."""
-        own = [states[i] for i in self.positions]
-        buffers = [list(map(itemgetter(buffer.name), own)) for buffer in self.chain.buffers]
-        return buffers if self.plain else [list(map(placement.local, buffer)) for buffer in buffers]
 
 
 class Engine(torch.optim.Optimizer):
@@ -237,12 +211,10 @@ class Engine(torch.optim.Optimizer):
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 placement.check(tensor, gradient)
             placement.check_apart(tensors)
-            kinds = [(group, tensor.dtype) for group, tensor in zip(groups, tensors, strict=True)]
-            known = {kind: self.chain(self.param_groups[kind[0]], kind[1]) for kind in dict.fromkeys(kinds)}
-            chains = [known[kind] for kind in kinds]
-            states = [self.state[p] for p in parameters]
-            self._initialise(parameters, states, streams, groups, chains)
-            self._sort(parameters, tensors, gradients, states, streams, groups, chains)
+            members = self._members(parameters, tensors, gradients, streams, groups)
+            states = [member.state for member in members]
+            self._initialise(members)
+            self._buckets = sort(members)
             self._key, self._elements = key, sum(p.numel() for p in parameters)
             buffers = [bucket.gather(states) for bucket in self._buckets]
         counts = [count + 1 for count in self._counts.on_host()]
@@ -251,6 +223,23 @@ class Engine(torch.optim.Optimizer):
             for bucket, own in zip(self._buckets, buffers, strict=True)
         ]
         return Work(batches, self._elements)
+
+    def _members(
+        self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor], streams: list[int],
+        groups: list[int],
+    ) -> list[Member]:  # fmt: skip
+        """The parameters of this step, each with its chain; groups that cannot be had are refused here."""
+        kinds = [(group, tensor.dtype) for group, tensor in zip(groups, tensors, strict=True)]
+        chains = {kind: self.chain(self.param_groups[kind[0]], kind[1]) for kind in dict.fromkeys(kinds)}
+        return [
+            Member(
+                parameter, tensor, gradient, self.state[parameter], stream, group,
+                bool(self.param_groups[group].get("capturable")), chains[group, tensor.dtype],
+            )
+            for parameter, tensor, gradient, stream, group in zip(
+                parameters, tensors, gradients, streams, groups, strict=True
+            )
+        ]  # fmt: skip
 
     def chain(self, group: dict[str, Any], dtype: torch.dtype) -> Chain:
         """What is done to the parameters of this dtype in a group.
@@ -287,105 +276,41 @@ class Engine(torch.optim.Optimizer):
             return None
         try:
             buffers = [bucket.gather(states) for bucket in self._buckets]
-            if all(map(eq, map(_places, buffers), (bucket.places for bucket in self._buckets))):
+            if all(map(eq, map(places, buffers), (bucket.places for bucket in self._buckets))):
                 return buffers
         except KeyError:
             pass
         return None
 
-    def _initialise(
-        self, parameters: list[Tensor], states: list[dict[str, Any]], streams: list[int], groups: list[int],
-        chains: list[Chain],
-    ) -> None:  # fmt: skip
+    def _initialise(self, members: list[Member]) -> None:
         """Make missing state, bring loaded state into shape, let the step counts share a tensor."""
         # torch's SGD saves no step: where there is a buffer, the first step is behind it.
         counts = [
-            float(state.get("step", any(value is not None for value in state.values()))) for state in states
+            float(m.state.get("step", any(value is not None for value in m.state.values()))) for m in members
         ]
-        made = [
-            {
-                buffer.name: self._buffer(chain, buffer, parameter, stream, state.get(buffer.name))
-                for buffer in chain.buffers
-            }
-            for parameter, state, stream, chain in zip(parameters, states, streams, chains, strict=True)
-        ]
-        places = [
-            placement.local(parameter).device if self.param_groups[group].get("capturable") else None
-            for parameter, group in zip(parameters, groups, strict=True)
-        ]
-        self._counts = Counts(counts, places)
-        for state, buffers, step in zip(states, made, self._counts.views, strict=True):
-            state.update(buffers, step=step)
+        made = [{buffer.name: self._buffer(m, buffer) for buffer in m.chain.buffers} for m in members]
+        self._counts = Counts(counts, [m.tensor.device if m.capturable else None for m in members])
+        for member, buffers, step in zip(members, made, self._counts.views, strict=True):
+            member.state.update(buffers, step=step)
 
-    def _buffer(
-        self, chain: Chain, buffer: Buffer, parameter: Tensor, index: int, value: Tensor | None
-    ) -> Tensor:
-        """A buffer as the parameter needs it: made, or checked where there is one."""
-        if value is None:
-            dtype = self.buffer_dtype(chain, buffer, parameter)
-            made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            given = next(
-                (t for p in self._pieces if (t := p.start(buffer.name, index, parameter)) is not None), None
-            )
-            if given is not None:
-                return made.copy_(given)
-            return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
-        if value.shape != parameter.shape or value.device != parameter.device:
-            raise RuntimeError(
-                f"state {buffer.name!r} has shape {tuple(value.shape)} on {value.device}, "
-                f"its parameter {tuple(parameter.shape)} on {parameter.device}; move it back before step()"
-            )
-        inner = placement.local(parameter)
-        if placement.is_dtensor(value) or value.is_complex():
-            return value
-        return placement.laid_out(value, placement.layout(inner))
+    def _buffer(self, member: Member, buffer: Buffer) -> Tensor:
+        value = member.state.get(buffer.name)
+        if value is not None:
+            return fitted(buffer, member.parameter, value)
+        dtype = self.buffer_dtype(member.chain, buffer, member.parameter)
+        return start(buffer, member.parameter, member.stream, dtype, self._pieces)
 
     def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
         """What a buffer of a parameter holds."""
-        inner = placement.local(parameter).dtype
-        dtype = buffer.dtype
-        if dtype == "state":
-            # An exact weight is worth little beside moments that lose their small changes.
-            exact = chain.storage.buffers and inner == torch.bfloat16
-            dtype = self._state_dtype or (torch.float32 if exact else inner)
-        elif dtype == "parameter":
-            dtype = inner
-        elif dtype == "compute":
-            dtype = compute_dtype(inner)
-        if parameter.is_complex() and dtype.is_floating_point:
-            return dtype.to_complex()
-        return dtype
-
-    def _sort(
-        self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor],
-        states: list[dict[str, Any]], streams: list[int], groups: list[int], chains: list[Chain],
-    ) -> None:  # fmt: skip
-        """Sort the parameters of this step into buckets."""
-        buckets: dict[Any, Bucket] = {}
-        for i, (parameter, tensor, gradient) in enumerate(zip(parameters, tensors, gradients, strict=True)):
-            held = (placement.local(states[i][buffer.name]) for buffer in chains[i].buffers)
-            dtypes = tuple(t.dtype for t in (tensor, gradient, *held))
-            capturable = bool(self.param_groups[groups[i]].get("capturable"))
-            kind = tensor.device, dtypes, chains[i], placement.shards(parameter), capturable
-            bucket = buckets.setdefault(kind, Bucket(kind[2], kind[3], capturable, dtypes))
-            bucket.positions.append(i)
-            bucket.groups[groups[i]] = None
-            bucket.firsts.append(placement.first_element(parameter))
-            bucket.streams.append(streams[i])
-            bucket.layouts.append(placement.layout(tensor))
-            bucket.units.append(placement.units(parameter, bucket.layouts[-1]))
-            bucket.plain &= tensor is parameter and tensor.is_contiguous()
-        self._buckets = list(buckets.values())
-        for bucket in self._buckets:
-            bucket.places = _places(bucket.gather(states))
+        return buffer_dtype(chain, buffer, parameter, self._state_dtype)
 
     def _batch(
         self, bucket: Bucket, tensors: list[Tensor], gradients: list[Tensor],
         buffers: list[list[Tensor]], groups: list[int], counts: list[int],
     ) -> Batch:  # fmt: skip
         """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
-        places, gradients = [tensors[i] for i in bucket.positions], [gradients[i] for i in bucket.positions]
-        tensors = places
+        originals = [tensors[i] for i in bucket.positions]
+        tensors, gradients = originals, [gradients[i] for i in bucket.positions]
         if not bucket.plain:
             tensors = list(map(placement.laid_out, tensors, bucket.layouts))
         if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
@@ -401,11 +326,11 @@ class Engine(torch.optim.Optimizer):
             steps, numbers = self._device_numbers(bucket, groups, staged)
         else:
             pairs = [(groups[i], counts[i]) for i in bucket.positions]
-            places_of = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
-            rows, steps = [places_of[pair] for pair in pairs], [step for _, step in places_of]
+            row_of = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
+            rows, steps = [row_of[pair] for pair in pairs], [step for _, step in row_of]
             numbers = [
                 [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
-                for group, step in places_of
+                for group, step in row_of
             ]
         return Batch(
             chain=bucket.chain,
@@ -428,7 +353,9 @@ class Engine(torch.optim.Optimizer):
             steps=steps,
             numbers=numbers,
             places=bucket.units,
-            copies=[(place, used) for place, used in zip(places, tensors, strict=True) if place is not used],
+            copies=[
+                (place, used) for place, used in zip(originals, tensors, strict=True) if place is not used
+            ],
             table=bucket.table,
         )
 
@@ -617,8 +544,3 @@ _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 def _own(group: dict[str, Any]) -> dict[str, Any]:
     """Of a group, what a checkpoint does not change."""
     return {name: group[name] for name in IMPLEMENTATION if name in group}
-
-
-def _places(buffers: list[list[Tensor]]) -> list[tuple[list[int], list[int]]]:
-    """Address and size of each: an address alone may have been given to another tensor meanwhile."""
-    return [(list(map(Tensor.data_ptr, buffer)), list(map(Tensor.numel, buffer))) for buffer in buffers]

@@ -296,6 +296,16 @@ def test_complex_parameters(rule, backend, layout, close):
     other = rule([ours], regularizers=[ClipNorm(1.0), EMA(0.5)])
     other.load_state_dict(optimizer.state_dict())
     assert all(torch.equal(other.state[ours][name], value) for name, value in optimizer.state[ours].items())
+    for name, value in other.state[ours].items():
+        other.state[ours][name] = value.clone(memory_format=torch.contiguous_format)
+    ours.grad = view(draw()) / 100
+    target.grad = (
+        torch.view_as_real(ours.grad).clone() if rule.ours is fastreg.Lion else ours.grad.contiguous()
+    )
+    other.step()
+    oracle.step()
+    expected = target.detach() if rule.ours is fastreg.Lion else torch.view_as_real(target.detach())
+    close(torch.view_as_real(ours.detach().contiguous()), expected)
 
 
 def as_real(parameter: Parameter) -> Parameter:

@@ -1,0 +1,85 @@
+"""Parameters that take a step together: same device, dtypes, chain and sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chain import Chain
+from ..multi_tensor import Table
+from ..reference.units import Place
+from . import placement
+
+
+@dataclass
+class Bucket:
+    """What a step shares with the next one: lists of equal length, and a table on the device.
+
+    It holds addresses, not state: state may be replaced or moved off the device between steps.
+    """
+
+    chain: Chain
+    shards: placement.Shards | None
+    capturable: bool
+    dtypes: tuple[torch.dtype, ...]
+    positions: list[int] = field(default_factory=list)  # among the parameters of this step
+    groups: dict[int, None] = field(default_factory=dict)  # whose parameters these are, in order
+    firsts: list[int] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    layouts: list[tuple[int, ...]] = field(default_factory=list)
+    units: list[Place] = field(default_factory=list)
+    places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
+    plain: bool = True  # no DTensors, all contiguous
+    table: Table = field(default_factory=Table)
+
+    def gather(self, states: list[dict[str, Any]]) -> list[list[Tensor]]:
+        """For each buffer of the chain, the local tensors; a missing one is a `KeyError`."""
+        own = [states[i] for i in self.positions]
+        buffers = [list(map(itemgetter(buffer.name), own)) for buffer in self.chain.buffers]
+        return buffers if self.plain else [list(map(placement.local, buffer)) for buffer in buffers]
+
+
+@dataclass
+class Member:
+    """A parameter of this step, and what decides into which bucket it goes."""
+
+    parameter: Tensor
+    tensor: Tensor  # its local part, of real numbers
+    gradient: Tensor
+    state: dict[str, Any]
+    stream: int
+    group: int
+    capturable: bool
+    chain: Chain
+
+
+def sort(members: Sequence[Member]) -> list[Bucket]:
+    """The buckets of a step."""
+    buckets: dict[Any, Bucket] = {}
+    for i, m in enumerate(members):
+        held = (placement.local(m.state[buffer.name]) for buffer in m.chain.buffers)
+        dtypes = tuple(t.dtype for t in (m.tensor, m.gradient, *held))
+        shards = placement.shards(m.parameter)
+        kind = m.tensor.device, dtypes, m.chain, shards, m.capturable
+        bucket = buckets.setdefault(kind, Bucket(m.chain, shards, m.capturable, dtypes))
+        bucket.positions.append(i)
+        bucket.groups[m.group] = None
+        bucket.firsts.append(placement.first_element(m.parameter))
+        bucket.streams.append(m.stream)
+        bucket.layouts.append(placement.layout(m.tensor))
+        bucket.units.append(placement.units(m.parameter, bucket.layouts[-1]))
+        bucket.plain &= m.tensor is m.parameter and m.tensor.is_contiguous()
+    states = [m.state for m in members]
+    for bucket in buckets.values():
+        bucket.places = places(bucket.gather(states))
+    return list(buckets.values())
+
+
+def places(buffers: list[list[Tensor]]) -> list[tuple[list[int], list[int]]]:
+    """Address and size of each: an address alone may have been given to another tensor meanwhile."""
+    return [(list(map(Tensor.data_ptr, buffer)), list(map(Tensor.numel, buffer))) for buffer in buffers]
