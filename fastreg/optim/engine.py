@@ -210,7 +210,7 @@ class Engine(torch.optim.Optimizer):
             self._key = None
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 placement.check(tensor, gradient)
-            placement.check_apart(tensors)
+            placement.check_apart(tensors, gradients)
             members = self._members(parameters, tensors, gradients, streams, groups)
             states = [member.state for member in members]
             self._initialise(members)

@@ -6,6 +6,8 @@ channels-last tensors, complex ones and shards of DTensors are brought to that.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -138,12 +140,37 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def check_apart(tensors: list[Tensor]) -> None:
-    """Refuse parameters that share memory with each other: all are updated at once, in any order.
+def check_apart(tensors: list[Tensor], gradients: list[Tensor]) -> None:
+    """Refuse parameters that share memory: all are updated at once, in any order.
+
+    A gradient may lie just where its parameter does, element by element, and nowhere else in parameters.
 
     Raises:
-        ValueError: If an element belongs to two of them.
+        ValueError: If an element belongs to two parameters, or to a parameter and a gradient.
     """
+    _check_parameters(tensors)
+    spans = sorted((*_span(t), i) for i, t in enumerate(tensors) if t.numel())
+    starts = [start for start, _, _ in spans]
+    reach = list(itertools.accumulate((stop for _, stop, _ in spans), max))
+    for i, gradient in enumerate(gradients):
+        if not gradient.numel():
+            continue
+        start, stop = _span(gradient)
+        k = bisect.bisect_left(starts, stop)
+        while k and reach[k - 1] > start:  # one of those before may reach into the gradient
+            k -= 1
+            j = spans[k][2]
+            if spans[k][1] <= start or tensors[j].device != gradient.device:
+                continue
+            same = i == j and tensors[j].data_ptr() == start and tensors[j].stride() == gradient.stride()
+            if not same and _interleave([tensors[j], gradient]):
+                raise ValueError(
+                    f"a gradient of shape {tuple(gradient.shape)} shares memory with a parameter of shape "
+                    f"{tuple(tensors[j].shape)}; give the parameter a .clone() of it"
+                )
+
+
+def _check_parameters(tensors: list[Tensor]) -> None:
     spans = sorted((t.device.index or 0, *_span(t), i) for i, t in enumerate(tensors) if t.numel())
     clusters: list[list[int]] = []
     reach = (-1, 0)

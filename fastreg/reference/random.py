@@ -65,9 +65,10 @@ def uniform(key: int | Tensor, at: At, like: Tensor) -> Tensor:
 
 
 def bits16(key: int | Tensor, at: At, like: Tensor, rounds: int) -> Tensor:
-    """16 random bits in an int64 for every element of the flat tensor `like`."""
+    """16 random bits in an int32 for every element of the flat tensor `like`."""
     drawn = words(key, at, like.numel(), 8, rounds, like.device)
-    return _in_order(tuple(half for word in drawn for half in (word & 0xFFFF, word >> 16)), at, like.numel())
+    halves = tuple(half.to(torch.int32) for word in drawn for half in (word & 0xFFFF, word >> 16))
+    return _in_order(halves, at, like.numel())
 
 
 def sqrt(x: Tensor) -> Tensor:

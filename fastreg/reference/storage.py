@@ -28,8 +28,8 @@ def write_bfloat16(weight: Tensor, at: At, key: Tensor) -> tuple[Tensor]:
 
     Adding 16 random bits to the 16 that are cut off carries into the rest in just that share of cases.
     """
-    bits = _bits(weight) + bits16(key, at, weight, 10)
-    return (_from16((bits >> 16).where(weight == weight, 0x7FC0)).view(torch.bfloat16),)
+    bits = weight.view(torch.int32).where(weight == weight, 0x7FC00000) + bits16(key, at, weight, 10)
+    return ((bits & -0x10000).view(torch.float32),)  # which a bfloat16 holds exactly
 
 
 def write_float16(weight: Tensor, at: At, key: Tensor) -> tuple[Tensor]:

@@ -249,6 +249,25 @@ def test_parameters_that_share_memory(backend, case):
     assert torch.equal(buffer, torch.arange(16.0)) and not optimizer.state
 
 
+def test_gradients_that_lie_in_parameters(backend):
+    """Shifted they are refused: a block may be written before another reads it.  In place they are fine."""
+    buffer = torch.arange(1.0, 21.0)
+    weight, other = Parameter(buffer[:8]), with_gradient(torch.ones(3))
+    weight.grad = buffer[1:9]
+    optimizer = fastreg.SGD([weight, other], lr=0.5)
+    with pytest.raises(
+        ValueError, match=r"a gradient of shape \(8,\) shares memory with a parameter of shape"
+    ):
+        optimizer.step()
+    assert torch.equal(buffer, torch.arange(1.0, 21.0)) and not optimizer.state
+    weight.grad = weight.detach()
+    optimizer.step()
+    assert torch.equal(buffer[:8], torch.arange(1.0, 9.0) / 2) and buffer[8] == 9
+    weight.grad = buffer[12:]
+    optimizer.step()
+    assert torch.equal(buffer[:8], torch.arange(1.0, 9.0) / 2 - torch.arange(13.0, 21.0) / 2)
+
+
 @pytest.mark.parametrize("case", APART)
 def test_parameters_that_only_lie_close(backend, case, close):
     ours, theirs = torch.arange(16.0), torch.arange(16.0)
