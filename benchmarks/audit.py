@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastreg import multi_tensor
+from fastreg.chain import Chain
 from fastreg.cli import document
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import step as step_kernels
@@ -140,22 +141,35 @@ def step_entry(
     return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget, gathers)
 
 
+def norm_entry(
+    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: multi_tensor.Measurand, warp: int,
+    budget: float, reads: int | None = None,
+) -> Entry:  # fmt: skip
+    """The norm kernel as the launcher would run it; by default it reads gradients alone."""
+    stages, storage = multi_tensor.device_chain(chain, dtypes)
+    constants = multi_tensor.norm_constants(chain, dtypes, of, warp)
+    arguments = {
+        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
+        "work": "*i32", "partial": "*fp64", "stages": stages[: of.stages], "storage": storage,
+    }  # fmt: skip
+    reads = dtypes[1].itemsize if reads is None else reads
+    return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget)
+
+
 def entries(target: str) -> list[Entry]:
     """Every entry point of `fastreg_kernels` on a target; the step kernel once per shipped chain."""
     warp, chains = TARGETS[target].warp_size, list(shipped())
     listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, warp, c.budget) for c in chains]
-    pointers = {"table": "*i64", "gradients": "*i64", "work": "*i32", "partial": "*fp64"}
     for kind, largest, budgets in (("norm", False, (4.7, 5.2)), ("largest", True, (5.7, 5.8))):
         for name, dtype, budget in zip(
             ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
         ):
-            constants = multi_tensor.norm_constants(chains[0].chain, dtype, largest, warp)
-            kernel = norm_kernels.norm_kernel
-            listed.append(Entry(f"{kind} {name}", kernel, pointers, constants, dtype.itemsize, 0, budget))
+            of = multi_tensor.Measurand(largest=largest)
+            listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, warp, budget))
     finish = {"partial": "*fp64", "count": "i32", "limits": "*fp64", "out": "*fp64"}
     constants = {"LARGEST": False, "BLOCK": multi_tensor.PARTIALS}
     adaptive = next(c for c in chains if c.chain.units)
-    arguments = {name: pointers[name] for name in ("table", "gradients", "work")}
+    arguments = {"table": "*i64", "gradients": "*i64", "work": "*i32"}
     for dtype, name, budget in ((torch.float32, "fp32", 18), (torch.bfloat16, "bf16", 20)):
         units = multi_tensor.unit_constants(adaptive.chain, (dtype, dtype), warp)
         kernel, read = unit_kernels.unit_squares_kernel, 2 * dtype.itemsize

@@ -80,7 +80,7 @@ class _Ours:
             Chain(()), self._gradients, self._gradients, [], [], [], [0] * count, [0] * count, [0] * count,
             [1], [[]], table=self._table,
         )  # fmt: skip
-        return Measured(*multi_tensor.measure([batch], self._limits, False)).norm
+        return Measured(*multi_tensor.measure([batch], self._limits)).norm
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

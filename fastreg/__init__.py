@@ -7,6 +7,7 @@ from .optim import (
     L1,
     L2SP,
     SGD,
+    SWA,
     Adam,
     AdamW,
     AdaptiveClip,
@@ -16,12 +17,13 @@ from .optim import (
     Lion,
     Phase,
     Piece,
+    SlowWeights,
     param_groups,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EMA", "L1", "L2SP", "SGD", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",
-    "Lion", "Phase", "Piece", "info", "param_groups", "use_backend",
+    "EMA", "L1", "L2SP", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue",
+    "GradientNoise", "Lion", "Phase", "Piece", "SlowWeights", "info", "param_groups", "use_backend",
 ]  # fmt: skip

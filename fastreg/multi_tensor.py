@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from .compiled import compiled_step
 from .reference import norm as reference_norm
 from .reference import units as reference_units
 from .reference.random import At
-from .reference.step import CHUNK, compute_dtype
+from .reference.step import CHUNK, compute_dtype, run_stages
 from .reference.step import step as reference_step
 from .reference.units import Place
 
@@ -108,18 +108,40 @@ def run(batch: Batch) -> None:
         place.copy_(used)
 
 
-def measure(batches: Sequence[Batch], limits: Tensor, largest: bool) -> Tensor:
+class Measurand(NamedTuple):
+    """What to take the norm of: the gradient after the first stages of the chains.
+
+    Args:
+        stages: How many stages run before.
+        momentum: Whether the last of them returns (update, momentum), of which the momentum is measured.
+        largest: Measure max |u| instead of √Σ u².
+    """
+
+    stages: int = 0
+    momentum: bool = False
+    largest: bool = False
+
+
+GRADIENT = Measurand()
+
+
+def measure(batches: Sequence[Batch], limits: Tensor, of: Measurand = GRADIENT) -> Tensor:
     """`reference.norm.Measured` over batches of one device: `[5]`, float64, there.
 
     Args:
         batches: The gradients.
         limits: (max_norm, 1 / scale), float64, on the device.
-        largest: Measure max |g| instead of √Σ g².
+        of: What is measured.
     """
     if all(batch.backend == "triton" for batch in batches):
-        return _finish(torch.cat([_partial_norms(batch, largest) for batch in batches]), limits, largest)
-    found = [reference_norm.partial_norms(list(map(flat, batch.gradients)), largest) for batch in batches]
-    return reference_norm.clip_factor(torch.cat(found), limits, largest)
+        return _finish(torch.cat([_partial_norms(batch, of) for batch in batches]), limits, of.largest)
+    found = [
+        reference_norm.partial_norms(
+            _measured(batch, of) if of.stages else map(flat, batch.gradients), of.largest, batch.device
+        )
+        for batch in batches
+    ]
+    return reference_norm.clip_factor(torch.cat(found), limits, of.largest)
 
 
 def combine(totals: Sequence[Tensor], limits: Tensor, largest: bool) -> Tensor:
@@ -143,22 +165,44 @@ def flat(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- reference, compiled
 
 
-def _run_reference(batch: Batch) -> None:
-    chain, dtype, threads = batch.chain, compute_dtype(batch.parameters[0].dtype), torch.get_num_threads()
+class _Operands(NamedTuple):
+    """A run of elements of one parameter, and what the reference takes with it."""
+
+    tensors: list[Tensor]  # parameter, gradient, buffers, units
+    scalars: Tensor
+    words: Sequence[Tensor]
+    numbers: Tensor
+    first: int
+    stream: int
+    step: int
+
+
+def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
+    chain, dtype, count = batch.chain, compute_dtype(batch.parameters[0].dtype), len(batch.parameters)
     rows = torch.as_tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
     steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
     words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
-    count = len(batch.parameters)
     columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
     scalars = (
         torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)
     ).unbind()
-    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
-    runs = [
-        (i, start, stop)
-        for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True))
-        for start, stop in (_runs(parameter.numel(), first) if chain.random else [(0, parameter.numel())])
-    ]
+    for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True)):
+        tensors = [flat(t) for t in (parameter, batch.gradients[i], *(b[i] for b in batch.buffers))]
+        if chain.units:
+            counts = [place.number for place in batch.places]
+            for values in batch.table.units_of(batch):
+                own = values.split(counts)[i]
+                tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
+        row, elements = batch.rows[i], parameter.numel()
+        for start, stop in _runs(elements, first) if chunked else [(0, elements)]:
+            if stop > start:
+                part = tensors if stop - start == elements else [t[start:stop] for t in tensors]
+                place = first + start, batch.streams[i], steps[row]
+                yield _Operands(part, scalars[i], words, rows[row], *place)
+
+
+def _run_reference(batch: Batch) -> None:
+    chain, dtype, threads = batch.chain, compute_dtype(batch.parameters[0].dtype), torch.get_num_threads()
     fused = None
     if batch.backend == "compiled":
         try:
@@ -166,32 +210,33 @@ def _run_reference(batch: Batch) -> None:
             fused = compiled_step(chain, dtypes, dtype, batch.device, threads)
         except Exception as error:
             backend.cannot_compile(error)
-    if fused is not None:
+    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
+    runs = list(_operands(batch, chain.random))
+    if fused is not None and runs:
         integers = torch.tensor(
-            [
-                [batch.firsts[i] + start, batch.streams[i], steps[batch.rows[i]], *batch.words]
-                for i, start, _ in runs
-            ],
-            device=batch.device,
+            [[run.first, run.stream, run.step, *batch.words] for run in runs], device=batch.device
         ).unbind()
-    for run, (i, start, stop) in enumerate(runs):
-        tensors = [flat(t) for t in (batch.parameters[i], batch.gradients[i], *(b[i] for b in batch.buffers))]
-        if chain.units:
-            counts = [place.number for place in batch.places]
-            for values in batch.table.units_of(batch):
-                own = values.split(counts)[i]
-                tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
-        if stop - start < tensors[0].numel():
-            tensors = [t[start:stop] for t in tensors]
-        row, first = batch.rows[i], batch.firsts[i] + start
-        if fused is not None and stop - start > 1 and not (chain.random and first % 8):
-            fused(tensors, scalars[i], integers[run], rows[row])
-        elif stop > start:
-            at = At(first - first % 8, first % 8, batch.streams[i], steps[row])
-            parameter, gradient, *others = tensors
-            buffers, units = others[: len(batch.buffers)], others[len(batch.buffers) :]
-            own = scalars[i].unbind(), words, rows[row].unbind()
-            reference_step(chain, parameter, gradient, buffers, units, *own, at)
+    for i, run in enumerate(runs):
+        if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
+            fused(run.tensors, run.scalars, integers[i], run.numbers)
+        else:
+            reference_step(chain, *_arguments(batch, run))
+
+
+def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
+    """Those of `reference.step` behind the chain."""
+    parameter, gradient, *others = run.tensors
+    held = len(batch.buffers)
+    at = At(run.first - run.first % 8, run.first % 8, run.stream, run.step)
+    own = run.scalars.unbind(), run.words, run.numbers.unbind()
+    return parameter, gradient, others[:held], others[held:], *own, at
+
+
+def _measured(batch: Batch, of: Measurand) -> Iterator[Tensor]:
+    """The flat tensors whose norm is asked for, a chunk at a time."""
+    for run in _operands(batch, True):
+        _, u = run_stages(of.stages, False, batch.chain, *_arguments(batch, run))
+        yield u[1] if of.momentum else u
 
 
 def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
@@ -325,15 +370,17 @@ def _run_triton(batch: Batch) -> None:
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
 
-def _partial_norms(batch: Batch, largest: bool) -> Tensor:
+def _partial_norms(batch: Batch, of: Measurand) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
     changing, table = _begin(batch), batch.table
     partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
+    stages, storage = device_chain(batch.chain, batch.dtypes)
     if len(partial):
         with _current(batch.device):
             kernels.norm_kernel[(len(partial),)](
-                table.rows, changing.gradients, table.work, partial,
-                **norm_constants(batch.chain, batch.gradients[0].dtype, largest, _warp()), num_warps=WARPS,
+                table.rows, changing.gradients, changing.steps, changing.numbers, table.work, partial,
+                stages[: of.stages], storage,
+                **norm_constants(batch.chain, batch.dtypes, of, _warp()), num_warps=WARPS,
             )  # fmt: skip
     return partial
 
@@ -374,16 +421,11 @@ def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
     }
 
 
-def norm_constants(chain: Chain, dtype: torch.dtype, largest: bool, warp: int) -> dict[str, Any]:
+def norm_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, warp: int) -> dict[str, Any]:
     """The compile-time arguments of `norm_kernel`."""
-    return {
-        "G": _triton(dtype),
-        "COMPUTE": _triton(compute_dtype(dtype)),
-        "LARGEST": largest,
-        "COLUMNS": _columns(chain),
-        "BLOCK": BLOCK,
-        "CHUNK": PER_THREAD * WARPS * warp,
-    }
+    constants = step_constants(chain, dtypes, warp)
+    random = any(stage.words for stage in chain.stages[: of.stages])
+    return {**constants, "RANDOM": random, "LARGEST": of.largest, "MOMENTUM": of.momentum}
 
 
 def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:

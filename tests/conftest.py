@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg import multi_tensor
-from fastreg.multi_tensor import Batch
+from fastreg.multi_tensor import Batch, Measurand
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
@@ -94,10 +94,10 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         for mine, theirs in zip(written(batch), written(there), strict=True):
             mine.copy_(theirs)
 
-    def partial_norms_there(batch: Batch, largest: bool) -> Tensor:
+    def partial_norms_there(batch: Batch, of: Measurand) -> Tensor:
         if batch.device.type != "cpu":
-            return partial_norms(batch, largest)
-        return partial_norms(moved(batch), largest).cpu()
+            return partial_norms(batch, of)
+        return partial_norms(moved(batch), of).cpu()
 
     def finish_there(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
         return finish(partial.to(DEVICE), limits.to(DEVICE), largest).to(partial.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from ..chain import Chain
 from ..multi_tensor import Table
 from ..reference.units import Place
 from . import placement
+
+
+class Variant(NamedTuple):
+    """What a step does to a parameter this time, where that changes from step to step.
+
+    Args:
+        due: For each periodic piece of the optimizer, whether its stage takes part.
+        backup: Whether the weight comes from `BACKUP` in the state, not from the parameter.
+    """
+
+    due: tuple[bool, ...] = ()
+    backup: bool = False
 
 
 @dataclass
@@ -26,6 +38,7 @@ class Bucket:
     chain: Chain
     shards: placement.Shards | None
     capturable: bool
+    variant: Variant
     dtypes: tuple[torch.dtype, ...]
     positions: list[int] = field(default_factory=list)  # among the parameters of this step
     groups: dict[int, None] = field(default_factory=dict)  # whose parameters these are, in order
@@ -55,7 +68,25 @@ class Member:
     stream: int
     group: int
     capturable: bool
+    variant: Variant
     chain: Chain
+
+
+@dataclass
+class Plan:
+    """The buckets of a step that does the same to the same parameters as one before."""
+
+    variants: Any
+    buckets: list[Bucket]
+    elements: int  # of all parameters, shards elsewhere included
+
+    def gather(self, states: list[dict[str, Any]]) -> list[list[list[Tensor]]] | None:
+        """What each bucket gathers, if every state tensor is where it was when the plan was made."""
+        try:
+            buffers = [bucket.gather(states) for bucket in self.buckets]
+        except KeyError:
+            return None
+        return buffers if list(map(places, buffers)) == [bucket.places for bucket in self.buckets] else None
 
 
 def sort(members: Sequence[Member]) -> list[Bucket]:
@@ -65,8 +96,8 @@ def sort(members: Sequence[Member]) -> list[Bucket]:
         held = (placement.local(m.state[buffer.name]) for buffer in m.chain.buffers)
         dtypes = tuple(t.dtype for t in (m.tensor, m.gradient, *held))
         shards = placement.shards(m.parameter)
-        kind = m.tensor.device, dtypes, m.chain, shards, m.capturable
-        bucket = buckets.setdefault(kind, Bucket(m.chain, shards, m.capturable, dtypes))
+        kind = m.tensor.device, dtypes, m.chain, shards, m.capturable, m.variant
+        bucket = buckets.setdefault(kind, Bucket(m.chain, shards, m.capturable, m.variant, dtypes))
         bucket.positions.append(i)
         bucket.groups[m.group] = None
         bucket.firsts.append(placement.first_element(m.parameter))

@@ -7,13 +7,14 @@ its size from it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chain import Stage
-from ..multi_tensor import Batch, combine, measure
+from ..multi_tensor import Batch, Measurand, combine, measure
 from ..reference import regularizers as reference
 from ..reference.norm import Measured
 from ..reference.step import scalar_dtype
@@ -71,28 +72,13 @@ class Measurement(Piece):
             self._result(device).copy_(result, non_blocking=True)
             work.measured[device] = Measured(*self._result(device))
         if self.scaling.record is not None:
-            self.scaling.record[devices[0]] = result[0].float()
+            found = self.scaling.found_inf
+            bad = result[0].float()
+            self.scaling.record[devices[0]] = bad if found is None else torch.maximum(bad, found.to(bad))
 
     def _measured(self, work: Work) -> Tensor:
-        parts: dict[tuple[torch.device, Shards | None], list[Batch]] = {}
-        for batch, shards in work.batches:
-            parts.setdefault((batch.device, shards), []).append(batch)
         largest = bool(self._clip) and self._clip.norm_type == math.inf
-        measured = {
-            (device, shards): measure(part, self._limit(device), largest)
-            for (device, shards), part in parts.items()
-        }
-        (home, shards), result = next(iter(measured.items()))
-        if len(measured) > 1 or shards is not None:
-            totals = []
-            for (_, shards), part in measured.items():
-                # A maximum over processes may lose NaN, but no infinity.
-                total = part[1].nan_to_num(nan=math.inf, posinf=math.inf) if largest else part[1].clone()
-                if shards is not None:
-                    shards.all_reduce(total, largest)
-                totals.append(total.to(home))
-            result = combine(totals, self._limit(home), largest)
-        return result
+        return measured(work, self._limit, Measurand(largest=largest))
 
     def skip(self, device: torch.device) -> Tensor | None:
         """What the scaler found, or what the norm tells."""
@@ -122,3 +108,31 @@ class Measurement(Piece):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles measure anew."""
         return {**vars(self), "scaling": Scaling(), "_results": {}, "_limits": {}}
+
+
+def measured(work: Work, limit: Callable[[torch.device], Tensor], of: Measurand) -> Tensor:
+    """One norm over everything: over devices by copying a scalar, over shards by summing one.
+
+    Args:
+        work: What the pass works on.
+        limit: (max_norm, 1 / scale) on a device.
+        of: What is measured.
+
+    Returns:
+        `reference.norm.Measured`, on the device of the first batch.
+    """
+    parts: dict[tuple[torch.device, Shards | None], list[Batch]] = {}
+    for batch, shards in work.batches:
+        parts.setdefault((batch.device, shards), []).append(batch)
+    found = {(device, shards): measure(part, limit(device), of) for (device, shards), part in parts.items()}
+    (home, shards), result = next(iter(found.items()))
+    if len(found) > 1 or shards is not None:
+        totals = []
+        for (_, shards), part in found.items():
+            # A maximum over processes may lose NaN, but no infinity.
+            total = part[1].nan_to_num(nan=math.inf, posinf=math.inf) if of.largest else part[1].clone()
+            if shards is not None:
+                shards.all_reduce(total, of.largest)
+            totals.append(total.to(home))
+        result = combine(totals, limit(home), of.largest)
+    return result

@@ -7,6 +7,7 @@ leaves a device scalar for its stage to read.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -30,7 +31,9 @@ class Phase(IntEnum):
     DECAY = 4
     DESCEND = 5
     PROXIMAL = 6
-    AVERAGE = 7
+    LOOKAHEAD = 7
+    AVERAGE = 8
+    PERTURB = 9
 
 
 @dataclass
@@ -65,6 +68,18 @@ class Piece:
         """The stage for the parameters of a group; may depend on what the group switches on."""
         return None
 
+    def due(self, group: dict[str, Any], step: int) -> bool:
+        """Whether the stage takes part in a step; state is kept in any case.
+
+        Where the device counts, nobody on the host knows: the stage always takes part then, and `numbers`
+        say what it does.
+        """
+        return True
+
+    def options(self) -> dict[str, Any]:
+        """Keys that a group gets from the piece unless it has them, and that are saved with it."""
+        return {}
+
     def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The numbers of the stage at a step (the first is 1), as many as `stage.numbers`.
 
@@ -84,6 +99,14 @@ class Piece:
     def prepare(self, work: Work) -> None:
         """Called once per step before any parameter changes, with all gradients and how they are sharded."""
 
+    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+        """Called once per step after the parameters have changed.
+
+        Args:
+            work: As for `prepare`.
+            flags: For each device that may skip the step, `[1]`: not 0 if it did.
+        """
+
     def skip(self, device: torch.device) -> Tensor | None:
         """A float64 `[1]` flag on the device; where it is not 0 after `prepare`, the step does nothing."""
         return None
@@ -96,7 +119,7 @@ class Piece:
         """The integers that writing takes, as many as `storage.words`."""
         return ()
 
-    def start(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
+    def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
         """The first content of a buffer, if not what the buffer says.
 
         Args:
@@ -108,10 +131,14 @@ class Piece:
 
     def __repr__(self) -> str:
         """As it would be written in code."""
-        shown = ", ".join(
-            f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_")
-        )
-        return f"{type(self).__name__}({shown})"
+        parameters = inspect.signature(type(self)).parameters
+        shown = [
+            f"{name}={value!r}"
+            for name, parameter in parameters.items()
+            if (value := vars(self).get(name, parameter)) is not parameter
+            and not (parameter.kind is parameter.KEYWORD_ONLY and value == parameter.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:

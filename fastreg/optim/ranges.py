@@ -1,8 +1,9 @@
-"""torch's messages about constructor arguments, completed: what was given, and what may be."""
+"""Ranges of arguments: what was given, and what may be; torch's messages completed by that."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,3 +35,26 @@ def told(**given: Any) -> Iterator[None]:
             if message.startswith(start):
                 raise ValueError(f"{message}, {rest.format(**given)}") from None
         raise
+
+
+def checked(name: str, value: float, lowest: float, *, above: bool = False, finite: bool = True) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: If it is below `lowest` (or not `above` it), infinite where it must be `finite`, or NaN.
+    """
+    if not (value > lowest if above else value >= lowest) or (finite and value == math.inf):
+        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
+        raise ValueError(f"{name} must be {wanted}, got {name}={value!r}")
+    return float(value)
+
+
+def counted(name: str, value: int, lowest: int) -> int:
+    """The value, a whole number.
+
+    Raises:
+        ValueError: If it is none, or below `lowest`.
+    """
+    if isinstance(value, bool) or int(value) != value or value < lowest:
+        raise ValueError(f"{name} must be a whole number >= {lowest}, got {name}={value!r}")
+    return int(value)

@@ -16,18 +16,7 @@ from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
 from .piece import Phase, Piece, Work, values
 from .placement import Shards
-
-
-def _checked(name: str, value: float, lowest: float, *, above: bool = False, finite: bool = True) -> float:
-    """The value as a float.
-
-    Raises:
-        ValueError: If it is below `lowest` (or not `above` it), infinite where it must be `finite`, or NaN.
-    """
-    if not (value > lowest if above else value >= lowest) or (finite and value == math.inf):
-        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
-        raise ValueError(f"{name} must be {wanted}, got {name}={value!r}")
-    return float(value)
+from .ranges import checked
 
 
 class ClipNorm(Piece):
@@ -52,7 +41,7 @@ class ClipNorm(Piece):
     phase = Phase.CLIP  # its stage is that of `Measurement`
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
-        self.max_norm = _checked("max_norm", max_norm, 0, above=True, finite=False)
+        self.max_norm = checked("max_norm", max_norm, 0, above=True, finite=False)
         if float(norm_type) not in (2.0, math.inf):
             raise ValueError(f"norm_type must be 2 or math.inf, got {norm_type=}")
         self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
@@ -77,7 +66,7 @@ class ClipValue(Piece):
     _stage = Stage("regularizers.clip_value", reference.clip_value, numbers=2)
 
     def __init__(self, clip_value: float) -> None:
-        self.clip_value = _checked("clip_value", clip_value, 0)
+        self.clip_value = checked("clip_value", clip_value, 0)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
@@ -111,8 +100,8 @@ class AdaptiveClip(Piece):
     _stage = Stage("regularizers.scale", reference.scale, units=(_name,))
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
-        self.clipping = _checked("clipping", clipping, 0, above=True)
-        self.eps = _checked("eps", eps, 0, above=True)
+        self.clipping = checked("clipping", clipping, 0, above=True)
+        self.eps = checked("eps", eps, 0, above=True)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
@@ -173,7 +162,7 @@ class GradientNoise(Piece):
     )  # fmt: skip
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
-        self.std, self.gamma = _checked("std", std, 0), _checked("gamma", gamma, 0)
+        self.std, self.gamma = checked("std", std, 0), checked("gamma", gamma, 0)
         self.relative = bool(relative)
         self._sizes: dict[torch.device, Tensor] = {}
 
@@ -239,7 +228,7 @@ class L2SP(Piece):
     )
 
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
-        self.strength = _checked("strength", strength, 0)
+        self.strength = checked("strength", strength, 0)
         self._towards = None if towards is None else [t.detach() for t in towards]
 
     def stage(self, group: dict[str, Any]) -> Stage:
@@ -250,7 +239,7 @@ class L2SP(Piece):
         """The strength."""
         return (self.strength,)
 
-    def start(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
+    def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
         """The given weight of a parameter.
 
         Raises:
@@ -287,7 +276,7 @@ class L1(Piece):
     _stage = Stage("regularizers.l1", reference.l1, numbers=1)
 
     def __init__(self, strength: float) -> None:
-        self.strength = _checked("strength", strength, 0)
+        self.strength = checked("strength", strength, 0)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
@@ -297,38 +286,3 @@ class L1(Piece):
         """The threshold."""
         (lr,) = values(group, step, "lr")
         return (lr * self.strength,)
-
-
-class EMA(Piece):
-    """Exponential moving average of the weights: average ← average + (1 - decay)(p - average).
-
-    Kept in float32 (float64 for float64 parameters) under `name` in the state of each parameter; starts as
-    the parameter before its first step.  `with optimizer.averaged():` evaluates with it.
-
-    Args:
-        decay: Share of the average that is kept at each step; 0 ≤ decay < 1.
-        name: Key of the average, to tell several apart.
-
-    Raises:
-        ValueError: If decay is outside [0, 1).
-
-    Reference:
-        Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging".
-    """
-
-    phase = Phase.AVERAGE
-
-    def __init__(self, decay: float, name: str = "ema") -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay=}")
-        self.decay, self.name = float(decay), name
-        buffers = (Buffer(name, "compute", "parameter"),)
-        self._stage = Stage("regularizers.ema", reference.ema, buffers, numbers=1)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """The average is its one buffer."""
-        return self._stage
-
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The weight of the new parameter."""
-        return (1 - self.decay,)

@@ -12,6 +12,9 @@ from ..reference.step import compute_dtype
 from . import placement
 from .piece import Piece
 
+BACKUP = Buffer("sam_backup", "parameter", "parameter")
+"""The weight as it was before it was perturbed."""
+
 
 def buffer_dtype(
     chain: Chain, buffer: Buffer, parameter: Tensor, state_dtype: torch.dtype | None
@@ -43,7 +46,7 @@ def start(
     """A new buffer with its first content; `index` is the place of the parameter in the optimizer."""
     made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     for piece in pieces:
-        if (given := piece.start(buffer.name, index, parameter)) is not None:
+        if (given := piece.initial(buffer.name, index, parameter)) is not None:
             return made.copy_(given)
     return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,19 +30,18 @@ class Measured(NamedTuple):
     factor: Tensor  # unscales and clips: min(max_norm / (norm + 1e-6), 1) / scale
 
 
-def partial_norms(gradients: Sequence[Tensor], largest: bool) -> Tensor:
+def partial_norms(gradients: Iterable[Tensor], largest: bool, device: torch.device) -> Tensor:
     """Partial sums of g², or the largest |g| of each, over flat tensors of one device: in double."""
-    compute = compute_dtype(gradients[0].dtype)
     order = math.inf if largest else 2
     norms = [
-        torch.linalg.vector_norm(rows.to(compute), order, dim=-1).view(-1)
+        torch.linalg.vector_norm(rows.to(compute_dtype(rows.dtype)), order, dim=-1).view(-1)
         for g in gradients
         if g.numel()
         for rows in (_rows(g) if g.numel() > SHORT else (g,))
     ]
-    scalar = scalar_dtype(gradients[0].device)
+    scalar = scalar_dtype(device)
     if not norms:
-        return torch.zeros(1, dtype=scalar, device=gradients[0].device)
+        return torch.zeros(1, dtype=scalar, device=device)
     found = torch.cat(norms).to(scalar)
     return found if largest else found.square()
 

@@ -60,6 +60,19 @@ def l1(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
     return torch.where(p < 0, -shrunk, shrunk), u, ()
 
 
-def ema(p: Tensor, u: Tensor, at: At, average: Tensor, weight: Tensor) -> Result:
-    """average ← average + weight · (p - average)  (Polyak & Juditsky 1992)."""
-    return p, u, (average + weight * (p - average),)
+def average(p: Tensor, u: Tensor, at: At, average: Tensor, weight: Tensor) -> Result:
+    """average ← average + weight · (p - average); a weight of 1 copies  (Polyak & Juditsky 1992)."""
+    return p, u, (torch.where(weight < 1, average + weight * (p - average), p),)
+
+
+def lookahead(p: Tensor, u: Tensor, at: At, slow: Tensor, alpha: Tensor, sync: Tensor) -> Result:
+    """slow ← slow + alpha · (p - slow), p ← slow  (Zhang et al. 2019); where sync is 0, p stays."""
+    slow = slow + alpha * (p - slow)
+    return torch.where(sync != 0, slow, p), u, (slow,)
+
+
+def lookahead_pullback(
+    p: Tensor, u: Tensor, at: At, slow: Tensor, slow_momentum: Tensor, alpha: Tensor, sync: Tensor
+) -> Result:
+    """As `lookahead`; the slow momentum is for what follows the step."""
+    return lookahead(p, u, at, slow, alpha, sync)

@@ -32,17 +32,29 @@ def step(
         numbers: 0-d each in compute precision, those of the stages in order.
         at: Where the elements lie, for random numbers.
     """
-    compute = compute_dtype(parameter.dtype)
-    storage = chain.storage
-    place = {"parameter": parameter}
-    place.update(
-        zip((b.name for b in storage.buffers), buffers[len(buffers) - len(storage.buffers) :], strict=True)
-    )
+    stages = len(chain.stages)
+    p, _ = run_stages(stages, True, chain, parameter, gradient, buffers, units, scalars, words, numbers, at)
+    storage, place = chain.storage, _place(chain, parameter, buffers)
+    own = words[len(words) - len(storage.words) :] if storage.words else ()
+    for name, value in zip(storage.targets, storage.write(p, at, *own), strict=True):
+        place[name].copy_(value)
 
-    p = storage.read(*(place[name] for name in storage.sources)).to(compute)
-    u = gradient.to(compute)
+
+def run_stages(
+    stages: int, store: bool, chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor],
+    units: Sequence[Tensor], scalars: Sequence[Tensor], words: Sequence[Tensor], numbers: Sequence[Tensor],
+    at: At,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """Weight and update after so many `stages` of a chain, whose buffers are written if `store`.
+
+    The other arguments are those of `step`.
+    """
+    compute = compute_dtype(parameter.dtype)
+    place = _place(chain, parameter, buffers)
+    p = chain.storage.read(*(place[name] for name in chain.storage.sources)).to(compute)
+    u: Any = gradient.to(compute)
     b = k = s = w = n = 0
-    for stage in chain.stages:
+    for stage in chain.stages[:stages]:
         own = buffers[b : b + len(stage.buffers)]
         arguments = (
             *(buffer.to(compute) for buffer in own),
@@ -52,12 +64,19 @@ def step(
             *numbers[n : n + stage.numbers],
         )
         p, u, new = stage.reference(p, u, at, *arguments)
-        for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
-            buffer.copy_(value)
+        if store:
+            for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
+                buffer.copy_(value)
         k += len(stage.units)
         b, s, w, n = b + len(own), s + len(stage.scalars), w + len(stage.words), n + stage.numbers
-    for name, value in zip(storage.targets, storage.write(p, at, *words[w:]), strict=True):
-        place[name].copy_(value)
+    return p, u
+
+
+def _place(chain: Any, parameter: Tensor, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What the names of the storage stand for."""
+    own = chain.storage.buffers
+    names = (buffer.name for buffer in own)
+    return {"parameter": parameter, **dict(zip(names, buffers[len(buffers) - len(own) :], strict=True))}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -62,5 +62,16 @@ def l1(p, u, at, rate):
 
 
 @triton.jit
-def ema(p, u, at, average, weight):
-    return p, u, (average + weight * (p - average),)
+def average(p, u, at, average, weight):
+    return p, u, (tl.where(weight < 1, average + weight * (p - average), p),)
+
+
+@triton.jit
+def lookahead(p, u, at, slow, alpha, sync):
+    slow += alpha * (p - slow)
+    return tl.where(sync != 0, slow, p), u, (slow,)
+
+
+@triton.jit
+def lookahead_pullback(p, u, at, slow, slow_momentum, alpha, sync):
+    return lookahead(p, u, at, slow, alpha, sync)

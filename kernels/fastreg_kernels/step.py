@@ -50,6 +50,18 @@ class Storage(NamedTuple):
     words: tuple
 
 
+class Row(NamedTuple):
+    """What the table holds for one tensor: addresses, and the arguments of every stage."""
+
+    sources: tuple
+    targets: tuple
+    words: tuple
+    state: tuple  # for each stage
+    arguments: tuple  # likewise
+    units: tuple
+    places: tuple
+
+
 @triton.jit
 def at_address(address, dtype: tl.constexpr, offsets, WIDE: tl.constexpr):
     # `multiple_of` takes effect only on a value made in this very function, not on an argument.
@@ -76,10 +88,19 @@ def load_scalars(row, columns, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(addresses, dtypes, offsets, mask, WIDE: tl.constexpr):
+def load_block(address, dtype: tl.constexpr, offsets, mask, WIDE: tl.constexpr, ZEROS: tl.constexpr):
+    """ZEROS: outside of the mask; it costs instructions, so only for who would add up what is there."""
+    if ZEROS:
+        return tl.load(at_address(address, dtype, offsets, WIDE), mask=mask, other=0)
+    else:
+        return tl.load(at_address(address, dtype, offsets, WIDE), mask=mask)
+
+
+@triton.jit
+def load_blocks(addresses, dtypes, offsets, mask, WIDE: tl.constexpr, ZEROS: tl.constexpr):
     out = ()
     for i in tl.static_range(len(addresses)):
-        out = out + (tl.load(at_address(addresses[i], dtypes[i], offsets, WIDE), mask=mask),)
+        out = out + (load_block(addresses[i], dtypes[i], offsets, mask, WIDE, ZEROS),)
     return out
 
 
@@ -112,29 +133,43 @@ def store_blocks(addresses, dtypes, blocks, offsets, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
-def run_stage(stage, addresses, arguments, state, p, u, at, offsets, mask, WIDE: tl.constexpr):
+def run_stage(
+    stage, addresses, arguments, state, p, u, at, offsets, mask, WIDE: tl.constexpr, STORE: tl.constexpr
+):
     p, u, state = stage.fn(p, u, at, *state, *arguments)
-    store_blocks(addresses, stage.dtypes, state, offsets, mask, WIDE)
+    if STORE:
+        store_blocks(addresses, stage.dtypes, state, offsets, mask, WIDE)
+    return p, u
+
+
+@triton.jit
+def run_stages(
+    gradient, row, stages, storage, at, start, offsets, mask,
+    G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Weight and update of a block at the end of the stages; their state is stored, or all is only read."""
+    # All loads are issued before the first use, so that they overlap.
+    raw = load_blocks(row.sources, storage.source_dtypes, offsets, mask, WIDE, not STORE)
+    u = load_block(gradient, G, offsets, mask, WIDE, not STORE).to(COMPUTE)
+    states = ()
+    for i in tl.static_range(len(stages)):
+        states = states + (load_blocks(row.state[i], stages[i].dtypes, offsets, mask, WIDE, not STORE),)
+    p = storage.read(*raw).to(COMPUTE)
+    for i in tl.static_range(len(stages)):
+        state = cast_all(states[i], COMPUTE)
+        own = load_units(row.units[i], row.places[i], start, offsets, mask, COMPUTE) + row.arguments[i]
+        p, u = run_stage(stages[i], row.state[i], own, state, p, u, at, offsets, mask, WIDE, STORE)
     return p, u
 
 
 @triton.jit
 def update_block(
-    gradient, sources, targets, words, addresses, arguments, units, places, stages, storage, at, start,
-    offsets, mask, G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
+    gradient, row, stages, storage, at, start, offsets, mask,
+    G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    # All loads are issued before the first use, so that they overlap.
-    raw = load_blocks(sources, storage.source_dtypes, offsets, mask, WIDE)
-    u = tl.load(at_address(gradient, G, offsets, WIDE), mask=mask).to(COMPUTE)
-    states = ()
-    for i in tl.static_range(len(stages)):
-        states = states + (load_blocks(addresses[i], stages[i].dtypes, offsets, mask, WIDE),)
-    p = storage.read(*raw).to(COMPUTE)
-    for i in tl.static_range(len(stages)):
-        state = cast_all(states[i], COMPUTE)
-        own = load_units(units[i], places[i], start, offsets, mask, COMPUTE) + arguments[i]
-        p, u = run_stage(stages[i], addresses[i], own, state, p, u, at, offsets, mask, WIDE)
-    store_blocks(targets, storage.target_dtypes, storage.write(p, at, *words), offsets, mask, WIDE)
+    p, u = run_stages(gradient, row, stages, storage, at, start, offsets, mask, G, COMPUTE, WIDE, True)
+    written = storage.write(p, at, *row.words)
+    store_blocks(row.targets, storage.target_dtypes, written, offsets, mask, WIDE)
 
 
 @triton.jit
@@ -143,6 +178,35 @@ def any_of(addresses):
     for i in tl.static_range(len(addresses)):
         out = out | addresses[i]
     return out
+
+
+@triton.jit
+def any_state(row):
+    out = any_of(row.sources)
+    for i in tl.static_range(len(row.state)):
+        out = out | any_of(row.state[i])
+    return out
+
+
+@triton.jit
+def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr, NUMBERS: tl.constexpr):
+    number_row = tl.load(row + ROW)
+    state = ()
+    arguments = ()
+    units = ()
+    places = ()
+    for i in tl.static_range(len(stages)):
+        state = state + (load_words(row, stages[i].state),)
+        units = units + (load_words(row, stages[i].units),)
+        places = places + (load_words(row, stages[i].place),)
+        arguments = arguments + (
+            load_scalars(row, stages[i].scalars, COMPUTE)
+            + load_words(row, stages[i].words)
+            + load_words(numbers + number_row * NUMBERS, stages[i].numbers),
+        )
+    sources = load_words(row, storage.sources)
+    targets = load_words(row, storage.targets)
+    return Row(sources, targets, load_words(row, storage.words), state, arguments, units, places)
 
 
 # `stages` and `storage` stay un-annotated: as tl.constexpr, Triton's disk cache would not notice that a
@@ -167,51 +231,30 @@ def step_kernel(
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
-    row = table + tensor.to(tl.int64) * COLUMNS
-    number_row = tl.load(row + ROW)
-    first = tl.load(row + FIRST)
+    header = table + tensor.to(tl.int64) * COLUMNS
+    first = tl.load(header + FIRST)
     gradient = tl.load(gradients + tensor)
-    sources = load_words(row, storage.sources)
-    targets = load_words(row, storage.targets)
-    words = load_words(row, storage.words)
-    stream = tl.load(row + STREAM).to(tl.uint32)
-    step = tl.load(steps + number_row).to(tl.uint32)
-
-    addresses = ()
-    arguments = ()
-    units = ()
-    places = ()
-    everything = gradient | any_of(sources) | any_of(targets)
-    for i in tl.static_range(len(stages)):
-        addresses = addresses + (load_words(row, stages[i].state),)
-        units = units + (load_words(row, stages[i].units),)
-        places = places + (load_words(row, stages[i].place),)
-        arguments = arguments + (
-            load_scalars(row, stages[i].scalars, COMPUTE)
-            + load_words(row, stages[i].words)
-            + load_words(numbers + number_row * NUMBERS, stages[i].numbers),
-        )
-    for i in tl.static_range(len(stages)):
-        everything = everything | any_of(addresses[i])
-    aligned = everything % 16 == 0
+    stream = tl.load(header + STREAM).to(tl.uint32)
+    step = tl.load(steps + tl.load(header + ROW)).to(tl.uint32)
+    row = load_row(header, numbers, stages, storage, COMPUTE, NUMBERS)
+    aligned = (gradient | any_of(row.targets) | any_state(row)) % 16 == 0
     if RANDOM:
         aligned = aligned & (first % 8 == 0)
 
     # Two loops around one body.  The mask of the wide one is constant over 16 elements, which keeps its
     # accesses 128 bits wide; a plain `offsets < n` would turn them all into scalar ones.
-    stop = tl.minimum(tl.load(row + COUNT), start + BLOCK)
+    stop = tl.minimum(tl.load(header + COUNT), start + BLOCK)
     wide = tl.where(aligned, stop // 16 * 16, start)
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         update_block(
-            gradient, sources, targets, words, addresses, arguments, units, places, stages, storage,
-            At(first + s, stream, step, VECTOR), s, offsets, offsets < wide, G, COMPUTE, True,
+            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets, offsets < wide,
+            G, COMPUTE, True,
         )  # fmt: skip
     # The narrow one starts early enough for random numbers to come in whole groups.
     for s in range(wide - (first + wide) % 8, stop, 128):
         offsets = s + tl.arange(0, 128)
         update_block(
-            gradient, sources, targets, words, addresses, arguments, units, places, stages, storage,
-            At(first + s, stream, step, VECTOR), s, offsets, (offsets >= wide) & (offsets < stop),
-            G, COMPUTE, False,
+            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets,
+            (offsets >= wide) & (offsets < stop), G, COMPUTE, False,
         )  # fmt: skip
