@@ -150,7 +150,7 @@ def norm_entry(
     constants = multi_tensor.norm_constants(chain, dtypes, of, warp)
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
-        "work": "*i32", "partial": "*fp64", "stages": stages[: of.stages], "storage": storage,
+        "work": "*i32", "partial": "*fp64", "stages": stages[: of.of(chain)], "storage": storage,
     }  # fmt: skip
     reads = dtypes[1].itemsize if reads is None else reads
     return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget)

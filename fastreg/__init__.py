@@ -6,6 +6,8 @@ from .optim import (
     EMA,
     L1,
     L2SP,
+    MSAM,
+    SAM,
     SGD,
     SWA,
     Adam,
@@ -15,6 +17,7 @@ from .optim import (
     ClipValue,
     GradientNoise,
     Lion,
+    Lookahead,
     Phase,
     Piece,
     SlowWeights,
@@ -24,6 +27,7 @@ from .optim import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "EMA", "L1", "L2SP", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue",
-    "GradientNoise", "Lion", "Phase", "Piece", "SlowWeights", "info", "param_groups", "use_backend",
+    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm",
+    "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
+    "info", "param_groups", "use_backend",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ class Stage:
         words: Names of the integers it takes, such as a random key.
         numbers: How many numbers it takes, which may change with every step.
         units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
+        momentum: Whether it returns the pair (update, momentum) as its update.
     """
 
     kernel: Any
@@ -54,6 +55,7 @@ class Stage:
     words: tuple[str, ...] = ()
     numbers: int = 0
     units: tuple[str, ...] = ()
+    momentum: bool = False
 
 
 @dataclass(frozen=True)

@@ -113,13 +113,19 @@ class Measurand(NamedTuple):
 
     Args:
         stages: How many stages run before.
-        momentum: Whether the last of them returns (update, momentum), of which the momentum is measured.
+        momentum: Measure the momentum instead, as the stage that returns it hands it on.
         largest: Measure max |u| instead of √Σ u².
     """
 
     stages: int = 0
     momentum: bool = False
     largest: bool = False
+
+    def of(self, chain: Chain) -> int:
+        """How many stages of a chain run before."""
+        if self.momentum:
+            return 1 + next(i for i, stage in enumerate(chain.stages) if stage.momentum)
+        return self.stages
 
 
 GRADIENT = Measurand()
@@ -137,7 +143,9 @@ def measure(batches: Sequence[Batch], limits: Tensor, of: Measurand = GRADIENT) 
         return _finish(torch.cat([_partial_norms(batch, of) for batch in batches]), limits, of.largest)
     found = [
         reference_norm.partial_norms(
-            _measured(batch, of) if of.stages else map(flat, batch.gradients), of.largest, batch.device
+            _measured(batch, of) if of.of(batch.chain) else map(flat, batch.gradients),
+            of.largest,
+            batch.device,
         )
         for batch in batches
     ]
@@ -235,7 +243,7 @@ def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
 def _measured(batch: Batch, of: Measurand) -> Iterator[Tensor]:
     """The flat tensors whose norm is asked for, a chunk at a time."""
     for run in _operands(batch, True):
-        _, u = run_stages(of.stages, False, batch.chain, *_arguments(batch, run))
+        _, u = run_stages(of.of(batch.chain), False, batch.chain, *_arguments(batch, run))
         yield u[1] if of.momentum else u
 
 
@@ -379,7 +387,7 @@ def _partial_norms(batch: Batch, of: Measurand) -> Tensor:
         with _current(batch.device):
             kernels.norm_kernel[(len(partial),)](
                 table.rows, changing.gradients, changing.steps, changing.numbers, table.work, partial,
-                stages[: of.stages], storage,
+                stages[: of.of(batch.chain)], storage,
                 **norm_constants(batch.chain, batch.dtypes, of, _warp()), num_warps=WARPS,
             )  # fmt: skip
     return partial
@@ -424,7 +432,7 @@ def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
 def norm_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, warp: int) -> dict[str, Any]:
     """The compile-time arguments of `norm_kernel`."""
     constants = step_constants(chain, dtypes, warp)
-    random = any(stage.words for stage in chain.stages[: of.stages])
+    random = any(stage.words for stage in chain.stages[: of.of(chain)])
     return {**constants, "RANDOM": random, "LARGEST": of.largest, "MOMENTUM": of.momentum}
 
 

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     STOCHASTIC_ROUNDING = 2
     PRIVACY = 3
     DROPOUT = 4
+    PERTURBATION = 5
 
 
 @functools.cache

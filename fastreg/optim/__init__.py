@@ -4,11 +4,15 @@ from .adam import Adam, AdamW
 from .averages import EMA, SWA, SlowWeights
 from .groups import param_groups
 from .lion import Lion
+from .lookahead import Lookahead
+from .msam import MSAM
 from .piece import Phase, Piece
 from .regularizers import L1, L2SP, AdaptiveClip, ClipNorm, ClipValue, GradientNoise
+from .sam import SAM
 from .sgd import SGD
 
 __all__ = [
-    "EMA", "L1", "L2SP", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm", "ClipValue",
-    "GradientNoise", "Lion", "Phase", "Piece", "SlowWeights", "param_groups",
+    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm",
+    "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
+    "param_groups",
 ]  # fmt: skip

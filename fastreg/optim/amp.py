@@ -29,12 +29,14 @@ class Scaling(NamedTuple):
         return self.found_inf is not None or self.record is not None
 
 
-def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | None) -> Scaling:
-    """The scaling of this step.
+def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | Scaling | None) -> Scaling:
+    """The scaling of this step; a wrapper, which is what the scaler knows, has found it out already.
 
     Raises:
         RuntimeError: If the scaler steps another optimizer than this.
     """
+    if isinstance(scaler, Scaling):
+        return scaler
     scale = getattr(optimizer, "grad_scale", None)
     if scaler is None:
         return Scaling(scale, getattr(optimizer, "found_inf", None))

@@ -16,6 +16,7 @@ from . import amp, averages, decay, placement
 from .averages import Average
 from .counts import Verdict
 from .measurement import Measurement
+from .msam import MSAM
 from .passes import Pass
 from .piece import Piece
 from .regularizers import ClipNorm
@@ -78,8 +79,10 @@ class Engine(Pass):
         self._decay_kind = decay_kind
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._measurement = Measurement(clip, bool(needed), nonfinite)
+        msam = next((piece for piece in regularizers if isinstance(piece, MSAM)), None)
+        rule, descend = msam.around(rule) if msam else (rule, Descend())
         own = (Maximize(), self._measurement, decay.Penalty(decay_kind), rule, decay.Shrinkage(decay_kind))
-        self._assemble((*own, Rounding(bf16), *regularizers, Descend()), seed)
+        self._assemble((*own, Rounding(bf16), *regularizers, descend), seed)
         amp.silence()
 
     def _forget(self) -> None:
@@ -249,6 +252,8 @@ class Engine(Pass):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; a step that was skipped on a device does not count."""
         self._settle()
+        for piece in self._pieces:
+            piece.save(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,7 +329,21 @@ class Engine(Pass):
         super().__setstate__(state)
         for group in self.param_groups:
             self._completed(group)
+        for piece in self._pieces:
+            piece.load(self.param_groups)
         self._share_seed()
+
+    def _insert(self, piece: Piece) -> None:
+        """Add a piece to those that are there.
+
+        Raises:
+            ValueError: If another goes by its name.
+        """
+        if any(type(other) is type(piece) for other in self._pieces):
+            raise ValueError(f"{type(piece).__name__!r} is given more than once")
+        self._assemble((*self._pieces, piece), self._seed)
+        for group in self.param_groups:
+            self._completed(group)
 
 
 def _own(group: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Pass(torch.optim.Optimizer):
     """
 
     _state_dtype: torch.dtype | None = None
+    _reads_backups = False
+    """Whether weights come from `BACKUP` wherever a state has one."""
 
     def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
         """Put the pieces together.
@@ -174,7 +176,7 @@ class Pass(torch.optim.Optimizer):
         self, states: list[dict[str, Any]], groups: list[int], counts: list[int]
     ) -> Variant | list[Variant]:
         """The variant of all parameters, or that of each where they differ."""
-        held = [BACKUP.name in state for state in states]
+        held = [self._reads_backups and BACKUP.name in state for state in states]
         if not self._periodic and len(set(held)) == 1:
             return Variant((), held[0])
         kinds = list(zip(groups, counts, held, strict=True))
@@ -362,7 +364,7 @@ class Pass(torch.optim.Optimizer):
 
     # Copies ---------------------------------------------------------------------------------------------
 
-    _KEPT: tuple[str, ...] = ("_pieces", "_periodic", "_seed", "_state_dtype")
+    _KEPT: tuple[str, ...] = ("_pieces", "_periodic", "_seed", "_state_dtype", "_reads_backups")
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: also the pieces."""

@@ -107,6 +107,12 @@ class Piece:
             flags: For each device that may skip the step, `[1]`: not 0 if it did.
         """
 
+    def save(self, groups: list[dict[str, Any]]) -> None:
+        """Called before a checkpoint is made: bring what the piece holds into the groups."""
+
+    def load(self, groups: list[dict[str, Any]]) -> None:
+        """Called after a checkpoint has been loaded: take it from there."""
+
     def skip(self, device: torch.device) -> Tensor | None:
         """A float64 `[1]` flag on the device; where it is not 0 after `prepare`, the step does nothing."""
         return None

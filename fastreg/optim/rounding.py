@@ -23,6 +23,7 @@ class Rounding(Piece):
     Args:
         bf16: `"stochastic"` rounds at random, right on average; `"remainder"` keeps 16 more bits of every
             bfloat16 in the state, together an exact float32; `"nearest"` rounds as torch does.
+        purpose: What is rounded, for random bits of its own.
 
     Raises:
         ValueError: If there is no such mode.
@@ -41,10 +42,10 @@ class Rounding(Piece):
         buffers=(Buffer("remainder", torch.int16),),
     )  # fmt: skip
 
-    def __init__(self, bf16: str) -> None:
+    def __init__(self, bf16: str, purpose: Purpose = Purpose.STOCHASTIC_ROUNDING) -> None:
         if bf16 not in MODES:
             raise ValueError(f"bf16 must be one of {', '.join(map(repr, MODES))}, got {bf16!r}")
-        self.bf16 = bf16
+        self.bf16, self._purpose = bf16, purpose
 
     def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
         """Wider weights are stored plainly."""
@@ -56,4 +57,4 @@ class Rounding(Piece):
 
     def storage_words(self, seed: int) -> tuple[int, ...]:
         """The key, the same for all."""
-        return (key(0, Purpose.STOCHASTIC_ROUNDING),)
+        return (key(0, self._purpose),)

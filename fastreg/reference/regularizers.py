@@ -65,6 +65,16 @@ def average(p: Tensor, u: Tensor, at: At, average: Tensor, weight: Tensor) -> Re
     return p, u, (torch.where(weight < 1, average + weight * (p - average), p),)
 
 
+def averaged(p: Tensor, u: Tensor, at: At, weight: Tensor) -> Result:
+    """p ← p + weight · (u - p); a weight of 1 copies: `average` where the average itself is the parameter."""
+    return torch.where(weight < 1, p + weight * (u - p), u), u, ()
+
+
+def rounded(p: Tensor, u: Tensor, at: At, rounded: Tensor) -> Result:
+    """rounded ← p, in the dtype of its buffer."""
+    return p, u, (p,)
+
+
 def lookahead(p: Tensor, u: Tensor, at: At, slow: Tensor, alpha: Tensor, sync: Tensor) -> Result:
     """slow ← slow + alpha · (p - slow), p ← slow  (Zhang et al. 2019); where sync is 0, p stays."""
     slow = slow + alpha * (p - slow)

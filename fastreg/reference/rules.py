@@ -8,6 +8,7 @@ from torch import Tensor
 from .random import At, sqrt
 
 Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+WithMomentum = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def adam(
@@ -68,3 +69,54 @@ def lion(
 def descend(p: Tensor, u: Tensor, at: At) -> Result:
     """p ← p - u."""
     return p - u, u, ()
+
+
+# Momentum-SAM (Becker et al. 2024): the weight in memory is w - former · v.  The rule takes that out and hands
+# the new momentum on beside the update, so that the last stage of the chain can put it in again.
+
+
+def sgd_momentum_msam(
+    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, former: Tensor, momentum: Tensor, rest: Tensor,
+    lr: Tensor,
+) -> WithMomentum:  # fmt: skip
+    """p ← p + former · b, then `sgd_momentum`."""
+    p = p + former * momentum_buffer
+    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr)
+    return p, (u, state[0]), state
+
+
+def sgd_nesterov_msam(
+    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, former: Tensor,
+    momentum: Tensor, rest: Tensor, lr: Tensor, lr_momentum: Tensor,
+) -> WithMomentum:  # fmt: skip
+    """p ← p + former · b, then `sgd_nesterov`."""
+    p = p + former * momentum_buffer
+    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum)
+    return p, (u, state[0]), state
+
+
+def adam_msam(
+    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, former: Tensor,
+    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+) -> WithMomentum:  # fmt: skip
+    """p ← p + former · m, then `adam`."""
+    p = p + former * exp_avg
+    p, u, state = adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps)
+    return p, (u, state[0]), state
+
+
+def adam_amsgrad_msam(
+    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, former: Tensor,
+    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+) -> WithMomentum:  # fmt: skip
+    """p ← p + former · m, then `adam_amsgrad`."""
+    p = p + former * exp_avg
+    p, u, state = adam_amsgrad(
+        p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps
+    )
+    return p, (u, state[0]), state
+
+
+def descend_msam(p: Tensor, u: tuple[Tensor, Tensor], at: At) -> Result:
+    """p ← p - update; from here on u is the momentum."""
+    return p - u[0], u[1], ()

@@ -67,6 +67,16 @@ def average(p, u, at, average, weight):
 
 
 @triton.jit
+def averaged(p, u, at, weight):
+    return tl.where(weight < 1, p + weight * (u - p), u), u, ()
+
+
+@triton.jit
+def rounded(p, u, at, rounded):
+    return p, u, (p,)
+
+
+@triton.jit
 def lookahead(p, u, at, slow, alpha, sync):
     slow += alpha * (p - slow)
     return tl.where(sync != 0, slow, p), u, (slow,)

@@ -53,3 +53,43 @@ def lion(p, u, at, exp_avg, beta1, rest1, beta2, rest2, lr):
 @triton.jit
 def descend(p, u, at):
     return p - u, u, ()
+
+
+# With `former` · v of the last step still in the weight, and the new momentum beside the update: see `msam`.
+
+
+@triton.jit
+def sgd_momentum_msam(p, u, at, momentum_buffer, former, momentum, rest, lr):
+    p += former * momentum_buffer
+    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr)
+    return p, (u, state[0]), state
+
+
+@triton.jit
+def sgd_nesterov_msam(p, u, at, momentum_buffer, former, momentum, rest, lr, lr_momentum):
+    p += former * momentum_buffer
+    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum)
+    return p, (u, state[0]), state
+
+
+@triton.jit
+def adam_msam(p, u, at, exp_avg, exp_avg_sq, former, rest1, beta2, rest2, size, scale, eps):
+    p += former * exp_avg
+    p, u, state = adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps)
+    return p, (u, state[0]), state
+
+
+@triton.jit
+def adam_amsgrad_msam(
+    p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, former, rest1, beta2, rest2, size, scale, eps
+):
+    p += former * exp_avg
+    p, u, state = adam_amsgrad(
+        p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps
+    )
+    return p, (u, state[0]), state
+
+
+@triton.jit
+def descend_msam(p, u, at):
+    return p - u[0], u[1], ()

@@ -1,0 +1,208 @@
+"""Lookahead around any optimizer: a piece inside fastreg's, a pass of its own every k steps around others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from . import amp, averages, placement
+from .averages import FIRST_MOMENTS, SlowWeights
+from .passes import Operands, Pass
+from .state import start
+from .wrapper import Wrapper
+
+
+class Lookahead(Wrapper):
+    """Every k steps, slow weights follow the fast ones by a share, and fast ones start again from there.
+
+    Slow weights are held in float32 (float64 for float64 parameters) and start as the parameters are now.
+    `with optimizer.averaged():`, or `eval()` and `train()`, evaluate with them (with the first average of a
+    fastreg optimizer that has one).  Around a fastreg optimizer a synchronisation costs 8 bytes a parameter
+    in its pass, other steps nothing.
+
+    Args:
+        optimizer: Any optimizer.
+        k: Steps between, ≥ 1; `lookahead_k` of the groups, which is saved.
+        alpha: Share of the way that slow weights go, in [0, 1]; `lookahead_alpha` of the groups.
+        pullback_momentum: What becomes of the first moment then: `"none"`, `"reset"`, or `"pullback"`
+            towards a slow moment of its own.
+
+    Raises:
+        TypeError: If optimizer is none.
+        ValueError: For values out of range, and if optimizer looks ahead already.
+
+    Reference:
+        Zhang, Lucas, Hinton, Ba 2019, "Lookahead optimizer: k steps forward, 1 step back".
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        k: int = 5,
+        alpha: float = 0.5,
+        pullback_momentum: str = "none",
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {optimizer!r:.60}; "
+                "write Lookahead(fastreg.AdamW(model.parameters()))"
+            )
+        piece = SlowWeights(k, alpha, pullback_momentum)
+        super().__init__(optimizer)
+        self._sync: _Sync | None = None
+        if self.engine is not None:
+            self.engine._insert(piece)
+            self._start(self.engine, piece)
+        else:
+            self._sync = _Sync(optimizer, piece)
+            self._complete()
+            self._start(self._sync, piece)
+
+    def options(self) -> dict[str, Any]:
+        """What groups get where no engine sees to it."""
+        if self._sync is None:
+            return {}
+        steps = self.param_groups[0].get("lookahead_step", 0) if self.param_groups else 0
+        return {**self._sync.piece.options(), "lookahead_step": steps}
+
+    def _start(self, holder: Pass, piece: SlowWeights) -> None:
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            buffer = piece._stage.buffers[0]
+            state = holder.state[p]
+            if buffer.name not in state:
+                chain = holder.chain(self.param_groups[0], placement.local(p).dtype)
+                dtype = holder.buffer_dtype(chain, buffer, p)
+                with torch.no_grad():
+                    state[buffer.name] = start(buffer, p, index, dtype, ())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; slow weights of the new parameters start as these are."""
+        super().add_param_group(param_group)
+        holder: Any = self._sync or self.engine
+        piece = next(p for p in holder._pieces if isinstance(p, SlowWeights))
+        self._start(holder, piece)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return self._sync is None and bool(getattr(self.base_optimizer, "_step_supports_amp_scaling", False))
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
+        """One step of the base optimizer, and every k-th of the slow weights.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+
+        Returns:
+            What the base optimizer returns.
+
+        Raises:
+            RuntimeError: While the slow weights are shown.
+        """
+        if self._sync is None:
+            if grad_scaler is None and not hasattr(self, "grad_scale"):
+                return self.base_optimizer.step(closure)
+            base: Any = self.base_optimizer
+            return base.step(closure, grad_scaler=amp.scaling(self, grad_scaler))
+        if averages.shown(self._sync) is not None:
+            raise RuntimeError("step() would train the slow weights: call optimizer.train() first")
+        loss = self.base_optimizer.step(closure)
+        self._sync.after_step()
+        return loss
+
+    # Evaluation around optimizers that know no averages ---------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self, name: str | None = None) -> Iterator[None]:
+        """Within the block, parameters hold their slow weights, or another average of a fastreg optimizer.
+
+        Args:
+            name: Which average, if there are several; the first by default.
+
+        Raises:
+            ValueError: If there is no such average.
+            RuntimeError: If averages are swapped in already.
+        """
+        if self._sync is None:
+            with self.base_optimizer.averaged(name):  # type: ignore[attr-defined]
+                yield
+            return
+        if averages.shown(self._sync) is not None:
+            raise RuntimeError("averages are swapped in already")
+        averages.show(self._sync, averages.find(self._sync, name))
+        try:
+            yield
+        finally:
+            averages.hide(self._sync)
+
+    def eval(self) -> None:
+        """Parameters hold their slow weights until `train()`."""
+        if self._sync is None:
+            self.base_optimizer.eval()  # type: ignore[attr-defined]
+        elif averages.shown(self._sync) is None:
+            averages.show(self._sync, self._sync.piece)
+
+    def train(self) -> None:
+        """Parameters hold what is trained, as before `eval()`."""
+        if self._sync is None:
+            self.base_optimizer.train()  # type: ignore[attr-defined]
+        elif averages.shown(self._sync) is not None:
+            averages.hide(self._sync)
+
+    def _own(self) -> _Sync | None:
+        return self._sync
+
+    def _saved(self) -> dict[str, str]:
+        names = ("slow", "slow_momentum", averages.TRAINED)
+        return {**{name: name for name in names}, "step": "lookahead_count"} if self._sync else {}
+
+
+class _Always(SlowWeights):
+    """Slow weights of a pass that is only taken when it is time."""
+
+    def due(self, group: dict[str, Any], step: int) -> bool:
+        return True
+
+
+class _Sync(Pass):
+    """The pass that synchronises: parameters are read and written with their slow weights, nothing else."""
+
+    _KEPT = (*Pass._KEPT, "piece", "_base")
+
+    def __init__(self, base: torch.optim.Optimizer, piece: SlowWeights) -> None:
+        self.piece = _Always(piece.k, piece.alpha, piece.pullback_momentum)
+        self._base = base
+        self._assemble((self.piece,), seed=0)
+        self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": base.param_groups})
+
+    def after_step(self) -> None:
+        """Count a step of the base optimizer, and synchronise the groups whose time it is."""
+        self.param_groups = self._base.param_groups
+        for group in self.param_groups:
+            group["lookahead_step"] += 1
+        if self._operands().parameters:
+            self._run()
+            self._take_back()
+
+    def _operands(self) -> Operands:
+        every = self._every()
+        due = [group["lookahead_step"] % group["lookahead_k"] == 0 for group in self.param_groups]
+        return every._replace(gradients=list(every.parameters)).only(due[i] for i in every.groups)
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        if self.piece.pullback_momentum == "none":
+            return
+        operands = self._operands()
+        for p, group in zip(operands.parameters, operands.groups, strict=True):
+            slow = self.state[p].get("slow_momentum")
+            for name in FIRST_MOMENTS:
+                moment = self._base.state.get(p, {}).get(name)
+                if moment is not None:
+                    alpha = self.param_groups[group]["lookahead_alpha"]
+                    self.piece._take_back(moment, None if slow is None else [slow], 0, alpha, 1.0)

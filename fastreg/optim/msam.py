@@ -1,0 +1,181 @@
+"""Momentum-SAM: sharpness-aware minimization with one backward pass, inside the step.
+
+The weight in memory is w - c v, with the momentum v and c = ρ/‖v‖.  A step measures the momentum that it will
+make (one read of momentum and gradient); then, in one pass, it takes c v out, updates w and puts the new c v in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chain import Stage
+from ..multi_tensor import Measurand
+from ..reference import ascent, rules
+from ..reference.norm import Measured
+from ..reference.step import scalar_dtype
+from . import averages
+from .averages import Average
+from .measurement import measured
+from .piece import Phase, Piece, Work
+
+TINY = 1e-12
+"""Added to norms that are divided by, as in the published implementations."""
+
+_TWINS: dict[Any, Any] = {
+    rules.sgd_momentum: rules.sgd_momentum_msam,
+    rules.sgd_nesterov: rules.sgd_nesterov_msam,
+    rules.adam: rules.adam_msam,
+    rules.adam_amsgrad: rules.adam_amsgrad_msam,
+}
+
+
+class MSAM(Average):
+    """Momentum-SAM: gradients are taken at w - ρ v/‖v‖ with the momentum v; one backward pass a step.
+
+    For `SGD` with momentum, `Adam` and `AdamW` (v is `exp_avg`); works with accumulation, loss scaling and
+    training loops that know nothing of it.  While training, parameters hold the perturbed weights, which is
+    also what a model saved then holds; `optimizer.eval()`, or `with optimizer.averaged("msam"):`, shows the
+    weights themselves.  Averages and Lookahead work on the weights themselves.  A parameter that has no
+    gradient at a step keeps its perturbation.
+
+    Args:
+        rho: Radius ρ of the perturbation over all parameters; ≥ 0, may be changed between steps.  Larger than
+            SAM's, 3 in the paper's experiments, since momentum is rarely aligned with the gradient.
+
+    Raises:
+        ValueError: If rho is negative or not finite.
+
+    Reference:
+        Becker, Altrock, Risse 2024, "Momentum-SAM: sharpness aware minimization without computational
+        overhead".
+    """
+
+    phase = Phase.PERTURB
+    name = "msam"
+    computed = True
+    _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, scalars=("size",))
+
+    def __init__(self, rho: float = 0.3) -> None:
+        self.rho = averages.checked("rho", rho, 0)
+        self._sizes: dict[torch.device, Tensor] = {}  # [2]: in the weight, and after this step
+        self._limits: dict[torch.device, Tensor] = {}
+        self._loaded = 0.0
+
+    def around(self, rule: Piece) -> tuple[Piece, Piece]:
+        """The rule that takes the former perturbation out and hands on its momentum, and what descends."""
+        return _Rule(rule, self), _Descend()
+
+    def options(self) -> dict[str, Any]:
+        """What ρ/‖v‖ was at the latest step."""
+        return {"msam_size": 0.0}
+
+    def save(self, groups: list[dict[str, Any]]) -> None:
+        """The size of the perturbation in the weights."""
+        for group in groups:
+            group["msam_size"] = self.size
+
+    def load(self, groups: list[dict[str, Any]]) -> None:
+        """Likewise."""
+        self._loaded, self._sizes = float(groups[0].get("msam_size", 0.0)) if groups else 0.0, {}
+
+    @property
+    def size(self) -> float:
+        """ρ/‖v‖ in the weights; waits for the device."""
+        return next((float(sizes[0]) for sizes in self._sizes.values()), self._loaded)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage
+
+    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The size after this step."""
+        return (self._size(device)[1],)
+
+    def former(self, device: torch.device) -> Tensor:
+        """The size in the weights."""
+        return self._size(device)[0]
+
+    def prepare(self, work: Work) -> None:
+        """Measure the momentum that this step will have."""
+        result = Measured(*measured(work, self._limit, Measurand(momentum=True)))
+        size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
+        for device in dict.fromkeys(batch.device for batch, _ in work.batches):
+            self._size(device)[1].copy_(size, non_blocking=True)
+
+    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+        """What has been put in is in, unless the step was skipped."""
+        for device in dict.fromkeys(batch.device for batch, _ in work.batches):
+            former, new = self._size(device)
+            former.copy_(torch.where(flags[device][0] == 0, new, former) if device in flags else new)
+
+    def begun(self, step: int) -> bool:
+        """After the first step."""
+        return step > 0
+
+    def shown(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
+        """The weight itself."""
+        momentum = next(state[name] for name in averages.FIRST_MOMENTS if name in state)
+        return parameter.detach() + momentum.to(parameter.dtype) * self.size
+
+    def _size(self, device: torch.device) -> Tensor:
+        if device not in self._sizes:
+            start = torch.tensor([self.size, 0.0], dtype=scalar_dtype(device), device=device)
+            self._sizes[device] = start
+        return self._sizes[device]
+
+    def _limit(self, device: torch.device) -> Tensor:
+        """No clipping, no scale: the stages before have seen to both."""
+        if device not in self._limits:
+            self._limits[device] = torch.tensor([torch.inf, 1.0], dtype=scalar_dtype(device), device=device)
+        return self._limits[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start from the size in the weights."""
+        return {**vars(self), "_sizes": {}, "_limits": {}, "_loaded": self.size}
+
+
+class _Rule(Piece):
+    """An update rule of which MSAM's form is taken."""
+
+    phase = Phase.RULE
+
+    def __init__(self, rule: Piece, msam: MSAM) -> None:
+        self._rule, self._msam = rule, msam
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """The rule's, which is another function with one more scalar."""
+        stage = self._rule.stage(group)
+        if stage is None or stage.reference not in _TWINS:
+            raise ValueError(
+                "MSAM needs momentum: use SGD(momentum=0.9), Adam or AdamW, "
+                f"got {type(self._rule).__name__} with {stage.kernel if stage else None}"
+            )
+        if group.get("decay") == "cautious":
+            raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
+        twin = _TWINS[stage.reference]
+        return replace(
+            stage, kernel=f"rules.{twin.__name__}", reference=twin, scalars=("former",), momentum=True
+        )
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """Those of the rule."""
+        return self._rule.numbers(group, step)
+
+    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The size of the perturbation to take out."""
+        return (self._msam.former(device),)
+
+
+class _Descend(Piece):
+    """Takes the update off the weight and leaves the momentum."""
+
+    phase = Phase.DESCEND
+    _stage = Stage("rules.descend_msam", rules.descend_msam)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage

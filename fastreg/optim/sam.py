@@ -1,0 +1,365 @@
+"""Sharpness-aware minimization around any optimizer, fused into fastreg's.
+
+pass 1   loss.backward()      the gradient g at w
+first_step()         backup ← w, parameter ← w + ρ g/‖g‖: 4 + 16 bytes a parameter in float32
+pass 2   loss.backward()      the gradient at the perturbed weights
+second_step()        the base optimizer's step, which reads w from the backup: no byte more than its own
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from . import amp
+from .ascent import Ascent
+from .engine import Engine
+from .ranges import checked, counted
+from .state import BACKUP
+from .wrapper import Wrapper, evaluated, no_gradients
+
+CLOSURES = ("second", "both")
+
+
+class SAM(Wrapper):
+    """Sharpness-aware minimization: steps by the gradient at w + ρ g/‖g‖ instead of w.
+
+    ```python
+    optimizer = fastreg.SAM(model.parameters(), fastreg.AdamW, rho=0.05, lr=1e-3)
+
+    loss(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    loss(model(x), y).backward()  # within fastreg.frozen_running_stats(model) where there is BatchNorm
+    optimizer.second_step(zero_grad=True)
+    ```
+
+    Around a fastreg optimizer the weights come back in its own pass; around any other they are copied back
+    before.  They come back bit for bit, and `data_ptr()` never changes.  `first_step` takes gradients as they
+    are: scaled by a `torch.amp.GradScaler` (do not unscale them; `scaler.step(optimizer)` is the second
+    step), accumulated, sharded.  Gradients that are not finite perturb nothing; under a scaler the step is
+    skipped then, too.
+
+    `step()` while perturbed is `second_step()`.  `step(closure)` evaluates the closure at the perturbed
+    weights, after the caller has made the first gradients (`closure="second"`, as davda54/sam does), or both
+    times (`closure="both"`, torch's contract: the closure clears gradients, computes the loss and its
+    gradients); where no parameter has a gradient yet, the closure makes the first ones in any case.  It
+    returns the first loss that it has seen: with `closure="second"` that of the perturbed weights.
+
+    Perturbed 16-bit weights are rounded at random: of a perturbation of 10 M bfloat16 weights with ρ = 0.05,
+    rounding to nearest realises 43 % along the gradient, rounding at random all of it, with noise of 2.2 ρ
+    across.  With the base's `bf16="remainder"`, backup and remainder are the float32 weight, bit for bit.
+
+    Args:
+        params: Parameters, named parameters or groups, as for any torch optimizer; groups may have a `rho`,
+            `adaptive` and `eta` of their own, and those with a `rho` of 0 are not perturbed at no cost.
+        base_optimizer: The class of the optimizer, or what makes one from params and keyword arguments.
+        rho: Radius ρ of the neighbourhood; ≥ 0.  A key of the groups: schedulers may change it.
+        adaptive: ASAM: w + ρ T²g/‖Tg‖ with T = |w| + eta, invariant to the scale of weights; takes a rho that
+            is about ten times as large.
+        eta: η of ASAM; ≥ 0, 0.01 in the paper.
+        interval: Perturb every so many steps, the others are the base's alone; ≥ 1.  See `due`.
+        start_step: Steps before the first that perturbs; ≥ 0.
+        closure: What closures compute, `"second"` or `"both"` passes.
+        sync_perturbation: Whether processes of a `DistributedDataParallel` model perturb alike.  `False`
+            perturbs by each one's own gradients (m-sharpness) where the first pass is made within
+            `maybe_no_sync(model)`.
+        rounding: Of perturbed 16-bit weights: `"stochastic"` or `"nearest"`.
+        kwargs: For the base optimizer, such as `lr`.
+
+    Raises:
+        TypeError: If base_optimizer is an optimizer instead of its class.
+        ValueError: For values out of range.
+
+    Reference:
+        Foret, Kleiner, Mobahi, Neyshabur 2021, "Sharpness-aware minimization for efficiently improving
+        generalization"; Kwon, Kim, Park, Choi 2021, "ASAM".
+    """
+
+    _step_supports_amp_scaling = True  # a step that a scaler leaves out would leave weights perturbed
+
+    def __init__(
+        self, params: Any, base_optimizer: Callable[..., torch.optim.Optimizer], rho: float = 0.05,
+        adaptive: bool = False, *, eta: float = 0.0, interval: int = 1, start_step: int = 0,
+        closure: str = "second", sync_perturbation: bool = True, rounding: str = "stochastic", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if isinstance(base_optimizer, torch.optim.Optimizer) or not callable(base_optimizer):
+            name = type(base_optimizer).__name__
+            raise TypeError(
+                f"base_optimizer must be a class, got {base_optimizer!r:.60}; "
+                f"write SAM(model.parameters(), {name}, lr=...)"
+            )
+        if closure not in CLOSURES:
+            raise ValueError(f"closure must be one of {', '.join(map(repr, CLOSURES))}, got {closure!r}")
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
+        self._options = {
+            "rho": checked("rho", rho, 0), "adaptive": bool(adaptive), "eta": checked("eta", eta, 0),
+            "perturbed": False, "sam_step": 0,
+        }  # fmt: skip
+        self.interval, self.start_step = (
+            counted("interval", interval, 1),
+            counted("start_step", start_step, 0),
+        )
+        self.closure, self.sync_perturbation = closure, bool(sync_perturbation)
+        super().__init__(base_optimizer(params, **kwargs))
+        self._complete()
+        for group in self.param_groups:
+            checked("rho", group["rho"], 0)
+            checked("eta", group["eta"], 0)
+        self._ascent = Ascent(self.param_groups, rounding)
+        self._perturbed: list[Tensor] = []
+        self._accumulated: dict[Tensor, Tensor] = {}
+        self._bad: Tensor | None = None
+        if self.engine is not None:
+            self.engine._reads_backups = True
+
+    def options(self) -> dict[str, Any]:
+        """What groups get."""
+        options = dict(self._options)
+        if self.param_groups and "sam_step" in self.param_groups[0]:
+            options |= {key: self.param_groups[0][key] for key in ("perturbed", "sam_step")}
+        return options
+
+    # State ----------------------------------------------------------------------------------------------
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the next backward pass is the second: between `first_step` and `second_step`."""
+        return bool(self.param_groups and self.param_groups[0].get("perturbed"))
+
+    @property
+    def due(self) -> bool:
+        """Whether this step perturbs; if not, `step()` is that of the base and needs one backward pass."""
+        count = self.param_groups[0]["sam_step"] - self.start_step
+        return count >= 0 and count % self.interval == 0
+
+    @property
+    def perturbation_norm(self) -> Tensor | None:
+        """The norm of the first gradients, as they were, at the latest `first_step`; 0-d, on the device."""
+        return self._ascent.norm
+
+    def _set(self, key: str, value: Any) -> None:
+        for group in self.param_groups:
+            group[key] = value
+
+    # Steps ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights by the gradients that are there.
+
+        Weights that are perturbed still, because a second step was left out, come back before.
+
+        Args:
+            zero_grad: Whether to clear gradients afterwards.
+        """
+        self.restore()
+        if self.due:
+            self._ascent.param_groups = self.param_groups
+            self._perturbed = self._ascent.climb()
+            if (bad := self._ascent.bad) is not None:
+                self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+        self._set("perturbed", True)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring perturbed weights back without a step."""
+        if self._perturbed:
+            self._ascent.param_groups = self.param_groups
+            self._ascent.restore(self._perturbed)
+        self._perturbed = []
+        self._set("perturbed", False)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Bring weights back and keep the gradients, which the next step adds to: for micro-batches.
+
+        ```python
+        for x, y in micro_batches:  # each with a perturbation of its own
+            loss(model(x), y).backward()
+            optimizer.first_step(zero_grad=True)
+            loss(model(x), y).backward()
+            optimizer.accumulate()
+        optimizer.step()
+        ```
+
+        Raises:
+            RuntimeError: Before `first_step`.
+        """
+        if not self.perturbed:
+            raise RuntimeError("accumulate() comes after first_step() and a second backward pass")
+        self.restore()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p in self._accumulated:
+                    self._accumulated[p].add_(p.grad)
+                else:
+                    # A view, such as into a bucket of DistributedDataParallel, is written again.
+                    self._accumulated[p] = p.grad.clone() if p.grad._is_view() else p.grad
+                p.grad = None
+
+    def second_step(self, zero_grad: bool = False, *, grad_scaler: Any = None) -> None:
+        """Bring the weights back and step by the gradients of the perturbed ones.
+
+        Args:
+            zero_grad: Whether to clear gradients afterwards.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+
+        Raises:
+            RuntimeError: Before `first_step`.
+        """
+        if not self.perturbed:
+            raise RuntimeError("second_step() comes after first_step() and a second backward pass")
+        self._descend(grad_scaler)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
+        """The second step while perturbed; all of a step with a closure.
+
+        Args:
+            closure: See the class.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+
+        Returns:
+            The first loss that the closure has returned.
+
+        Raises:
+            RuntimeError: Without a closure if `first_step` has not been called and is due.
+        """
+        loss = None
+        if closure is not None:
+            loss = self._passes(closure)
+        elif not self.perturbed and not self._accumulated and self.due:
+            raise RuntimeError(
+                "step() needs the second gradients: call first_step() after the first backward pass, or give "
+                "step() a closure"
+            )
+        self._descend(grad_scaler)
+        return loss
+
+    def _passes(self, closure: Callable[[], Any]) -> Any:
+        """Make the gradients to step by, and return the first loss."""
+        first = not self.perturbed and (self.closure == "both" or no_gradients(self.param_groups))
+        loss = evaluated(closure) if first else None
+        if not self.perturbed:
+            if not self.due:
+                return loss
+            self.first_step(zero_grad=True)
+        try:
+            second = evaluated(closure)
+        except BaseException:
+            self.restore()
+            raise
+        return loss if first else second
+
+    @torch.no_grad()
+    def _descend(self, grad_scaler: Any) -> None:
+        for p, accumulated in self._accumulated.items():
+            p.grad = accumulated if p.grad is None else accumulated.add_(p.grad)
+        self._accumulated = {}
+        perturbed, self._perturbed = self._perturbed, []
+        bad, self._bad = self._bad, None
+        self._ascent.param_groups = self.param_groups
+        try:
+            if isinstance(self.base_optimizer, Engine):
+                self._step_fused(self.base_optimizer, perturbed, amp.scaling(self, grad_scaler), bad)
+            else:
+                self._ascent.restore(perturbed)
+                perturbed = []
+                if not self._overflows(grad_scaler, bad):
+                    self.base_optimizer.step()
+        except BaseException:
+            self._ascent.restore(perturbed)
+            raise
+        finally:
+            self._set("perturbed", False)
+        self._set("sam_step", self.param_groups[0]["sam_step"] + 1)
+        self._opt_called = True  # what schedulers look for, to warn of steps that are taken too late
+
+    def _step_fused(
+        self, base: Engine, perturbed: list[Tensor], scaling: amp.Scaling, bad: Tensor | None
+    ) -> None:
+        if bad is not None and scaling.active:
+            found = bad if scaling.found_inf is None else torch.maximum(scaling.found_inf.to(bad), bad)
+            scaling = scaling._replace(found_inf=found)
+        stepped = [p for p in perturbed if p.grad is not None]
+        for p in stepped:
+            base.state[p][BACKUP.name] = self._ascent.state[p][BACKUP.name]
+        try:
+            base.step(grad_scaler=scaling if scaling != amp.Scaling() else None)
+        finally:
+            for p in stepped:
+                base.state[p].pop(BACKUP.name, None)
+        self._ascent.restore([p for p in perturbed if p.grad is None])
+        if base._flags:  # a step that a device has skipped has not brought them back
+            self._ascent.restore(stepped, {device: 1 - flag for device, flag in base._flags.items()})
+
+    def _overflows(self, scaler: Any, bad: Tensor | None) -> bool:
+        """Unscale gradients for an optimizer that does not itself, and tell whether to leave out the step."""
+        if scaler is None:
+            return False
+        state = scaler._per_optimizer_states[id(self)]
+        if state["stage"] is OptState.READY:
+            scaler.unscale_(self)
+        found = state["found_inf_per_device"]
+        if bad is not None:
+            device = bad.device
+            found[device] = (
+                torch.maximum(found[device], bad.to(found[device])) if device in found else bad.float()
+            )
+        return any(bool(flag.item()) for flag in found.values())
+
+    # Several processes ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def maybe_no_sync(self, model: Any) -> Any:
+        """Within the block, gradients of the first pass stay local unless perturbations are shared.
+
+        Args:
+            model: A `DistributedDataParallel` model.
+
+        Raises:
+            TypeError: If the model has no `no_sync` and perturbations are not shared.
+        """
+        if self.sync_perturbation or self.perturbed:
+            yield
+            return
+        if not hasattr(model, "no_sync"):
+            raise TypeError(
+                f"sync_perturbation=False needs a DistributedDataParallel model, got {type(model).__name__}"
+            )
+        with model.no_sync():
+            yield
+
+    # Checkpoints ----------------------------------------------------------------------------------------
+
+    def _own(self) -> Ascent:
+        return self._ascent
+
+    def _saved(self) -> dict[str, str]:
+        return self._all_saved() if self._perturbed else {"step": "sam_count"}
+
+    def _all_saved(self) -> dict[str, str]:
+        return {"step": "sam_count", BACKUP.name: BACKUP.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; a checkpoint of perturbed weights goes on with the second pass."""
+        super().load_state_dict(state_dict)
+        self._perturbed = [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if BACKUP.name in self._ascent.state.get(p, {})
+        ]
+        self._accumulated, self._bad = {}, None
