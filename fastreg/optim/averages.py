@@ -7,6 +7,7 @@ where parameters are narrower.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ..chain import Buffer, Stage
 from ..reference import regularizers as reference
-from .piece import Phase, Piece
+from ..reference.step import compute_dtype
+from .piece import Phase, Piece, Work
 from .ranges import checked, counted
 
 if TYPE_CHECKING:
@@ -40,16 +42,23 @@ class Average(Piece):
         """What to evaluate with: by default the buffer called `name`."""
         return state[self.name]
 
+    def show_buffers(self) -> None:
+        """Let module buffers hold their averages, where there are any."""
+
+    def hide_buffers(self) -> None:
+        """Let them hold what they held before."""
+
 
 class _Buffered(Average):
     """Averages of one buffer, `start` and `every`."""
 
     phase = Phase.AVERAGE
 
-    def __init__(self, name: str, start: int, every: int) -> None:
+    def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
         self.name, self.start, self.every = name, start, counted("every", every, 1)
-        buffers = (Buffer(name, "compute", "parameter"),)
-        self._stage = Stage("regularizers.average", reference.average, buffers, numbers=1)
+        held = (Buffer(name, "compute", "parameter"),)
+        self._stage = Stage("regularizers.average", reference.average, held, numbers=1)
+        self._modules = None if buffers is None else ModuleBuffers(buffers)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """The average is its one buffer."""
@@ -76,6 +85,97 @@ class _Buffered(Average):
         """From the first update on."""
         return step >= self.start
 
+    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+        """Average the buffers of the modules as the weights have been."""
+        if self._modules is None:
+            return
+        batch = work.batches[0][0]
+        steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
+        if isinstance(steps, Tensor) or self.due({}, steps):
+            (weight,) = self.numbers({}, steps)
+            flag = next(iter(flags.values()), None)
+            self._modules.update(weight if flag is None else weight * (1 - flag[0]))
+
+    def show_buffers(self) -> None:
+        """Let module buffers hold their averages."""
+        if self._modules is not None:
+            self._modules.show()
+
+    def hide_buffers(self) -> None:
+        """Let them hold what they held before."""
+        if self._modules is not None:
+            self._modules.hide()
+
+    def save(self, groups: list[dict[str, Any]]) -> None:
+        """The averages of module buffers."""
+        if self._modules is not None:
+            groups[0][f"{self.name}_buffers"] = self._modules.state()
+
+    def load(self, groups: list[dict[str, Any]]) -> None:
+        """Likewise."""
+        if self._modules is not None and f"{self.name}_buffers" in groups[0]:
+            self._modules.load(groups[0][f"{self.name}_buffers"])
+
+
+class ModuleBuffers:
+    """Averages of the buffers of modules, such as the running statistics of BatchNorm.
+
+    Args:
+        buffers: The buffers; those that are not floating-point are copied.
+    """
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        self._buffers = list(buffers)
+        self._averages = [
+            b.detach().to(compute_dtype(b.dtype) if b.is_floating_point() else b.dtype, copy=True)
+            for b in self._buffers
+        ]
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, weight: Any) -> None:
+        """average ← average + weight · (buffer - average)."""
+        for average, buffer in zip(self._averages, self._buffers, strict=True):
+            if average.is_floating_point() and not (isinstance(weight, float) and weight >= 1):
+                average.add_((buffer.to(average.dtype) - average) * weight)
+            else:
+                average.copy_(buffer)
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Let the buffers hold their averages."""
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
+        for buffer, average in zip(self._buffers, self._averages, strict=True):
+            buffer.copy_(average)
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Let them hold what they held before."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(kept)
+        self._kept = []
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """What is saved."""
+        return {"averages": self._averages, "kept": self._kept}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, list[Tensor]]) -> None:
+        """Take it over, on the devices where the buffers are.
+
+        Raises:
+            ValueError: If it is of other buffers.
+        """
+        shapes = [b.shape for b in self._buffers]
+        if [a.shape for a in state["averages"]] != shapes:
+            raise ValueError(
+                f"the saved averages are of {len(state['averages'])} buffers, not of these {shapes}"
+            )
+        self._averages, self._kept = (
+            [t.to(b.device, copy=True) for t, b in zip(state[key], self._buffers, strict=False)]
+            for key in ("averages", "kept")
+        )
+
 
 class EMA(_Buffered):
     """Exponential moving average of the weights: average ← average + (1 - decay)(p - average).
@@ -97,6 +197,8 @@ class EMA(_Buffered):
         gamma: For `"power"`, in updates; > 0.
         power: For `"power"`; > 0.  With gamma and power of 1, the plain mean.
         min_decay: Least decay, ≤ decay.
+        buffers: Buffers of modules to average as well, such as `model.buffers()`; they are swapped with the
+            weights.  By default the model's own, as they are, serve the averages, too.
 
     Raises:
         ValueError: For values out of range.
@@ -108,6 +210,7 @@ class EMA(_Buffered):
     def __init__(
         self, decay: float = 0.999, name: str = "ema", *, start: int = 0, every: int = 1,
         warmup: str | None = None, gamma: float = 1.0, power: float = 2 / 3, min_decay: float = 0.0,
+        buffers: Iterable[Tensor] | None = None,
     ) -> None:  # fmt: skip
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay=}")
@@ -115,7 +218,7 @@ class EMA(_Buffered):
             raise ValueError(f"warmup must be None, 'ratio' or 'power', got {warmup=}")
         if not 0 <= min_decay <= decay:
             raise ValueError(f"min_decay must be in [0, decay], got {min_decay=}, {decay=}")
-        super().__init__(name, counted("start", start, 0), every)
+        super().__init__(name, counted("start", start, 0), every, buffers)
         self.decay, self.warmup, self.min_decay = float(decay), warmup, float(min_decay)
         self.gamma = checked("gamma", gamma, 0, above=True)
         self.power = checked("power", power, 0, above=True)
@@ -147,6 +250,7 @@ class SWA(_Buffered):
         start: The step, counted for each parameter, whose weight is the first; ≥ 1.
         every: Steps between weights; ≥ 1.
         name: Key of the average, to tell several apart.
+        buffers: As for `EMA`; for BatchNorm, `fastreg.update_bn` measures anew instead.
 
     Raises:
         ValueError: For values out of range.
@@ -155,8 +259,10 @@ class SWA(_Buffered):
         Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization".
     """
 
-    def __init__(self, start: int = 1, every: int = 1, name: str = "swa") -> None:
-        super().__init__(name, counted("start", start, 1), every)
+    def __init__(
+        self, start: int = 1, every: int = 1, name: str = "swa", *, buffers: Iterable[Tensor] | None = None
+    ) -> None:
+        super().__init__(name, counted("start", start, 1), every, buffers)
 
     def weight(self, updates: Any) -> Any:
         """Of n + 1 weights, one."""
@@ -224,7 +330,7 @@ class SlowWeights(Average):
         due = (step % group["lookahead_k"] == 0).to(step.dtype)
         return alpha * due, due
 
-    def finish(self, work: Any, flags: dict[torch.device, Tensor]) -> None:
+    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
         """Take the first moments back; where the device counts or may skip, by as much as it says."""
         if self.pullback_momentum == "none":
             return
@@ -301,6 +407,7 @@ def show(optimizer: Pass, average: Average) -> None:
             if held and average.begun(int(state.get("step", 0))):
                 _show(p, state, average)
         group[SHOWN] = average.name
+    average.show_buffers()
 
 
 def _show(p: Tensor, state: dict[str, Any], average: Average) -> None:
@@ -315,6 +422,8 @@ def _show(p: Tensor, state: dict[str, Any], average: Average) -> None:
 @torch.no_grad()
 def hide(optimizer: Pass) -> None:
     """Let parameters hold again what is trained."""
+    if (name := shown(optimizer)) is not None:
+        find(optimizer, name).hide_buffers()
     for group in optimizer.param_groups:
         name = group.pop(SHOWN, None)
         for p in group["params"]:

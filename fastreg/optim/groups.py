@@ -13,7 +13,7 @@ from ..blocks import stacks
 
 def param_groups(
     model: nn.Module, weight_decay: float | Callable[[float], float] = 0.01, lr: float | None = None,
-    lr_decay: float | None = None,
+    lr_decay: float | None = None, *, perturb: str = "all", adaptive: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Parameter groups of a model, for fastreg's optimizers and torch's.
 
@@ -28,6 +28,8 @@ def param_groups(
         weight_decay: The rate, or a function of the depth as a share of L + 1, from embeddings to head.
         lr: Learning rate of the last layers, put into the groups.
         lr_decay: Layerwise decay of the learning rate, in (0, 1]: lr · lr_decay^(L + 1 - depth).
+        perturb: What `SAM` perturbs, `"all"` or `"norms"` only (SAM-ON): the others get a `rho` of 0.
+        adaptive: With `"weights"`, what does not decay gets `adaptive=False`: ASAM scales by weights alone.
 
     Returns:
         Groups with `params`, `weight_decay`, `name` and, where given, `lr`: by depth, decayed ones first.
@@ -38,7 +40,8 @@ def param_groups(
             layers where depth matters.
 
     Reference:
-        Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
+        Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT"; Mueller et al. 2023, "Normalization layers are
+        all that sharpness-aware minimization needs".
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups() takes a model, not its parameters, got {type(model).__name__}")
@@ -48,6 +51,10 @@ def param_groups(
         raise ValueError(f"lr_decay must be in (0, 1], got {lr_decay=}")
     if lr_decay is not None and lr is None:
         raise ValueError(f"lr_decay needs the learning rate of the last layers: give lr=, got {lr=}")
+    if perturb not in ("all", "norms"):
+        raise ValueError(f"perturb must be 'all' or 'norms', got {perturb=}")
+    if adaptive not in (None, "weights"):
+        raise ValueError(f"adaptive must be None or 'weights', got {adaptive=}")
     layered = lr_decay is not None or callable(weight_decay)
     depth_of, last = depths(model)
     if layered and last < 2:
@@ -59,20 +66,24 @@ def param_groups(
     norms = {
         id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)
     }
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         depth = depth_of[name] if layered else last
         exempt = p.dim() < 2 or id(p) in norms or name.endswith("bias")
-        if (depth, exempt) not in groups:
+        still = perturb == "norms" and id(p) not in norms
+        if (depth, exempt, still) not in groups:
             rate = _rate(weight_decay, depth / last)
             where = _place(depth, last) if layered else "all layers"
             group = {"params": [], "weight_decay": rate, "name": where}
             if exempt:
                 group |= {"weight_decay": 0.0, "name": f"{where}, no decay"}
+                group |= {"adaptive": False} if adaptive == "weights" else {}
+            if still:
+                group |= {"rho": 0.0, "name": f"{group['name']}, not perturbed"}
             if lr is not None:
                 group["lr"] = lr * (lr_decay or 1.0) ** (last - depth)
-            groups[depth, exempt] = group
-        groups[depth, exempt]["params"].append(p)
+            groups[depth, exempt, still] = group
+        groups[depth, exempt, still]["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 

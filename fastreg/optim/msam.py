@@ -1,7 +1,8 @@
 """Momentum-SAM: sharpness-aware minimization with one backward pass, inside the step.
 
-The weight in memory is w - c v, with the momentum v and c = ρ/‖v‖.  A step measures the momentum that it will
-make (one read of momentum and gradient); then, in one pass, it takes c v out, updates w and puts the new c v in.
+The weight in memory is w - c v, with the momentum v and c = ρ/‖v‖.  A step measures the momentum that it
+will make (one read of momentum and gradient); then, in one pass, it takes c v out, updates w and puts the new
+c v in.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def descend(p: Tensor, u: Tensor, at: At) -> Result:
     return p - u, u, ()
 
 
-# Momentum-SAM (Becker et al. 2024): the weight in memory is w - former · v.  The rule takes that out and hands
-# the new momentum on beside the update, so that the last stage of the chain can put it in again.
+# Momentum-SAM (Becker et al. 2024): the weight in memory is w - former · v.  The rule takes that out and
+# hands the new momentum on beside the update, so that the last stage of the chain can put it in again.
 
 
 def sgd_momentum_msam(
