@@ -63,6 +63,28 @@ def by_units(parameters: Any) -> fastreg.SGD:
     return fastreg.SGD(parameters, lr=0.1, momentum=0.9, regularizers=regularizers)
 
 
+def sam(parameters: Any, base: Any = fastreg.AdamW, **options: Any) -> fastreg.SAM:
+    return fastreg.SAM(parameters, base, rho=0.5, lr=0.1, **options)
+
+
+FLAT: dict[str, Callable[[Any], Any]] = {
+    "sam": sam,
+    "asam": lambda parameters: sam(parameters, adaptive=True, eta=0.01, interval=2),
+    "sam around torch": lambda parameters: sam(parameters, torch.optim.SGD, momentum=0.9),
+    "lookahead": lambda parameters: fastreg.Lookahead(fastreg.AdamW(parameters, lr=0.1), 2, 0.5, "pullback"),
+    "lookahead around torch": lambda parameters: fastreg.Lookahead(
+        torch.optim.AdamW(parameters, lr=0.1), 2, 0.5, "pullback"
+    ),
+    "averages": lambda parameters: fastreg.SGD(
+        parameters, lr=0.1, regularizers=[fastreg.EMA(0.9, every=2), fastreg.SWA(2)]
+    ),
+    "msam": lambda parameters: fastreg.AdamW(
+        parameters, lr=0.1, regularizers=[fastreg.ClipNorm(0.5), fastreg.MSAM(0.5), fastreg.EMA(0.9)]
+    ),
+}
+"""What looks for flat minima, or averages."""
+
+
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
@@ -123,12 +145,27 @@ def batch(step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
 def train_net(net: nn.Module, optimizer: Any, steps: range, part: slice = slice(None)) -> list[float]:
     norms = []
     for step in steps:
-        x, y = batch(step, part)
+        dtype = next(net.parameters()).dtype
+        x, y = (t.to(dtype) for t in batch(step, part))
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x), y).backward()
+        if isinstance(optimizer, fastreg.SAM) and optimizer.due:
+            optimizer.first_step(zero_grad=True)
+            nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
-        norms.append(optimizer.grad_norm.item())
+        norm = getattr(optimizer, "grad_norm", None)
+        norms.append(None if norm is None else norm.item())
     return norms
+
+
+def train_flat(net: nn.Module, name: str, part: slice = slice(None)) -> dict[str, Any]:
+    """Weights and state after some steps, and what is evaluated then."""
+    optimizer = FLAT[name](net.parameters())
+    train_net(net, optimizer, range(5), part)
+    found = outcome(optimizer)
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+    return {**found, "evaluated": list(map(whole, net.parameters()))}
 
 
 # What one of two processes does.
@@ -190,13 +227,52 @@ def columns(rank: int) -> dict[str, Any]:
     return {"message": "", "weight": whole(weight)}
 
 
-def sharded_net(seed: int = 7) -> tuple[nn.Module, fastreg.AdamW]:
+def sharded(net: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    net = Net()
     for layer in (net.first, net.norm, net.last, net):
         fully_shard(layer)
+    return net
+
+
+def sharded_net(seed: int = 7) -> tuple[nn.Module, fastreg.AdamW]:
+    net = sharded(Net())
     return net, adamw(net.parameters(), seed=seed)
+
+
+def flat_case(name: str) -> Callable[[int], dict[str, Any]]:
+    return lambda rank: train_flat(sharded(Net().double()), name, half(rank))
+
+
+class Quadratic(nn.Module):
+    """The loss of one of two workers, curved in a direction of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+    def forward(self, curvature: Tensor) -> Tensor:
+        return 0.5 * (curvature * self.weight.square()).sum()
+
+
+def m_sharpness(sync_perturbation: bool) -> Callable[[int], dict[str, Any]]:
+    def case(rank: int) -> dict[str, Any]:
+        net = nn.parallel.DistributedDataParallel(Quadratic())
+        curvature = torch.tensor([(4.0, 0.0), (0.0, 2.0)][rank], dtype=torch.float64)
+        optimizer = fastreg.SAM(
+            net.parameters(), fastreg.SGD, rho=0.1, lr=1.0, sync_perturbation=sync_perturbation
+        )
+        with optimizer.maybe_no_sync(net):
+            net(curvature).backward()
+        optimizer.first_step(zero_grad=True)
+        perturbed = net.module.weight.detach().clone()
+        with optimizer.maybe_no_sync(net):
+            net(curvature).backward()
+        gradient = net.module.weight.grad.clone()
+        optimizer.second_step()
+        return {"gradient": gradient, "perturbed": perturbed, "weight": net.module.weight.detach()}
+
+    return case
 
 
 def fsdp(rank: int) -> dict[str, Any]:
@@ -264,6 +340,9 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "checkpoint": checkpoint(full=False),
     "full checkpoint": checkpoint(full=True),
     "ddp": ddp,
+    **{f"flat {name}": flat_case(name) for name in FLAT},
+    "one perturbation": m_sharpness(True),
+    "two perturbations": m_sharpness(False),
 }
 
 
@@ -397,6 +476,31 @@ def test_models_are_trained_as_by_one_process(outcomes: list[dict[str, Any]], cl
         for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
             close(found[name], expected[name])
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+
+
+@about(*(f"flat {name}" for name in FLAT))
+def test_flat_minima_and_averages_of_sharded_models(
+    outcomes: list[dict[str, Any]], close: Close, request: pytest.FixtureRequest
+) -> None:
+    name = next(name for name in FLAT if request.node.callspec.id == f"flat {name}")
+    net = Net().double()  # in float32, gradients differ by the order of their sums
+    start = [p.detach().clone() for p in net.parameters()]
+    expected = train_flat(net, name)
+    assert not any(map(torch.equal, start, expected["weights"]))
+    for found in outcomes:
+        assert found.keys() == expected.keys()
+        for key, tensors in expected.items():
+            close(found[key], tensors)
+
+
+@about("one perturbation", "two perturbations")
+def test_m_sharpness(outcomes: list[dict[str, Any]], request: pytest.FixtureRequest, close: Close) -> None:
+    shared = "one" in request.node.callspec.id
+    expected = torch.tensor((2.141421356, 2.070710678) if shared else (2.2, 2.1), dtype=torch.float64)
+    for found in outcomes:
+        assert (found["gradient"] - expected).abs().max() < 1e-9
+        close(found["weight"], torch.tensor([1.0, 2.0], dtype=torch.float64) - found["gradient"])
+    assert torch.equal(outcomes[0]["perturbed"], outcomes[1]["perturbed"]) is shared
 
 
 @about("fsdp")
