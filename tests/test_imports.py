@@ -35,6 +35,7 @@ FLOORS = (
     "backend",
     "random",
     "blocks",
+    "batch_norm",
     "schedules",
 )
 

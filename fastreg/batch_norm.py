@@ -1,0 +1,140 @@
+"""The running statistics of batch normalization: estimated anew for averages, frozen for a second pass."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim import swa_utils
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+
+
+@torch.no_grad()
+def update_bn(
+    loader: Iterable[Any], model: nn.Module, device: int | str | torch.device | None = None,
+    forward_fn: ForwardFn | None = None,
+) -> None:  # fmt: skip
+    """Estimate the running statistics of every BatchNorm anew, as averaged weights need it.
+
+    The running mean becomes the mean of the batches' means, the running variance that of their unbiased
+    variances.  As `torch.optim.swa_utils.update_bn`, for more kinds of batches; every module keeps its mode.
+
+    Args:
+        loader: Batches, all of the same size: a mapping is given to the model as keyword arguments, a tensor
+            as it is, and of a list or tuple the first element, likewise.
+        model: The model, such as an `AveragedModel`.
+        device: Where to move the tensors of a batch.
+        forward_fn: Runs the model on a batch of any kind instead: `forward_fn(model, batch)`.
+
+    Raises:
+        TypeError: For other batches without `forward_fn`; statistics then are those of the batches before.
+        ValueError: If there is no batch; statistics then are as they were.
+
+    Reference:
+        Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization".
+    """
+    if forward_fn is not None and not callable(forward_fn):
+        raise TypeError(f"forward_fn must be callable as forward_fn(model, batch), got {forward_fn!r}")
+    modules = list(model.modules())
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(
+            f"loader must yield a batch, got none from {loader!r}; is it an iterator that is used up?"
+        )
+    modes = [module.training for module in modules]
+    momenta = [module.momentum for module in norms]
+    # The averages of a sharded model are in its place only for a while.
+    swapped_in = getattr(model, "swapped_in", contextlib.nullcontext)
+    try:
+        with swapped_in():
+            swa_utils.update_bn(
+                map(_Batch, itertools.chain([first], batches)), _Runner(model, device, forward_fn)
+            )
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+class _Batch:
+    """Hides from torch what a batch is."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+class _Runner(nn.Module):
+    """The model, called with whatever the loader yields."""
+
+    def __init__(self, model: nn.Module, device: Any, forward_fn: ForwardFn | None) -> None:
+        super().__init__()
+        self.model, self.device, self.forward_fn = model, device, forward_fn
+
+    def forward(self, batch: _Batch) -> Any:
+        if self.forward_fn is not None:
+            return self.forward_fn(self.model, _moved(batch.content, self.device))
+        inputs = batch.content
+        if isinstance(inputs, (list, tuple)) and inputs:
+            inputs = inputs[0]
+        if not isinstance(inputs, (Tensor, Mapping)):
+            raise TypeError(
+                "batches must be tensors, mappings, or lists and tuples that start with one, "
+                f"got {batch.content!r}; pass forward_fn=lambda model, batch: ..."
+            )
+        inputs = _moved(inputs, self.device)
+        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """The value with its tensors on the device."""
+    if device is None:
+        return value
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
+@contextlib.contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """Within the block, normalization layers in training mode leave their running statistics alone.
+
+    For a second forward pass on the same batch, such as SAM's at the perturbed weights: outputs and gradients
+    are those of training mode, but running mean, running variance and the number of batches stay as they are.
+    The block may end before `backward()`, and may be nested.
+
+    Args:
+        model: Its BatchNorm, SyncBatchNorm and InstanceNorm layers are meant, but not those in eval mode.
+            Until the block ends they have no running statistics: save no checkpoint within.
+    """
+    held = [
+        (norm, name, norm._buffers[name])
+        for norm in model.modules()
+        if isinstance(norm, _NormBase) and norm.training
+        for name in STATISTICS
+        if name in norm._buffers
+    ]
+    try:
+        # Taken out, not copied back: an in-place copy would spoil what autograd may have saved of them.
+        for norm, name, _ in held:
+            norm._buffers[name] = None
+        yield
+    finally:
+        for norm, name, statistic in held:
+            norm._buffers[name] = statistic
