@@ -148,9 +148,15 @@ def test_ema_of_powers(backend):
 
 
 @pytest.mark.parametrize("decay", (0.0, 1.0))
-def test_extreme_decays(decay, backend):
-    found = powers(backend, range(4), multi_avg_fn=get_ema_multi_avg_fn(decay))
-    assert found == (0.9**3 if decay == 0 else 1.0)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_extreme_decays(decay, dtype, backend):
+    """The latest weights, and the first: to the bit."""
+    net = nn.ParameterList([torch.ones(3, dtype=dtype)])
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    for value in (1.0, 0.9, 0.3, 0.7, 0.1):
+        net[0].data.fill_(value)
+        average.update_parameters(net)
+    assert torch.equal(average.module[0], net[0] if decay == 0 else torch.ones_like(net[0]))
 
 
 # Narrow weights.
@@ -544,8 +550,11 @@ def averages_of(name: str, place: Callable[[nn.Module], nn.Module]) -> dict[str,
     dtype, options = SHARDED[name]
     net = place(Net().to(dtype))
     average = AveragedModel(net, **options)
-    for _ in trained(net, 3) if dtype == torch.float32 else scaled(net, 3):
+    for turn in trained(net, 3) if dtype == torch.float32 else scaled(net, 3):
         average.update_parameters(net)
+        if turn == 1:  # in the middle of training
+            average.eval()(batch(8, dtype))
+            average.train()
     trained_net = everything(net)
     average.eval()
     shown = average(batch(9, dtype)).detach()
