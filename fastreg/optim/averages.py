@@ -49,6 +49,11 @@ class Average(Piece):
         """Let them hold what they held before."""
 
 
+def dither(updates: Any) -> Any:
+    """What `reference.approach` adds at an update: multiples of the golden ratio are spread most evenly."""
+    return ((updates + 1) * 0.6180339887498949 % 1 - 0.5) * 2.0**-23
+
+
 class _Buffered(Average):
     """Averages of one buffer, `start` and `every`."""
 
@@ -57,7 +62,7 @@ class _Buffered(Average):
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
         self.name, self.start, self.every = name, start, counted("every", every, 1)
         held = (Buffer(name, "compute", "parameter"),)
-        self._stage = Stage("regularizers.average", reference.average, held, numbers=1)
+        self._stage = Stage("regularizers.average", reference.average, held, numbers=2)
         self._modules = None if buffers is None else ModuleBuffers(buffers)
 
     def stage(self, group: dict[str, Any]) -> Stage:
@@ -69,13 +74,14 @@ class _Buffered(Average):
         return step >= self.start and (step - self.start) % self.every == 0
 
     def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The weight of the new parameter."""
+        """The weight of the new parameter, and a dither."""
         if not isinstance(step, Tensor):
-            return (self.weight((step - self.start) // self.every),)
+            updates = (step - self.start) // self.every
+            return self.weight(updates), dither(updates)
         since = step - self.start
         updates = torch.div(since, self.every, rounding_mode="floor").clamp(min=0)
         due = (since >= 0) & (since % self.every == 0)
-        return (self.weight(updates) * due,)
+        return self.weight(updates) * due, dither(updates) * due
 
     def weight(self, updates: Any) -> Any:
         """The weight of the new parameter after so many updates; for tensors of them, a tensor."""
@@ -92,7 +98,7 @@ class _Buffered(Average):
         batch = work.batches[0][0]
         steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
         if isinstance(steps, Tensor) or self.due({}, steps):
-            (weight,) = self.numbers({}, steps)
+            weight, _ = self.numbers({}, steps)
             flag = next(iter(flags.values()), None)
             self._modules.update(weight if flag is None else weight * (1 - flag[0]))
 

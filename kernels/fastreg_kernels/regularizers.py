@@ -62,13 +62,22 @@ def l1(p, u, at, rate):
 
 
 @triton.jit
-def average(p, u, at, average, weight):
-    return p, u, (tl.where(weight < 1, average + weight * (p - average), p),)
+def approach(average, p, weight, dither):
+    step = weight * (p - average)
+    if p.dtype == tl.float32:
+        unit = (average.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = tl.where(p == average, step, step + dither * unit)
+    return tl.where(weight < 1, average + step, p)
 
 
 @triton.jit
-def averaged(p, u, at, weight):
-    return tl.where(weight < 1, p + weight * (u - p), u), u, ()
+def average(p, u, at, average, weight, dither):
+    return p, u, (approach(average, p, weight, dither),)
+
+
+@triton.jit
+def averaged(p, u, at, weight, dither):
+    return approach(p, u, weight, dither), u, ()
 
 
 @triton.jit
