@@ -1,6 +1,7 @@
 """Regularization for PyTorch, fused into Triton kernels."""
 
 from .backend import use_backend
+from .batch_norm import frozen_running_stats, update_bn
 from .environment import info
 from .optim import (
     EMA,
@@ -13,6 +14,7 @@ from .optim import (
     Adam,
     AdamW,
     AdaptiveClip,
+    AveragedModel,
     ClipNorm,
     ClipValue,
     GradientNoise,
@@ -21,13 +23,14 @@ from .optim import (
     Phase,
     Piece,
     SlowWeights,
+    get_ema_multi_avg_fn,
     param_groups,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm",
-    "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
-    "info", "param_groups", "use_backend",
+    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
+    "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
+    "frozen_running_stats", "get_ema_multi_avg_fn", "info", "param_groups", "update_bn", "use_backend",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Optimizers that run all their regularizers in one pass over memory."""
 
 from .adam import Adam, AdamW
+from .averaged_model import AveragedModel, get_ema_multi_avg_fn
 from .averages import EMA, SWA, SlowWeights
 from .groups import param_groups
 from .lion import Lion
@@ -12,7 +13,7 @@ from .sam import SAM
 from .sgd import SGD
 
 __all__ = [
-    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "ClipNorm",
-    "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
-    "param_groups",
+    "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
+    "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
+    "get_ema_multi_avg_fn", "param_groups",
 ]  # fmt: skip

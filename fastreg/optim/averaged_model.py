@@ -181,9 +181,9 @@ class AveragedModel(swa_utils.AveragedModel):
         weights = [_weight(entry.own, weight) for entry, weight in pairs if entry.averaged]
         done = int(self.n_averaged)
         if self.avg_fn is None and self.multi_avg_fn is None:
-            self._averaging.run(weights, 1 / (done + 1))
+            self._averaging.run(weights, 1 / (done + 1), done)
         elif isinstance(self.multi_avg_fn, ExponentialAverage):
-            self._averaging.run(weights, 1 - self.multi_avg_fn.decay if done else 1.0)
+            self._averaging.run(weights, 1 - self.multi_avg_fn.decay if done else 1.0, done)
         else:
             self._call(weights, copy=not done)
             self._averaging.round()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..chain import Buffer, Stage
 from ..reference import regularizers as reference
 from . import placement
+from .averages import dither
 from .passes import Operands, Pass
 from .piece import Phase, Piece
 
@@ -22,16 +23,18 @@ class _Averaged(Piece):
     """average ← average + weight · (p - average)."""
 
     phase = Phase.RULE
-    _stage = Stage("regularizers.averaged", reference.averaged, numbers=1)
+    _stage = Stage("regularizers.averaged", reference.averaged, numbers=2)
     weight = 1.0
+    updates = 0
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """No state: the average is the parameter."""
         return self._stage
 
     def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The weight of what is new."""
-        return (self.weight,)
+        """The weight of what is new, and a dither."""
+        # The model counts, and saves it: this pass is made anew after loading.  A weight of 0 holds still.
+        return self.weight, dither(self.updates) if self.weight else 0.0
 
 
 class _Rounded(Piece):
@@ -85,14 +88,16 @@ class Averaging(Pass):
             if in_pass:
                 self.state[average]["rounded"] = copy
 
-    def run(self, weights: Sequence[Tensor], weight: float) -> None:
+    def run(self, weights: Sequence[Tensor], weight: float, updates: int) -> None:
         """Update: average ← average + weight · (p - average), and what is rounded from it.
 
         Args:
             weights: The p, placed as the averages.
             weight: In [0, 1]; 1 copies.
+            updates: How many there were before.
         """
-        self._averaged.weight, self._weights = weight, [local_part(weights[i]) for i in self._order]
+        self._averaged.weight, self._averaged.updates = weight, updates
+        self._weights = [local_part(weights[i]) for i in self._order]
         self._run()
         self._weights = []
         self.round(own=False)

@@ -51,7 +51,7 @@ class SAM(Wrapper):
     returns the first loss that it has seen: with `closure="second"` that of the perturbed weights.
 
     Perturbed 16-bit weights are rounded at random: of a perturbation of 10 M bfloat16 weights with ρ = 0.05,
-    rounding to nearest realises 43 % along the gradient, rounding at random all of it, with noise of 2.2 ρ
+    rounding to nearest realises 43 % along the gradient, rounding at random all of it, with noise of 1.9 ρ
     across.  With the base's `bf16="remainder"`, backup and remainder are the float32 weight, bit for bit.
 
     Args:
@@ -109,14 +109,14 @@ class SAM(Wrapper):
         super().__init__(base_optimizer(params, **kwargs))
         self._complete()
         for group in self.param_groups:
-            checked("rho", group["rho"], 0)
-            checked("eta", group["eta"], 0)
+            _check(group)
         self._ascent = Ascent(self.param_groups, rounding)
         self._perturbed: list[Tensor] = []
         self._accumulated: dict[Tensor, Tensor] = {}
         self._bad: Tensor | None = None
         if self.engine is not None:
             self.engine._reads_backups = True
+        amp.silence()
 
     def options(self) -> dict[str, Any]:
         """What groups get."""
@@ -124,6 +124,15 @@ class SAM(Wrapper):
         if self.param_groups and "sam_step" in self.param_groups[0]:
             options |= {key: self.param_groups[0][key] for key in ("perturbed", "sam_step")}
         return options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: For a `rho` or `eta` out of range, and as in torch.
+        """
+        _check({**self._options, **param_group})
+        super().add_param_group(param_group)
 
     # State ----------------------------------------------------------------------------------------------
 
@@ -188,6 +197,7 @@ class SAM(Wrapper):
             loss(model(x), y).backward()
             optimizer.accumulate()
         optimizer.step()
+        optimizer.zero_grad()
         ```
 
         Raises:
@@ -219,7 +229,7 @@ class SAM(Wrapper):
         """
         if not self.perturbed:
             raise RuntimeError("second_step() comes after first_step() and a second backward pass")
-        self._descend(grad_scaler)
+        self.step(grad_scaler=grad_scaler)  # whose hooks run and schedulers look
         if zero_grad:
             self.zero_grad()
 
@@ -235,7 +245,8 @@ class SAM(Wrapper):
             The first loss that the closure has returned.
 
         Raises:
-            RuntimeError: Without a closure if `first_step` has not been called and is due.
+            RuntimeError: Without a closure if `first_step` has not been called and is due; if a scaler has
+                unscaled gradients beside those of `accumulate`.
         """
         loss = None
         if closure is not None:
@@ -265,6 +276,13 @@ class SAM(Wrapper):
 
     @torch.no_grad()
     def _descend(self, grad_scaler: Any) -> None:
+        if self._accumulated and grad_scaler is not None:
+            state = grad_scaler._per_optimizer_states[id(self)]
+            if state["stage"] is OptState.UNSCALED:
+                raise RuntimeError(
+                    "scaler.unscale_(optimizer) does not see the gradients that accumulate() keeps; leave "
+                    "unscaling to scaler.step(optimizer), and clipping to regularizers=[fastreg.ClipNorm(...)]"
+                )
         for p, accumulated in self._accumulated.items():
             p.grad = accumulated if p.grad is None else accumulated.add_(p.grad)
         self._accumulated = {}
@@ -363,3 +381,8 @@ class SAM(Wrapper):
             if BACKUP.name in self._ascent.state.get(p, {})
         ]
         self._accumulated, self._bad = {}, None
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("rho", "eta"):
+        checked(name, group[name], 0)

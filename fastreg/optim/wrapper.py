@@ -116,8 +116,10 @@ class Wrapper(torch.optim.Optimizer):
             rest = {name: held[name] for name in held if name not in names} if held else value
             if rest or not own_state[index]:
                 state[index] = rest
+        former = [{key: group[key] for key in self.options()} for group in self.param_groups]
         self.base_optimizer.load_state_dict({**state_dict, "state": state})
-        self._complete()
+        for group, kept in zip(self.param_groups, former, strict=True):  # where the checkpoint knows none
+            group.update({**kept, **group})
         own = self._own()
         if own is None:
             return

@@ -299,6 +299,7 @@ def test_float32_averages_do_not_stall():
     weight = Parameter(start.clone())
     optimizer = SGD([weight], lr=0.0, regularizers=[EMA(0.9999)])
     weight.grad = torch.zeros_like(weight)
+    optimizer.state[weight]["ema"] = start.clone()
     expected, plain = start.double(), start.clone()
     for step in range(10_000):
         with torch.no_grad():
