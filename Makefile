@@ -52,6 +52,7 @@ audit: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/fastreg bench --device cpu --out benchmarks/results/cpu
 	env -u TRITON_INTERPRET $(BIN)/python -m fastreg_benchmarks.audit --json benchmarks/results/audit.json
+	$(BIN)/python -m fastreg_benchmarks.precision --json benchmarks/results/precision.json
 	$(MAKE) render
 
 render: $(INSTALLED)
