@@ -29,7 +29,7 @@ from fastreg_kernels import step as step_kernels
 from fastreg_kernels import units as unit_kernels
 
 from . import sass
-from .chains import READ_ONLY, shipped
+from .chains import STORAGES, Shipped, momentum_read, moved, rule, shipped
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -131,19 +131,13 @@ def step_entry(
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
         "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
     }  # fmt: skip
-    names = ("parameter", "gradient", *(buffer.name for buffer in chain.buffers))
-    sizes = {name: dtype.itemsize for name, dtype in zip(names, dtypes, strict=True)}
-    state = {buffer.name: sizes[buffer.name] for stage in chain.stages for buffer in stage.buffers}
-    written = sum(size for name, size in state.items() if name not in READ_ONLY)
-    reads = sizes["gradient"] + sum(state.values()) + sum(sizes[name] for name in chain.storage.sources)
-    writes = written + sum(sizes[name] for name in chain.storage.targets)
     gathers = len(chain.units)
-    return Entry(name, step_kernels.step_kernel, arguments, constants, reads, writes, budget, gathers)
+    return Entry(name, step_kernels.step_kernel, arguments, constants, *moved(chain, dtypes), budget, gathers)
 
 
 def norm_entry(
     name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: multi_tensor.Measurand, warp: int,
-    budget: float, reads: int | None = None,
+    budget: float | None, reads: int | None = None,
 ) -> Entry:  # fmt: skip
     """The norm kernel as the launcher would run it; by default it reads gradients alone."""
     stages, storage = multi_tensor.device_chain(chain, dtypes)
@@ -156,6 +150,25 @@ def norm_entry(
     return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget)
 
 
+# Instructions per element on sm_90 of norms of what stages make of the gradient, for each of the storages.
+MEASURED = {
+    "momentum norm, SGD-momentum": (12.5, 14, 15, 16.7),
+    "momentum norm, AdamW": (10, 10.3, 11.5, 10.4),
+    "adaptive norm": (11, None, 12, None),
+}
+
+
+def _measured(shipped: Shipped) -> tuple[str, multi_tensor.Measurand | None, int]:
+    """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
+    parts = shipped.name.split("+")
+    if "MSAM" in parts:
+        of = multi_tensor.Measurand(momentum=True)
+        return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
+    if shipped.name == "ASAM climb":
+        return "adaptive norm", multi_tensor.Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
+    return "", None, 0
+
+
 def entries(target: str) -> list[Entry]:
     """Every entry point of `fastreg_kernels` on a target; the step kernel once per shipped chain."""
     warp, chains = TARGETS[target].warp_size, list(shipped())
@@ -166,6 +179,11 @@ def entries(target: str) -> list[Entry]:
         ):
             of = multi_tensor.Measurand(largest=largest)
             listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, warp, budget))
+    for c in chains:
+        kind, of, read = _measured(c)
+        if of:
+            name, budget = f"{kind} {c.storage}", MEASURED[kind][list(STORAGES).index(c.storage)]
+            listed.append(norm_entry(name, c.chain, c.dtypes, of, warp, budget, read))
     finish = {"partial": "*fp64", "count": "i32", "limits": "*fp64", "out": "*fp64"}
     constants = {"LARGEST": False, "BLOCK": multi_tensor.PARTIALS}
     adaptive = next(c for c in chains if c.chain.units)

@@ -6,15 +6,18 @@ instruction budgets are for sm_90 and are what keeps a step bound by memory rath
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import fastreg
 from fastreg.chain import Chain
+from fastreg.optim.averaging import Averaging
+from fastreg.optim.buckets import Variant
+from fastreg.optim.passes import Pass
 
-MAX_NORM, VALUE, STD, STRENGTH, DECAY = 1.0, 1.0, 0.01, 1e-3, 0.999
+MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.999, 0.05, 5, 0.5
 
 
 class Shipped(NamedTuple):
@@ -29,16 +32,14 @@ class Shipped(NamedTuple):
     @property
     def bytes(self) -> int:
         """Per parameter: weight and state read and written, gradient read."""
-        weight, gradient, *state = (dtype.itemsize for dtype in self.dtypes)
-        only_read = sum(
-            size for buffer, size in zip(self.chain.buffers, state, strict=True) if buffer.name in READ_ONLY
-        )
-        return 2 * weight + gradient + 2 * sum(state) - only_read
+        return sum(moved(self.chain, self.dtypes))
 
     @property
     def bytes_with_norm(self) -> int:
-        """Per parameter, with the reading of the gradient for its norm where the chain clips."""
-        return self.bytes + self.dtypes[1].itemsize * ("clip" in self.name)
+        """Per parameter, with what norms read: of gradients that are clipped, of the momentum of MSAM."""
+        parts = self.name.split("+")
+        momentum = momentum_read(self.chain, self.dtypes) if "MSAM" in parts else 0
+        return self.bytes + self.dtypes[1].itemsize * ("clip" in parts) + momentum
 
 
 OPTIMIZERS = {
@@ -50,8 +51,13 @@ OPTIMIZERS = {
     "Adam-amsgrad": (fastreg.Adam, {"amsgrad": True, "weight_decay": 0.1}),
     "AdamW-cautious": (fastreg.AdamW, {"decay": "cautious"}),
 }
-READ_ONLY = ("l2_sp_start",)
-"""Buffers that a step does not write."""
+READ_ONLY = ("l2_sp_start", "slow_momentum")
+"""Buffers that a pass does not write."""
+WRITE_ONLY = ("sam_backup", "rounded", "slow_momentum")
+"""Buffers that a stage does not read: the compiler drops the loads.  What stands in both lists stays where it
+is; it is updated behind the pass."""
+GRADIENT_FREE = ("regularizers.lookahead",)
+"""Stages that leave the gradient alone; a chain of nothing else does not read it."""
 
 STORAGES = {
     "fp32": (torch.float32, "stochastic", None),
@@ -61,12 +67,13 @@ STORAGES = {
 }
 """Weights and gradients, how bf16 is rounded, and the dtype of the state if it is another."""
 
-# Instructions per parameter on sm_90, for each of the storages.
+# Instructions per parameter on sm_90, for each of the storages.  Of SAM it is the base's step, which reads
+# the backup; of Lookahead the step that synchronises.
 BUDGETS = {
     "AdamW": (30, 50.5, 49.5, 42.5),
     "clip+AdamW": (31.5, 52, 50.5, 43),
-    "clip+AdamW+EMA": (35.5, 57, 57, 48),
-    "clip+noise+AdamW+EMA": (80, 102, 102.5, 94.5),
+    "clip+AdamW+EMA": (41, 61.5, 61.5, 52.5),
+    "clip+noise+AdamW+EMA": (84, 106, 106.5, 99),
     "SGD": (9.5, 26, 26, 17),
     "SGD-momentum": (13.5, 32.5, 31.5, 25),
     "SGD-nesterov": (16.5, 35, 33.5, 27),
@@ -75,7 +82,28 @@ BUDGETS = {
     "AdamW-cautious+L1": (37.5, 58, 56.5, 49.5),
     "adaptive+SGD-momentum": (54, 73.5, 71, 64),
     "value+relative+L2SP+AdamW": (82, 104, 102.5, 97),
+    "AdamW+SWA": (39, 60, 60, 51),
+    "AdamW+Lookahead": (35, 56.5, 56.5, 47),
+    "AdamW+pullback": (35, 56.5, 56.5, 47),
+    "SAM+SGD-momentum": (14, 32.5, 32, 24.5),
+    "SAM+AdamW": (30.5, 50, 49.5, 43),
+    "MSAM+SGD-momentum": (15.5, 34.5, 33.5, 27),
+    "MSAM+AdamW": (32, 52.5, 51, 44),
 }
+
+# Passes of their own, for weights in float32 and in bfloat16.
+PASSES = {
+    "SAM climb": (11.5, 26.5),
+    "ASAM climb": (16, 31),
+    "SAM restore": (5.2, 3.3),
+    "Lookahead sync": (11, 14.5),
+    "AveragedModel": (14, 18),
+}
+
+
+def without(name: str, part: str) -> str:
+    """The chain that leaves a part out."""
+    return "+".join(other for other in name.split("+") if other != part)
 
 
 def rule(name: str) -> str:
@@ -84,13 +112,43 @@ def rule(name: str) -> str:
     return found
 
 
-def optimizer(name: str, params: Iterable[Any], max_norm: float = MAX_NORM, **options: Any) -> fastreg.AdamW:
+def moved(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
+    """Bytes per parameter that a pass reads and writes, by the dtypes of weight, gradient and buffers."""
+    sizes = _sizes(chain, dtypes)
+    state = [buffer.name for stage in chain.stages for buffer in stage.buffers]
+    read = [*(name for name in state if name not in WRITE_ONLY), *chain.storage.sources]
+    read += ["gradient"] * any(stage.kernel not in GRADIENT_FREE for stage in chain.stages)
+    written = [*(name for name in state if name not in READ_ONLY), *chain.storage.targets]
+    return sum(sizes[name] for name in read), sum(sizes[name] for name in written)
+
+
+def momentum_read(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> int:
+    """Bytes per parameter that the norm of the momentum reads: the gradient, and the momentum as it was.
+
+    The weight as well where an L2 penalty belongs to the gradient, as torch's SGD has it.
+    """
+    names = ["gradient", next(stage.buffers[0].name for stage in chain.stages if stage.momentum)]
+    if any(stage.kernel == "regularizers.l2_decay" for stage in chain.stages):
+        names += chain.storage.sources
+    sizes = _sizes(chain, dtypes)
+    return sum(sizes[name] for name in names)
+
+
+def _sizes(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, int]:
+    names = ("parameter", "gradient", *(buffer.name for buffer in chain.buffers))
+    return {name: dtype.itemsize for name, dtype in zip(names, dtypes, strict=True)}
+
+
+def optimizer(
+    name: str, params: Iterable[Any], max_norm: float = MAX_NORM, rho: float = RHO, **options: Any
+) -> Any:
     """The fastreg optimizer that runs the chain of this name.
 
     Args:
         name: Such as "clip+noise+AdamW+EMA".
         params: The parameters.
         max_norm: For the clipping, where the chain clips.
+        rho: For the perturbation, where it has one.
         options: For the optimizer, such as `lr`.
     """
     pieces = {
@@ -102,17 +160,40 @@ def optimizer(name: str, params: Iterable[Any], max_norm: float = MAX_NORM, **op
         "L2SP": fastreg.L2SP(STRENGTH),
         "L1": fastreg.L1(STRENGTH),
         "EMA": fastreg.EMA(DECAY),
+        "SWA": fastreg.SWA(),
+        "Lookahead": fastreg.SlowWeights(K, ALPHA),
+        "pullback": fastreg.SlowWeights(K, ALPHA, "pullback"),
+        "MSAM": fastreg.MSAM(rho),
     }
     make, settings = OPTIMIZERS[rule(name)]
-    chosen = [piece for key, piece in pieces.items() if key in name.split("+")]
-    return make(params, regularizers=chosen, **settings, **options)
+    parts = name.split("+")
+    chosen = [piece for key, piece in pieces.items() if key in parts]
+    settings = {"regularizers": chosen, **settings, **options}
+    if {"SAM", "ASAM"} & set(parts):
+        return fastreg.SAM(params, make, rho, "ASAM" in parts, **settings)
+    return make(params, **settings)
+
+
+def whole_step(made: Any) -> Callable[[], Any]:
+    """A step on the gradients that are there; for SAM, of fastreg or others, both of its steps."""
+    if not hasattr(made, "first_step"):
+        return made.step
+
+    def both() -> None:
+        made.first_step()
+        made.second_step()
+
+    return both
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every chain at every combination of dtypes."""
+    """Every chain at every combination of dtypes, then what passes over the parameters besides."""
     for name, budgets in BUDGETS.items():
         for storage, budget in zip(STORAGES, budgets, strict=True):
             yield at(name, storage, budget)
+    for name, budgets in PASSES.items():
+        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
+            yield pass_at(name, storage, budget)
 
 
 def at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
@@ -120,6 +201,36 @@ def at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     dtype, bf16, state_dtype = STORAGES[storage]
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
     made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype)
-    chain = made.chain(made.param_groups[0], dtype)
-    held = [made.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers]
-    return Shipped(name, storage, chain, (dtype, dtype, *held), budget)
+    base = getattr(made, "base_optimizer", made)
+    group = made.param_groups[0]
+    always = (True,) * len(base._periodic)
+    chain = base.chain(group, dtype, Variant(always, backup=made is not base))
+    return Shipped(name, storage, chain, (dtype, dtype, *_held(base, chain, parameter)), budget)
+
+
+def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
+    """A pass of this name over weights of a dtype."""
+    dtype = STORAGES[storage][0]
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
+    group = 0
+    if name == "AveragedModel":  # over the averages: weights take the place of gradients
+        rounded = parameter.detach().clone() if dtype == torch.bfloat16 else None
+        average = parameter.detach().float()
+        made: Pass = Averaging([average], [rounded])
+        parameter, group = average, int(rounded is not None)
+    elif name == "Lookahead sync":
+        made = fastreg.Lookahead(torch.optim.SGD([parameter]))._sync  # type: ignore[assignment]
+    else:
+        made = fastreg.SAM([parameter], torch.optim.SGD)._ascent
+        made._mode.restoring, made._mode.adaptive = name == "SAM restore", name == "ASAM climb"
+    chain = made.chain(made.param_groups[group], parameter.dtype)
+    return Shipped(name, storage, chain, (parameter.dtype, dtype, *_held(made, chain, parameter)), budget)
+
+
+def _held(made: Pass, chain: Chain, parameter: Any) -> list[torch.dtype]:
+    """What the buffers of a chain hold; as in a step, by all that is ever done to the parameter."""
+    whole, state = made.chain(made.param_groups[-1], parameter.dtype), made.state[parameter]
+    return [
+        state[b.name].dtype if b.name in state else made.buffer_dtype(whole, b, parameter)
+        for b in chain.buffers
+    ]

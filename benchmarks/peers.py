@@ -1,20 +1,22 @@
 """What a user would run instead of fastreg: the best compositions of torch's parts, and other libraries.
 
-All of it is imported, none written anew.  A composition is what a training loop does by hand: clip, add
-noise, step, average.
+All of it is imported, none written anew but SAM as published, which is on no package index.  A composition
+is what a training loop does by hand: clip, add noise, step, look ahead, average.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import chains
 from .suite import OURS, Unavailable
@@ -36,9 +38,10 @@ class Step:
     """One optimizer step, with what it leaves behind to be verified."""
 
     run: Callable[[], Any]
-    optimizer: Optimizer
+    optimizer: Any
     averages: Callable[[], list[torch.Tensor]] = list
     first: float = 0.0  # seconds of the first call: compilation, and making state
+    params: Params = field(default_factory=list)  # what it works on, where not on the workload's own
 
     def __call__(self) -> Any:
         return self.run()
@@ -48,26 +51,39 @@ Build = Callable[[str, Params, float], Step]
 """Makes the step of a chain on some parameters, clipped to a norm."""
 
 
+def radius(params: Params) -> float:
+    """Of perturbations: moves an element by about a tenth of the largest weights."""
+    return 0.05 * math.sqrt(sum(p.numel() for p in params))
+
+
 def fastreg_step(chain: str, params: Params, max_norm: float) -> Step:
     """Everything in one pass."""
-    made = chains.optimizer(chain, params, max_norm, lr=LR, weight_decay=WEIGHT_DECAY, seed=0)
-    return Step(made.step, made, lambda: [made.state[p]["ema"] for p in params] if "EMA" in chain else [])
+    made = chains.optimizer(chain, params, max_norm, radius(params), lr=LR, weight_decay=WEIGHT_DECAY, seed=0)
+    run = chains.whole_step(made)
+    return Step(run, made, lambda: [made.state[p]["ema"] for p in params] if "EMA" in chain else [])
 
 
 def composed(chain: str, params: Params, max_norm: float, optimizer: Optimizer) -> Step:
     """What a training loop does around an optimizer's step, in torch's fastest form of each part."""
     parts = chain.split("+")
     averages = [p.detach().clone() for p in params] if "EMA" in parts else []
-    average = get_ema_multi_avg_fn(chains.DECAY)
+    average = get_ema_multi_avg_fn(chains.DECAY)  # a foreach lerp, as timm's ModelEmaV3 makes it
+    slow = [p.detach().clone() for p in params] if "Lookahead" in parts else []
+    done = 0
 
     @torch.no_grad()
     def run() -> None:
+        nonlocal done
         if "clip" in parts:
             torch.nn.utils.clip_grad_norm_(params, max_norm)
         if "noise" in parts:
             for p in params:
                 p.grad.add_(torch.randn_like(p.grad), alpha=chains.STD)
         optimizer.step()
+        done += 1
+        if slow and done % chains.K == 0:
+            torch._foreach_lerp_(slow, params, chains.ALPHA)
+            torch._foreach_copy_(params, slow)
         if averages:
             average(averages, [p.detach() for p in params], None)
 
@@ -154,6 +170,75 @@ def pytorch_optimizer(chain: str, params: Params, max_norm: float) -> Step:
     return composed(chain, params, max_norm, make(params, lr=LR, weight_decay=WEIGHT_DECAY, **settings))
 
 
+class PublishedSAM:
+    """SAM as github.com/davda54/sam publishes it (MIT licence), around any optimizer.
+
+    What it does, in its order: the norm of all gradients from that of each, a copy of each weight, a
+    perturbation that is made and added; then the copy takes the place of the perturbed weight.
+    """
+
+    def __init__(self, base: Optimizer, rho: float, adaptive: bool) -> None:
+        self.base, self.rho, self.adaptive = base, rho, adaptive
+        self.params = [p for group in base.param_groups for p in group["params"]]
+        self.old: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Climb."""
+        own = [((p.abs() if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.params]
+        scale = self.rho / (torch.norm(torch.stack(own), p=2) + 1e-12)
+        self.old = []
+        for p in self.params:
+            self.old.append(p.data.clone())
+            p.add_((p.pow(2) if self.adaptive else 1.0) * p.grad * scale)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Come back, and step."""
+        for p, old in zip(self.params, self.old, strict=True):
+            p.data = old
+        self.base.step()
+
+
+def published_sam(chain: str, params: Params, max_norm: float, **implementation: Any) -> Step:
+    """SAM as published around torch's optimizer."""
+    base = torch_optimizer(chain, params, **implementation)
+    made = PublishedSAM(base, radius(params), "ASAM" in chain)
+    return Step(chains.whole_step(made), made)
+
+
+def pytorch_optimizer_sam(chain: str, params: Params, max_norm: float) -> Step:
+    """pytorch_optimizer's SAM around torch's fused optimizer."""
+    library = _peer("pytorch_optimizer", "pytorch-optimizer")
+    make, settings = _TORCH[chains.rule(chain)]
+    made = library.SAM(
+        params, make, rho=radius(params), adaptive="ASAM" in chain, lr=LR, weight_decay=WEIGHT_DECAY,
+        fused=True, **settings,
+    )  # fmt: skip
+    return Step(chains.whole_step(made), made)
+
+
+def pytorch_optimizer_lookahead(chain: str, params: Params, max_norm: float) -> Step:
+    """pytorch_optimizer's Lookahead around torch's fused optimizer."""
+    library = _peer("pytorch_optimizer", "pytorch-optimizer")
+    made = library.Lookahead(torch_optimizer(chain, params, fused=True), k=chains.K, alpha=chains.ALPHA)
+    return Step(made.step, made)
+
+
+def averaged_model(chain: str, params: Params, max_norm: float) -> Step:
+    """torch's fused optimizer, then torch's `AveragedModel`, at its fastest setting."""
+    model = torch.nn.ParameterList(params)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(chains.DECAY))
+    averaged.n_averaged += 1  # the copy at the start is the first: else it would start after the first step
+    step = fused(chains.without(chain, "EMA"), params, max_norm)
+
+    def run() -> None:
+        step()
+        averaged.update_parameters(model)
+
+    return Step(run, step.optimizer, lambda: [p.detach() for p in averaged.module.parameters()])
+
+
 def _peer(module: str, distribution: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -172,11 +257,30 @@ def _of(rules: dict[str, Any], chain: str, library: str) -> Any:
 
 
 def contenders(chain: str) -> dict[str, Build]:
-    """Those who can run a chain, torch's best composition first after ours."""
-    clip = "clip" in chain.split("+")
+    """Those who can run a chain, torch's best composition first after ours.
+
+    Who is named "... without ..." runs the chain without that: it shows what that costs.
+    """
+    parts = chain.split("+")
+    if {"SAM", "ASAM"} & set(parts):
+        default = {"davda54": published_sam} if parts == ["SAM", "AdamW"] else {}
+        around_fused = partial(published_sam, fused=True)
+        return {
+            OURS: fastreg_step, baseline(chain): around_fused,
+            "pytorch_optimizer + torch fused": pytorch_optimizer_sam, **default,
+        }  # fmt: skip
+    if "MSAM" in parts:
+        return {OURS: fastreg_step, baseline(chain): _leaving_out("MSAM", fused)}
+    if "Lookahead" in parts:
+        return {
+            OURS: fastreg_step, baseline(chain): pytorch_optimizer_lookahead, "torch fused": fused,
+            f"{OURS} without Lookahead": _leaving_out("Lookahead", fastreg_step),
+        }  # fmt: skip
+    clip = "clip" in parts
     named = {
         OURS: fastreg_step,
         baseline(chain): fused if chains.rule(chain) in _TORCH else pytorch_optimizer,
+        "torch fused + AveragedModel": averaged_model if parts == ["AdamW", "EMA"] else None,
         "grad_scale + fused": grad_scale if clip else None,
         "torch.compile": compiled if chains.rule(chain) in _TORCH else None,
         "torch foreach": foreach if chains.rule(chain) in _TORCH else None,
@@ -186,8 +290,19 @@ def contenders(chain: str) -> dict[str, Build]:
     return {name: build for name, build in named.items() if build}
 
 
+def _leaving_out(part: str, build: Build) -> Build:
+    return lambda chain, params, max_norm: build(chains.without(chain, part), params, max_norm)
+
+
 def baseline(chain: str) -> str:
-    """What the others are compared with: torch's fastest composition that its documentation tells of."""
+    """What the others are compared with: the fastest that documentation tells of."""
+    parts = chain.split("+")
+    if {"SAM", "ASAM"} & set(parts):
+        return "davda54 + torch fused"
+    if "MSAM" in parts:
+        return "torch fused without MSAM"
+    if "Lookahead" in parts:
+        return "pytorch_optimizer + torch fused"
     if chains.rule(chain) not in _TORCH:
         return "pytorch_optimizer"
-    return "clip + torch fused" if "clip" in chain.split("+") else "torch fused"
+    return "clip + torch fused" if "clip" in parts else "torch fused"

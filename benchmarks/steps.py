@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Workload:
     max_norm: float
     weights: list[Tensor]
     averages: list[Tensor]
+    plain: list[Tensor] = field(default_factory=list)  # what comes of the chain without a part
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -65,6 +66,8 @@ class StepCase(Case):
         storage: "fp32", or "bf16" for weights, gradients and state alike.
         rounds: How often each contender is timed.
         compiles: Whether `torch.compile` of the whole composition is worth its time.
+        part: What the contenders leave out that are named "... without ..." it.
+        steps: How many steps a run takes.
     """
 
     suite: str
@@ -74,6 +77,8 @@ class StepCase(Case):
     storage: str = "fp32"
     rounds: int = 11
     compiles: bool = False
+    part: str = ""
+    steps: int = 1
 
     def __post_init__(self) -> None:
         self.name = f"{self.chain}, {self.model}, {self.storage}"
@@ -99,7 +104,9 @@ class StepCase(Case):
             p.grad = gradient.clone()
         workload = Workload(params, start, gradients, 0.8 * math.sqrt(self.elements), [], [])
         if "noise" not in self.chain:
-            workload.weights, workload.averages = self._judge(workload)
+            workload.weights, workload.averages = self._judge(workload, self.chain)
+        if self.part:
+            workload.plain, _ = self._judge(workload, chains.without(self.chain, self.part))
         return workload
 
     def _check_memory(self, device: torch.device) -> None:
@@ -110,26 +117,27 @@ class StepCase(Case):
         if needed > free:
             raise Unavailable(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
 
-    def _judge(self, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and averages after three steps in float32, by torch's loop or by our reference.
+    def _judge(self, workload: Workload, judged: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and averages after three runs of a chain in float32, by torch's loop or by our reference.
 
         Clipping is done here, with the norm in float64.
         """
         params = [Parameter(weight.to(torch.float32, copy=True)) for weight in workload.start]
-        chain = "+".join(part for part in self.chain.split("+") if part != "clip")
+        chain = chains.without(judged, "clip")
         try:
             step = peers.composed(
                 chain, params, workload.max_norm, peers.torch_optimizer(chain, params, foreach=False)
             )
         except Unavailable:
             step = peers.fastreg_step(chain, params, workload.max_norm)
-        norm = _norm(workload.gradients)
+        norm = whole_norm(workload.gradients)
         with fastreg.use_backend("reference"):
             for scale in SCALES:
-                factor = min(1.0, workload.max_norm / (scale * norm + 1e-6)) if chain != self.chain else 1.0
+                factor = min(1.0, workload.max_norm / (scale * norm + 1e-6)) if chain != judged else 1.0
                 for p, gradient in zip(params, workload.gradients, strict=True):
                     p.grad = gradient.to(torch.float32, copy=True).mul_(scale * factor)
-                step()
+                for _ in range(self.steps):
+                    step()
         return [p.detach() for p in params], [average.detach() for average in step.averages()]
 
     def contenders(self) -> dict[str, Callable[[Workload], peers.Step]]:
@@ -140,11 +148,16 @@ class StepCase(Case):
         if name == "torch.compile" and not self.compiles:
             raise Unavailable("takes long to compile: measured on one case, on a CPU of the full run only")
         workload.reset()
-        return peers.contenders(self.chain)[name](self.chain, workload.params, workload.max_norm)
+        step = peers.contenders(self.chain)[name](self.chain, workload.params, workload.max_norm)
+        if self.steps == 1:
+            return step
+        return replace(step, run=lambda: [step.run() for _ in range(self.steps)])
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """Three steps from the start, against the judge; noise against what noise must be like."""
         loose = name != OURS and "clip" in self.chain
+        if self.part and name.endswith(f" without {self.part}"):
+            workload = replace(workload, weights=workload.plain, averages=[])
         workload.reset()
         run.first = measure.Clock(workload.params[0].device).wall(run)
         if "noise" in self.chain:
@@ -154,15 +167,15 @@ class StepCase(Case):
             run()
         bound = max(BOUNDS[self.storage], LOOSE * loose)
         checks = [
-            Check("weights", _difference([p.detach() for p in workload.params], workload.weights), bound)
+            Check("weights", difference([p.detach() for p in workload.params], workload.weights), bound)
         ]
         if workload.averages:
-            checks.append(Check("averages", _difference(run.averages(), workload.averages), bound))
+            checks.append(Check("averages", difference(run.averages(), workload.averages), bound))
         return checks
 
     def _noise(self, workload: Workload, run: Any, bound: float) -> list[Check]:
         """The first moment after a step is 0.1 · (factor · gradient + noise): neither may be off."""
-        norm, along = _norm(workload.gradients), 0.0
+        norm, along = whole_norm(workload.gradients), 0.0
         moments = [run.optimizer.state[p]["exp_avg"].double() / 0.1 for p in workload.params]
         for moment, gradient in zip(moments, workload.gradients, strict=True):
             along += float((moment * gradient).sum())
@@ -184,11 +197,12 @@ class StepCase(Case):
         return {"first_ms": 1e3 * run.first}
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def whole_norm(tensors: list[Tensor]) -> float:
+    """Of all together, in float64."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """max|Δ| / max|expected| of the worst tensor; infinite where there is nothing to compare."""
     if len(found) != len(expected):
         return math.inf

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_holds_on_sm_90(entry):
 
 
 @pytest.mark.parametrize("target", OTHER_TARGETS)
-@pytest.mark.parametrize("name", ["AdamW bf16", "clip+noise+AdamW+EMA fp32"])
+@pytest.mark.parametrize("name", ["AdamW bf16", "clip+noise+AdamW+EMA fp32", "SAM climb bf16"])
 def test_holds_elsewhere(name, target):
     entry = next(entry for entry in audit.entries(target) if entry.name == name)
     assert audit.audit(entry, target).faults == []
@@ -46,13 +47,60 @@ def test_what_is_launched_is_named_as_an_entry_point():
     assert launched == entry_points().keys()
 
 
+DOCUMENTED = {
+    "AdamW fp32": 28, "clip+AdamW+EMA fp32": 36, "SGD-momentum fp32": 20, "AdamW bf16": 14,
+    "AdamW+Lookahead fp32": 36, "Lookahead sync fp32": 16, "AdamW+SWA fp32": 36,
+    "AveragedModel fp32": 12, "AveragedModel bf16": 12,
+    "MSAM+SGD-momentum fp32": 20, "MSAM+AdamW fp32": 28, "SAM+SGD-momentum fp32": 20, "SAM+AdamW fp32": 28,
+    "SAM climb fp32": 16, "ASAM climb fp32": 16, "SAM restore fp32": 8,
+}  # fmt: skip
+NORMS = {
+    "momentum norm, AdamW fp32": 8, "momentum norm, AdamW mixed": 6, "momentum norm, SGD-momentum fp32": 12,
+    "adaptive norm fp32": 8, "norm fp32": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_bytes(name):
+    assert next(entry for entry in ENTRIES if entry.name == name).bytes == DOCUMENTED[name]
+    assert next(c for c in chains.shipped() if f"{c.name} {c.storage}" == name).bytes == DOCUMENTED[name]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_documented_bytes_of_norms(name):
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    assert (entry.reads, entry.writes) == (NORMS[name], 0)
+
+
+@pytest.mark.parametrize("dtype, storage", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
 @pytest.mark.parametrize(
-    ("name", "bytes_per_parameter"),
-    [("AdamW fp32", 28), ("clip+AdamW+EMA fp32", 36), ("SGD-momentum fp32", 20), ("AdamW bf16", 14)],
+    "make, expected",
+    [
+        (lambda ps: chains.optimizer("SAM+AdamW", ps), ["SAM climb", "SAM+AdamW"]),
+        (lambda ps: fastreg.SAM(ps, torch.optim.SGD, adaptive=True), ["ASAM climb", "SAM restore"]),
+        (lambda ps: chains.optimizer("MSAM+SGD-momentum", ps), ["MSAM+SGD-momentum"]),
+        (lambda ps: fastreg.Lookahead(torch.optim.SGD(ps), k=1), ["Lookahead sync"]),
+        (lambda ps: fastreg.Lookahead(fastreg.AdamW(ps), k=1), ["AdamW+Lookahead"]),
+        (lambda ps: averaged(ps), ["AveragedModel"]),
+    ],
 )
-def test_documented_bytes(name, bytes_per_parameter):
-    assert next(entry for entry in ENTRIES if entry.name == name).bytes == bytes_per_parameter
-    assert next(c for c in chains.shipped() if f"{c.name} {c.storage}" == name).bytes == bytes_per_parameter
+def test_what_is_audited_is_what_runs(make, expected, dtype, storage, monkeypatch):
+    """Chains and dtypes of the table are those of the batches that the library makes."""
+    found = []
+    monkeypatch.setattr(fastreg.multi_tensor, "run", lambda batch: found.append((batch.chain, batch.dtypes)))
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    with fastreg.use_backend("reference"):
+        chains.whole_step(make([parameter]))()
+    rows = {c.name: (c.chain, c.dtypes) for c in chains.shipped() if c.storage == storage}
+    assert found == [rows[name] for name in expected]
+
+
+def averaged(params):
+    """Something whose `step` updates the averages of a model."""
+    model = torch.nn.ParameterList(params)
+    made = fastreg.AveragedModel(model)
+    return SimpleNamespace(step=lambda: made.update_parameters(model))
 
 
 # What the audit must notice: stages and kernels with a fault each.

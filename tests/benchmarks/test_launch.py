@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastreg
+from fastreg_benchmarks import chains
 from fastreg_benchmarks.stub import stub_driver
 from fastreg_kernels import norm, step
 from fastreg_kernels.step import step_kernel
@@ -58,6 +59,32 @@ def test_one_launch_for_all_tensors(regularizers, expected):
         )
         optimizer.step()
         assert launches == expected
+
+
+NORM = ["norm_kernel", "clip_factor_kernel"]
+
+
+@pytest.mark.parametrize(
+    "chain, expected",
+    [
+        ("SAM+AdamW", [*NORM, "step_kernel", "step_kernel"]),
+        ("ASAM+SGD-momentum", [*NORM, "step_kernel", "step_kernel"]),
+        ("MSAM+AdamW", [*NORM, "step_kernel"]),
+        ("AdamW+Lookahead", ["step_kernel"]),
+    ],
+)
+def test_launches_of_a_step(chain, expected):
+    """As many at every step, and nothing compiles after the first round of Lookahead."""
+    with stub_driver() as launches:
+        step = chains.whole_step(chains.optimizer(chain, parameters(5)))
+        for _ in range(chains.K):
+            launches.clear()
+            step()
+            assert launches == expected
+        before = compiled()
+        for _ in range(chains.K):
+            step()
+        assert compiled() == before <= 2
 
 
 def test_one_launch_per_dtype_combination():

@@ -8,10 +8,12 @@ import torch
 
 import fastreg
 from fastreg.cli import main
+from fastreg.optim import ascent
+from fastreg.optim.averaging import Averaging
 from fastreg.optim.decay import Shrinkage
 from fastreg.optim.measurement import Measurement
 from fastreg.optim.rules import Adam
-from fastreg_benchmarks import SUITES, figure, measure, norm, peers, report, steps, suite
+from fastreg_benchmarks import SUITES, averages, figure, measure, norm, peers, report, sam, steps, suite
 from fastreg_benchmarks.host import HostCase, PerTensorCase
 from fastreg_benchmarks.training import TrainingCase
 
@@ -99,7 +101,7 @@ def test_clipping_left_out_is_noticed(monkeypatch):
 
 
 def test_a_wrong_average_is_noticed(monkeypatch):
-    monkeypatch.setattr(fastreg.EMA, "numbers", lambda self, group, step: (0.5,))
+    monkeypatch.setattr(fastreg.EMA, "weight", lambda self, updates: 0.5)
     assert "averages off" in rows(case("clip+AdamW+EMA"))["fastreg"]["wrong"]
 
 
@@ -109,6 +111,103 @@ def test_wrong_noise_is_noticed(std, monkeypatch):
     assert "wrong" not in rows(case(chain, sizes=[(40000,)]))["fastreg"]
     monkeypatch.setattr(fastreg.GradientNoise, "numbers", lambda self, group, step: (std,))
     assert "noise off" in rows(case(chain, sizes=[(40000,)]))["fastreg"]["wrong"]
+
+
+# SAM and averages ------------------------------------------------------------------------------------------
+
+
+def sharpness(chain):
+    if "MSAM" in chain:
+        return sam.MsamCase("sam", chain, "toy", SIZES, rounds=3, part="MSAM")
+    return sam.SamCase("sam", chain, "toy", SIZES, rounds=3)
+
+
+def lookahead():
+    return averages.LookaheadCase("averages", "AdamW+Lookahead", "toy", SIZES, rounds=3)
+
+
+AVERAGED = averages.AveragedModelCase("toy", SIZES, 3)
+BYTES = {
+    "SAM+AdamW": 48, "SAM+SGD-momentum": 40, "ASAM+AdamW": 52, "MSAM+AdamW": 36, "MSAM+SGD-momentum": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chain", BYTES)
+def test_every_sam_is_right(chain):
+    found = sharpness(chain)
+    assert found.bytes == BYTES[chain] * found.elements
+    measured = rows(found)
+    assert len(measured) == (2 if "MSAM" in chain else 4 if chain == "SAM+AdamW" else 3)
+    assert all("ms" in row for row in measured.values()), measured
+
+
+def test_averages_are_right():
+    steps_of_lookahead = lookahead()
+    assert steps_of_lookahead.bytes == (5 * 28 + 8) * steps_of_lookahead.elements
+    assert AVERAGED.bytes == 12 * steps_of_lookahead.elements
+    for some_case in (steps_of_lookahead, AVERAGED, case("AdamW+EMA")):
+        found = {name: row for name, row in rows(some_case).items() if "skipped" not in row}
+        assert found["fastreg"]["ratio"] and all("ms" in row for row in found.values()), found
+
+
+def no_perturbation(monkeypatch):
+    monkeypatch.setattr(ascent._Perturb, "numbers", lambda self, group, step: (0.0,))
+
+
+def gradients_of_both(monkeypatch):
+    monkeypatch.setattr(ascent._Perturb, "scalars", lambda self, device: (torch.tensor(1.0),))
+
+
+def not_restored(monkeypatch):
+    monkeypatch.setattr(fastreg.SAM, "engine", None)
+    monkeypatch.setattr(fastreg.SAM, "_step_fused", lambda self, base, *_: base.step())
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (no_perturbation, "perturbed weights"),
+        (gradients_of_both, "perturbed weights"),
+        (not_restored, "weights"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_wrong_sam_is_noticed(fault, told, monkeypatch):
+    fault(monkeypatch)
+    found = rows(sharpness("SAM+AdamW"))
+    assert found["fastreg"]["wrong"].startswith(f"{told} off by")
+    assert "ms" in found["davda54 + torch fused"]
+
+
+def test_a_wrong_msam_is_noticed(monkeypatch):
+    monkeypatch.setattr(fastreg.MSAM, "former", lambda self, device: self._size(device)[1])
+    assert "weights off" in rows(sharpness("MSAM+AdamW"))["fastreg"]["wrong"]
+
+
+def test_a_wrong_lookahead_is_noticed(monkeypatch):
+    monkeypatch.setattr(fastreg.SlowWeights, "numbers", lambda self, group, step: (0.4, 1.0))
+    found = rows(lookahead())
+    assert "weights off" in found["fastreg"]["wrong"]
+    assert "ms" in found["fastreg without Lookahead"]
+
+
+def test_a_wrong_averaged_model_is_noticed(monkeypatch):
+    run = Averaging.run
+    monkeypatch.setattr(Averaging, "run", lambda self, ws, weight, *seed: run(self, ws, weight / 2, *seed))
+    assert "averages off" in rows(AVERAGED)["fastreg"]["wrong"]
+
+
+def test_a_peer_that_moves_its_weights_leaves_those_of_others():
+    """Addresses that change under a contender would be looked for again in the time of its step."""
+    some_case = sharpness("SAM+AdamW")
+    workload = some_case.setup(CPU)
+    runs = {name: build(workload) for name, build in some_case.contenders().items()}
+    for run in runs.values():
+        run()
+    places = [p.data_ptr() for p in runs["fastreg"].params]
+    runs["davda54"]()
+    assert [p.data_ptr() for p in runs["fastreg"].params] == places
+    assert not set(places) & {p.data_ptr() for p in runs["davda54"].params}
 
 
 def test_a_result_that_is_no_number_is_wrong():
