@@ -16,6 +16,7 @@ from torch import Tensor
 from ..chain import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import compute_dtype
+from . import placement
 from .piece import Phase, Piece, Work
 from .ranges import checked, counted
 
@@ -413,6 +414,7 @@ def show(optimizer: Pass, average: Average) -> None:
             if held and average.begun(int(state.get("step", 0))):
                 _show(p, state, average)
         group[SHOWN] = average.name
+    placement.reshard(p for group in optimizer.param_groups for p in group["params"])
     average.show_buffers()
 
 
@@ -442,3 +444,4 @@ def hide(optimizer: Pass) -> None:
                 state[name] = trained.copy_(average)
                 trained = weight
             p.copy_(trained)
+    placement.reshard(p for group in optimizer.param_groups for p in group["params"])

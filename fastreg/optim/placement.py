@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,22 @@ def shards(parameter: Tensor) -> Shards | None:
     placements = parameter.placements  # type: ignore[attr-defined]
     dims = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
     return Shards(parameter.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
+
+
+def reshard(parameters: Iterable[Tensor]) -> None:
+    """Let FSDP2 gather parameters anew that are written outside of a training step.
+
+    Between a forward pass without gradients and the next one, it keeps what it has gathered for the outermost
+    module.  Which one that is only its own list of modules tells; to reshard others costs a gathering.
+    """
+    if not any(map(is_dtensor, parameters)):
+        return
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    if fsdp is not None:
+        for module in list(modules):
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def layout(tensor: Tensor) -> tuple[int, ...]:

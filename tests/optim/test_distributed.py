@@ -162,10 +162,15 @@ def train_flat(net: nn.Module, name: str, part: slice = slice(None)) -> dict[str
     """Weights and state after some steps, and what is evaluated then."""
     optimizer = FLAT[name](net.parameters())
     train_net(net, optimizer, range(5), part)
-    found = outcome(optimizer)
-    if hasattr(optimizer, "eval"):
-        optimizer.eval()
-    return {**found, "evaluated": list(map(whole, net.parameters()))}
+    found, outputs = outcome(optimizer), []
+    inputs = batch(0)[0].double()
+    # FSDP2 keeps what it has gathered for a forward pass without gradients: it must not outlive a swap.
+    for mode in ("train", "eval", "train"):
+        getattr(optimizer, mode, lambda: None)()
+        with torch.no_grad():
+            outputs.append(net(inputs))
+    getattr(optimizer, "eval", lambda: None)()
+    return {**found, "outputs": outputs, "evaluated": list(map(whole, net.parameters()))}
 
 
 # What one of two processes does.
@@ -227,21 +232,22 @@ def columns(rank: int) -> dict[str, Any]:
     return {"message": "", "weight": whole(weight)}
 
 
-def sharded(net: Any) -> Any:
+def sharded(net: Any, *layers: str) -> Any:
+    """The layers by themselves, what is left with the net."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in (net.first, net.norm, net.last, net):
+    for layer in (*map(net.get_submodule, layers), net):
         fully_shard(layer)
     return net
 
 
 def sharded_net(seed: int = 7) -> tuple[nn.Module, fastreg.AdamW]:
-    net = sharded(Net())
+    net = sharded(Net(), "first", "norm", "last")
     return net, adamw(net.parameters(), seed=seed)
 
 
 def flat_case(name: str) -> Callable[[int], dict[str, Any]]:
-    return lambda rank: train_flat(sharded(Net().double()), name, half(rank))
+    return lambda rank: train_flat(sharded(Net().double(), "first"), name, half(rank))
 
 
 class Quadratic(nn.Module):
