@@ -280,8 +280,8 @@ class SAM(Wrapper):
             state = grad_scaler._per_optimizer_states[id(self)]
             if state["stage"] is OptState.UNSCALED:
                 raise RuntimeError(
-                    "scaler.unscale_(optimizer) does not see the gradients that accumulate() keeps; leave "
-                    "unscaling to scaler.step(optimizer), and clipping to regularizers=[fastreg.ClipNorm(...)]"
+                    "scaler.unscale_(optimizer) does not see the gradients that accumulate() keeps: leave "
+                    "unscaling to scaler.step(optimizer), and clipping to fastreg.ClipNorm"
                 )
         for p, accumulated in self._accumulated.items():
             p.grad = accumulated if p.grad is None else accumulated.add_(p.grad)
