@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import audit, report
+from . import audit, chains, report
 from .suite import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
 
-COMPOSED = {"clip": 12, "noise": 16, "EMA": 12}
-"""Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, and `_foreach_lerp_`."""
+COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48}
+"""Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, `_foreach_lerp_` (with
+`_foreach_copy_`), and of SAM around a step as davda54/sam makes it: norm 12, copy 8, perturbation 28."""
+BESIDE = ("EMA", "SWA", "Lookahead")
+"""Parts whose state the step moves, 8 bytes, and a composition in a pass of its own."""
 
 
 NO_GPU = """\
@@ -35,6 +38,9 @@ so they should be bound by memory."""
 COMPOSED_OF = """\
 The last column counts the bytes of `clip_grad_norm_` (12), the rule's own fused step, `_foreach_lerp_`
 (12), and `randn_like` with `add_` (16)."""
+COMPOSED_OF_SAM = """\
+Lookahead's is the step that synchronises, every fifth, with `_foreach_lerp_` and `_foreach_copy_` (20).
+SAM's are both of its steps, around torch's fused one as davda54/sam makes them (48). MSAM has none."""
 ABOUT = """\
 Rendered by `make render` from the JSON files in this folder; `make results` measures the CPU anew.
 Contenders of a case take turns and times are medians; *times faster* is against the contender that has
@@ -75,17 +81,18 @@ def performance() -> str:
 
 def _machine_code() -> str:
     rows = {row["kernel"]: row for row in audited()["rows"] if row["target"] == "sm_90"}
-    norm, lines = rows["norm fp32"], []
+    shown, lines = {kernel.rpartition(" ")[0] for kernel in rows} - NOT_SHOWN, []
     for kernel, row in rows.items():
         chain, _, storage = kernel.rpartition(" ")
-        if storage != "fp32" or chain == "norm":
+        if storage != "fp32" or chain not in shown:
             continue
         parts = chain.split("+")
-        extra = norm if "clip" in parts else {"bytes": 0, "instructions": 0}
-        bare = row["bytes"] - 8 * ("EMA" in parts)
+        taken = [row, *(rows[f"{name} fp32"] for name in _passes_of(parts))]
+        composed = row["bytes"] + sum(COMPOSED.get(part, 0) - 8 * (part in BESIDE) for part in parts)
         lines.append([
-            chain, str(row["bytes"] + extra["bytes"]), f"{row['instructions'] + extra['instructions']:.0f}",
-            str(row["registers"]), str(bare + sum(COMPOSED.get(part, 0) for part in parts)),
+            chain, str(sum(taking["bytes"] for taking in taken)),
+            f"{sum(taking['instructions'] for taking in taken):.0f}", str(row["registers"]),
+            "" if "MSAM" in parts else str(composed),
         ])  # fmt: skip
     headings = [
         "chain, float32",
@@ -94,7 +101,21 @@ def _machine_code() -> str:
         "registers",
         "bytes, composed of torch's parts",
     ]
-    return f"{MACHINE_CODE}\n\n{report.markdown(headings, lines)}\n\n{COMPOSED_OF}"
+    about = f"{COMPOSED_OF} {COMPOSED_OF_SAM}" if "SAM+AdamW" in shown else COMPOSED_OF
+    return f"{MACHINE_CODE}\n\n{report.markdown(headings, lines)}\n\n{about}"
+
+
+NOT_SHOWN = {"norm", "AdamW+pullback", *chains.PASSES, *audit.MEASURED}
+"""What is no step, or not all of one."""
+
+
+def _passes_of(parts: list[str]) -> list[str]:
+    """What else runs for a step."""
+    if "SAM" in parts:
+        return ["norm", "SAM climb"]
+    if "MSAM" in parts:
+        return [f"momentum norm, {chains.rule('+'.join(parts))}"]
+    return ["norm"] if "clip" in parts else []
 
 
 def _summary(name: str, run: dict[str, Any]) -> str:

@@ -50,3 +50,26 @@ def test_a_figure_that_changes_shows(with_gpu):
         )
     )
     assert "7.77" in render.performance() and "7.77" not in before
+
+
+def test_steps_of_several_passes_are_told_as_one(tmp_path, monkeypatch):
+    """SAM's with its norm and its climb; MSAM's with the norm of the momentum; passes have no row."""
+    listed = {
+        "norm fp32": (4, 4.5), "AdamW fp32": (28, 29), "SAM climb fp32": (16, 11), "SAM+AdamW fp32": (28, 29),
+        "momentum norm, AdamW fp32": (8, 9), "MSAM+AdamW fp32": (28, 31), "AdamW+Lookahead fp32": (36, 33),
+    }  # fmt: skip
+    rows = [
+        {"kernel": name, "target": "sm_90", "bytes": moved, "instructions": instructions, "registers": 40}
+        for name, (moved, instructions) in listed.items()
+    ]
+    (tmp_path / "audit.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    told = render._machine_code()
+    lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")][2:]
+    assert lines == [
+        ["AdamW", "28", "29", "40", "28"],
+        ["SAM+AdamW", "48", "44", "40", "76"],
+        ["MSAM+AdamW", "36", "40", "40"],
+        ["AdamW+Lookahead", "36", "33", "40", "48"],
+    ]
+    assert "davda54" in told
