@@ -22,21 +22,25 @@ if TYPE_CHECKING:
 
 
 def fastreg_adamw(setup: Setup) -> Optimizer:
-    """`fastreg.AdamW` with the regularizers of the setup, in one pass."""
+    """`fastreg.AdamW` with the regularizers of the setup, in one pass; within `fastreg.SAM` if it asks."""
     import fastreg
 
-    return fastreg.AdamW(
-        setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay,
-        regularizers=setup.regularizers, seed=setup.seed, **setup.options,
-    )  # fmt: skip
+    settings = {
+        "lr": setup.lr, "weight_decay": setup.weight_decay, "regularizers": setup.regularizers,
+        "seed": setup.seed, **setup.options,
+    }  # fmt: skip
+    if setup.sharpness:
+        return fastreg.SAM(setup.model.parameters(), fastreg.AdamW, **setup.sharpness, **settings)
+    return fastreg.AdamW(setup.model.parameters(), **settings)
 
 
 def torch_adamw(setup: Setup) -> Optimizer:
     """`torch.optim.AdamW` at its best setting."""
     import torch
 
-    if setup.regularizers or setup.options:
-        names = ", ".join((*(type(piece).__name__ for piece in setup.regularizers), *setup.options))
+    if setup.regularizers or setup.options or setup.sharpness:
+        pieces = (type(piece).__name__ for piece in setup.regularizers)
+        names = ", ".join((*pieces, *setup.options, *["SAM"] * bool(setup.sharpness)))
         raise ValueError(
             f"torch.optim.AdamW is compared as it is, got {names}; leave 'torch' out of the combination"
         )
@@ -59,6 +63,29 @@ def training_step(loss: Callable[[], Tensor], optimizer: Optimizer, watch: Stopw
     optimizer.zero_grad()
 
 
+def sharpness_aware_step(loss: Callable[[], Tensor], optimizer: Any, watch: Stopwatch) -> None:
+    """Two backward passes on the batch: at the weights, and where `first_step` takes them.
+
+    Args:
+        loss: As for `training_step`.
+        optimizer: A `fastreg.SAM`.
+        watch: Times both of its steps.
+    """
+    loss().backward()
+    with watch:
+        optimizer.first_step()
+    optimizer.zero_grad()
+    loss().backward()
+    with watch:
+        optimizer.second_step()
+    optimizer.zero_grad()
+
+
+def averaged(optimizer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Evaluates with the first there is: EMA or SWA, slow weights, the weights that MSAM perturbs."""
+    return optimizer.averaged()
+
+
 @dataclass
 class Setup:
     """What a contender may change; everything else is the same for all."""
@@ -69,6 +96,7 @@ class Setup:
     seed: int
     regularizers: list[Any] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # for `fastreg.AdamW`
+    sharpness: dict[str, Any] = field(default_factory=dict)  # for `fastreg.SAM` around it
     optimizer: Callable[[Setup], Optimizer] = fastreg_adamw
     training_step: Callable[[Callable[[], Tensor], Optimizer, Stopwatch], None] = training_step
     evaluation: Callable[[Optimizer], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -157,7 +185,43 @@ def _ema(setup: Setup, decay: float) -> None:
     import fastreg
 
     setup.regularizers.append(fastreg.EMA(decay))
-    setup.evaluation = lambda optimizer: optimizer.averaged()  # type: ignore[attr-defined]
+    setup.evaluation = averaged
+
+
+@contender("swa", "evaluates the mean of the weights from step {} on", 150)
+def _swa(setup: Setup, start: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.SWA(start))  # type: ignore[arg-type]  # refuses what is not whole
+    setup.evaluation = averaged
+
+
+@contender("lookahead", "goes half the way back every {} steps, and evaluates where it went", 5)
+def _lookahead(setup: Setup, k: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.SlowWeights(k))  # type: ignore[arg-type]
+    setup.evaluation = averaged
+
+
+@contender(
+    "sam", "sharpness-aware: steps by the gradient at distance {} uphill, with a second backward pass", 0.05
+)
+def _sam(setup: Setup, rho: float) -> None:
+    setup.sharpness, setup.training_step = {"rho": rho}, sharpness_aware_step
+
+
+@contender("asam", "like sam, at distance {} in units of the weights", 0.5)
+def _asam(setup: Setup, rho: float) -> None:
+    setup.sharpness, setup.training_step = {"rho": rho, "adaptive": True, "eta": 0.01}, sharpness_aware_step
+
+
+@contender("msam", "steps by the gradient at distance {} against the momentum; one backward pass", 0.3)
+def _msam(setup: Setup, rho: float) -> None:
+    import fastreg
+
+    setup.regularizers.append(fastreg.MSAM(rho))
+    setup.evaluation = averaged  # parameters hold perturbed weights while training
 
 
 @contender("decay", "decoupled weight decay {}", 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from matplotlib.figure import Figure
 
 from .training import Record
 
-# Okabe & Ito: told apart with any colour vision. What the others are measured against is black and grey.
+# Okabe & Ito, then Tol's muted: told apart with any colour vision. What the others are measured against is
+# black and grey.
 COLOURS = {
     "torch": "#9a9a9a", "plain": "#000000", "clip": "#56b4e9", "noise": "#e69f00",
     "ema": "#009e73", "decay": "#cc79a7", "all": "#d55e00",
+    "swa": "#117733", "lookahead": "#0072b2", "sam": "#882255", "asam": "#aa4499", "msam": "#999933",
 }  # fmt: skip
 SPARE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#222222", "#dddddd"
@@ -41,7 +44,9 @@ def draw(path: Path, records: list[Record], headline: tuple[str, str]) -> None:
 
 
 def _colours(labels: list[str]) -> list[str]:
-    spare = iter(SPARE * len(labels))
+    named = {COLOURS[label] for label in labels if label in COLOURS}
+    free = [colour for colour in (*SPARE, *COLOURS.values()) if colour not in named]
+    spare = itertools.cycle(dict.fromkeys(free) or SPARE)
     return [COLOURS.get(label) or next(spare) for label in labels]
 
 

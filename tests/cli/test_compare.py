@@ -93,6 +93,86 @@ def test_ema_is_evaluated_with_the_average(tmp_path):
     assert curves["plain"]["validation"][-1] < first - 0.01
 
 
+def test_averages_are_what_is_evaluated(tmp_path):
+    """The mean lags behind; before it starts, and of the last step alone, it is the weights."""
+    _, results = compare(
+        tmp_path, "--with", "plain,swa=1,swa=4,swa=9,lookahead=1,lookahead=9,lookahead=4+ema=0"
+    )
+    curves = losses(results)
+    assert curves["swa=4"] == curves["swa=9"] == curves["plain"]
+    assert curves["swa=1"]["validation"][-1] > curves["plain"]["validation"][-1]
+    start = curves["plain"]["validation"][0]
+    assert curves["lookahead=9"]["validation"] == [start] * 3, "slow weights wait for the ninth step"
+    assert start > curves["lookahead=1"]["validation"][-1] > curves["plain"]["validation"][-1]
+    assert curves["lookahead=4+ema=0"]["validation"][1] == curves["plain"]["validation"][1], (
+        "the average first"
+    )
+
+
+def test_sharpness_aware_contenders(tmp_path, monkeypatch):
+    """A radius of 0 changes nothing, another does; the optimizer is timed in both of its steps."""
+    names = "plain,sam=0,sam=0.5,asam=0,asam=2,msam=0,msam=3,sam=0+ema=0,clip=1e9+msam=0"
+    _, results = compare(tmp_path, "--with", names)
+    curves = losses(results)
+    for name in curves:
+        same = curves[name]["validation"][-1] == pytest.approx(curves["plain"]["validation"][-1], rel=1e-6)
+        assert same == (not {"sam=0.5", "asam=2", "msam=3"} & {name}), name
+
+
+@pytest.mark.parametrize("label", ["torch+sam", "asam+torch", "torch+msam", "torch+lookahead"])
+def test_torch_is_compared_as_it_is(label):
+    setup = contenders.Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0)
+    contenders.parse(label)[0].apply(setup)
+    with pytest.raises(ValueError, match="as it is, got (SAM|MSAM|SlowWeights);"):
+        setup.optimizer(setup)
+
+
+def test_a_step_of_sam_evaluates_the_loss_twice():
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = fastreg.SAM([weight], fastreg.SGD, rho=0.5, lr=0.1)
+    seen = []
+
+    def loss():
+        seen.append(weight.item())
+        return (weight**2).sum() / 2
+
+    class Watch(list):
+        def __enter__(self):
+            self.append(weight.item())
+
+        def __exit__(self, *_):
+            self.append(weight.item())
+
+    watch = Watch()
+    contenders.sharpness_aware_step(loss, optimizer, watch)
+    assert seen == [3.0, 3.5] and weight.grad is None
+    assert watch == pytest.approx([3.0, 3.5, 3.5, 3.0 - 0.35])
+
+
+def test_msam_is_evaluated_at_the_weights_themselves():
+    model = torch.nn.Linear(3, 1)
+    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0)
+    contenders.parse("msam=5")[0].apply(setup)
+    plain = torch.nn.Linear(3, 1)
+    plain.load_state_dict(model.state_dict())
+    optimizer, other = setup.optimizer(setup), fastreg.AdamW(plain.parameters(), lr=0.1, weight_decay=0.0)
+    for parameter in (*model.parameters(), *plain.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    other.step()
+    assert not torch.allclose(model.weight, plain.weight, atol=0.1)
+    with setup.evaluation(optimizer):
+        torch.testing.assert_close(model.weight, plain.weight)
+
+
+def test_every_contender_has_a_colour_of_its_own():
+    from fastreg.cli import figure
+
+    labels = [*contenders.DEFAULT.split(","), "swa", "lookahead", "sam", "asam", "msam"]
+    assert len(set(figure._colours(labels))) == len(labels)
+    assert len(set(figure._colours(["plain", "all", "sam=1", "sam=2", "clip+msam"]))) == 5
+
+
 def test_strengths_and_combinations_reach_the_optimizer(monkeypatch, tmp_path):
     made = []
 
