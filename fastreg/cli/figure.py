@@ -31,10 +31,15 @@ def draw(path: Path, records: list[Record], headline: tuple[str, str]) -> None:
         records: What was trained.
         headline: Two lines above the panels.
     """
-    figure = Figure(figsize=(11, 5.2), dpi=160, facecolor="white")
+    width, left_edge = 11, 0.05
+    figure = Figure(figsize=(width, 5.2), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    figure.subplots_adjust(left=0.05, right=0.905, top=0.76, bottom=0.1, wspace=0.38)
+    # Beside each panel there is room for the longest name with its loss, in inches.
+    names = 0.09 * min(max([len(f"{record.label} 0.00") for record in records] or [10]), 30)
+    right_edge, gap = 1 - (names + 0.15) / width, names + 0.6
+    panel = ((right_edge - left_edge) * width - gap) / 2
+    figure.subplots_adjust(left=left_edge, right=right_edge, top=0.76, bottom=0.1, wspace=gap / panel)
     figure.text(0.02, 0.945, headline[0], fontsize=14, fontweight="bold", color=INK, va="center")
     figure.text(0.02, 0.885, headline[1], fontsize=12, color=INK, va="center")
     colours = _colours([record.label for record in records])
