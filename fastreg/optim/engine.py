@@ -80,7 +80,7 @@ class Engine(Pass):
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._measurement = Measurement(clip, bool(needed), nonfinite)
         msam = next((piece for piece in regularizers if isinstance(piece, MSAM)), None)
-        rule, descend = msam.around(rule) if msam else (rule, Descend())
+        rule, descend = msam.around(rule, decay_kind) if msam else (rule, Descend())
         own = (Maximize(), self._measurement, decay.Penalty(decay_kind), rule, decay.Shrinkage(decay_kind))
         self._assemble((*own, Rounding(bf16), *regularizers, descend), seed)
         amp.silence()
@@ -322,6 +322,8 @@ class Engine(Pass):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep."""
         self._settle()
+        for piece in self._pieces:
+            piece.save(self.param_groups)
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

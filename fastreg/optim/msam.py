@@ -18,7 +18,7 @@ from ..multi_tensor import Measurand
 from ..reference import ascent, rules
 from ..reference.norm import Measured
 from ..reference.step import scalar_dtype
-from . import averages
+from . import averages, placement
 from .averages import Average
 from .measurement import measured
 from .piece import Phase, Piece, Work
@@ -66,9 +66,9 @@ class MSAM(Average):
         self._limits: dict[torch.device, Tensor] = {}
         self._loaded = 0.0
 
-    def around(self, rule: Piece) -> tuple[Piece, Piece]:
+    def around(self, rule: Piece, decay_kind: str | None) -> tuple[Piece, Piece]:
         """The rule that takes the former perturbation out and hands on its momentum, and what descends."""
-        return _Rule(rule, self), _Descend()
+        return _Rule(rule, self, decay_kind), _Descend()
 
     def options(self) -> dict[str, Any]:
         """What ρ/‖v‖ was at the latest step."""
@@ -102,13 +102,20 @@ class MSAM(Average):
 
     def prepare(self, work: Work) -> None:
         """Measure the momentum that this step will have."""
+        for tensor, state in work.present:
+            if (own := state.pop("msam_size", None)) is not None:  # it was absent: as if it had not been
+                momentum = _momentum(state).to(tensor.dtype)
+                tensor.add_(momentum * (own - self.former(tensor.device)).to(tensor.dtype))
         result = Measured(*measured(work, self._limit, Measurand(momentum=True)))
         size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
             self._size(device)[1].copy_(size, non_blocking=True)
 
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
-        """What has been put in is in, unless the step was skipped."""
+        """What has been put in is in, unless the step was skipped; who was absent keeps what it has."""
+        for tensor, state in work.absent:
+            if any(name in state for name in averages.FIRST_MOMENTS):
+                state.setdefault("msam_size", self.former(tensor.device).clone())
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
             former, new = self._size(device)
             former.copy_(torch.where(flags[device][0] == 0, new, former) if device in flags else new)
@@ -120,7 +127,7 @@ class MSAM(Average):
     def shown(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
         """The weight itself."""
         momentum = next(state[name] for name in averages.FIRST_MOMENTS if name in state)
-        return parameter.detach() + momentum.to(parameter.dtype) * self.size
+        return parameter.detach() + momentum.to(parameter.dtype) * float(state.get("msam_size", self.size))
 
     def _size(self, device: torch.device) -> Tensor:
         if device not in self._sizes:
@@ -139,13 +146,17 @@ class MSAM(Average):
         return {**vars(self), "_sizes": {}, "_limits": {}, "_loaded": self.size}
 
 
+def _momentum(state: dict[str, Any]) -> Tensor:
+    return placement.local(next(state[name] for name in averages.FIRST_MOMENTS if name in state))
+
+
 class _Rule(Piece):
     """An update rule of which MSAM's form is taken."""
 
     phase = Phase.RULE
 
-    def __init__(self, rule: Piece, msam: MSAM) -> None:
-        self._rule, self._msam = rule, msam
+    def __init__(self, rule: Piece, msam: MSAM, decay_kind: str | None) -> None:
+        self._rule, self._msam, self._decay_kind = rule, msam, decay_kind
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """The rule's, which is another function with one more scalar."""
@@ -155,7 +166,7 @@ class _Rule(Piece):
                 "MSAM needs momentum: use SGD(momentum=0.9), Adam or AdamW, "
                 f"got {type(self._rule).__name__} with {stage.kernel if stage else None}"
             )
-        if group.get("decay") == "cautious":
+        if group.get("decay", self._decay_kind) == "cautious":
             raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
         twin = _TWINS[stage.reference]
         return replace(

@@ -90,6 +90,16 @@ class Pass(torch.optim.Optimizer):
         every = self._every()
         return every.only(gradient is not None for gradient in every.gradients)
 
+    def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The local tensors and states of the parameters that are not worked on."""
+        if len(operands.parameters) == sum(len(group["params"]) for group in self.param_groups):
+            return []
+        present = set(map(id, operands.parameters))
+        every = (p for group in self.param_groups for p in group["params"])
+        return [
+            (placement.local(p), self.state[p]) for p in every if id(p) not in present and p in self.state
+        ]
+
     def _every(self) -> Operands:
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -105,9 +115,11 @@ class Pass(torch.optim.Optimizer):
         Returns:
             For each device that may skip it, what says so: `[1]`; `None` if there was nothing to do.
         """
-        work = self._work(self._operands())
+        operands = self._operands()
+        work = self._work(operands)
         if not work.batches:
             return None
+        work.absent = self._absent(operands)
         for piece in self._pieces:
             piece.prepare(work)
         flags: dict[torch.device, Tensor] = {}
@@ -130,7 +142,7 @@ class Pass(torch.optim.Optimizer):
         """What there is to do."""
         parameters, gradients, groups, streams = operands
         if not parameters:
-            return Work([], 0)
+            return Work([], 0, [])
         tensors = parameters
         if not _PLAIN_TYPES.issuperset(map(type, parameters)) or any(map(Tensor.is_complex, parameters)):
             gradients = list(map(placement.local_gradient, parameters, gradients))
@@ -170,7 +182,7 @@ class Pass(torch.optim.Optimizer):
             (self._batch(bucket, tensors, gradients, own, groups, counts), bucket.shards)
             for bucket, own in zip(plan.buckets, buffers, strict=True)
         ]
-        return Work(batches, plan.elements)
+        return Work(batches, plan.elements, list(zip(tensors, states, strict=True)))
 
     def _variants(
         self, states: list[dict[str, Any]], groups: list[int], counts: list[int]
@@ -280,7 +292,8 @@ class Pass(torch.optim.Optimizer):
         if value is not None:
             return fitted(buffer, member.parameter, value)
         dtype = self.buffer_dtype(chain, buffer, member.parameter)
-        return start(buffer, member.parameter, member.stream, dtype, self._pieces)
+        weight = member.state[BACKUP.name] if member.variant.backup else member.parameter
+        return start(buffer, weight, member.stream, dtype, self._pieces)
 
     def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
         """What a buffer of a parameter holds."""

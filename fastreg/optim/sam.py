@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from . import amp
+from . import amp, placement
 from .ascent import Ascent
 from .engine import Engine
 from .ranges import checked, counted
@@ -183,6 +183,7 @@ class SAM(Wrapper):
         if self._perturbed:
             self._ascent.param_groups = self.param_groups
             self._ascent.restore(self._perturbed)
+            placement.reshard(self._perturbed)  # what FSDP2 has gathered of them may be in use still
         self._perturbed = []
         self._set("perturbed", False)
 

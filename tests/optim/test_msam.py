@@ -205,9 +205,6 @@ def test_resumes_bit_for_bit(base, kind, evaluating):
     assert equal(values(params), values(others))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Engine.__getstate__ does not let pieces save what Engine.__setstate__ loads"
-)
 def test_copies(base):
     make, options = base
     params = weights()
@@ -287,7 +284,6 @@ def test_skipped_steps_leave_no_trace(base, how, when, bad):
         assert equal(values(ours), values(theirs))
 
 
-@pytest.mark.xfail(strict=True, reason="one size for all is taken out, also of what sat out a step")
 def test_missing_gradients_leave_a_parameter_perturbed_as_it_is(close):
     """What is taken out at its next step is what has been put in."""
     params = [Parameter(torch.ones(3, dtype=torch.float64)), Parameter(torch.ones(2, dtype=torch.float64))]
@@ -328,7 +324,6 @@ def test_refusals():
         optimizer.add_param_group({"params": params[1:], "decay": "cautious"})
 
 
-@pytest.mark.xfail(strict=True, reason="Engine._compose does not tell MSAM.around the kind of all groups")
 def test_cautious_decay_of_all_groups_is_refused():
     with pytest.raises(ValueError, match="does not go with decay='cautious'"):
         fastreg.AdamW(weights(), decay="cautious", regularizers=[MSAM()])
