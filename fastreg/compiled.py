@@ -16,16 +16,19 @@ from torch import Tensor
 
 from .chain import Chain
 from .reference.random import At
-from .reference.step import step
+from .reference.step import run_stages, step
 
 _LENGTH = 2**20 + 7
 """An example of a length: equal to no other size, and long enough for Inductor to use all threads."""
 
 
+Fused = Callable[[list[Tensor], Tensor, Tensor, Tensor], Any]
+
+
 @functools.cache
 def compiled_step(
     chain: Chain, dtypes: tuple[torch.dtype, ...], numbers: torch.dtype, device: torch.device, threads: int
-) -> Callable[[list[Tensor], Tensor, Tensor, Tensor], None]:
+) -> Fused:
     """The compiled form of `reference.step`, called as `(tensors, scalars, integers, numbers)`.
 
     `tensors` are parameter, gradient, buffers and units, flat; `integers` are first element, stream, step
@@ -38,20 +41,54 @@ def compiled_step(
         device: Where all of them are.
         threads: `torch.get_num_threads()`, which Inductor builds in.
     """
+    return _compile(functools.partial(step, chain), chain, dtypes, numbers, device)
 
-    def fused_step(tensors: list[Tensor], scalars: Tensor, integers: Tensor, numbers: Tensor) -> None:
+
+@functools.cache
+def compiled_norm(
+    chain: Chain, stages: int, momentum: bool, largest: bool, dtypes: tuple[torch.dtype, ...], numbers: torch.dtype,
+    device: torch.device, threads: int,
+) -> Fused:  # fmt: skip
+    """Σ u² or max |u| after some stages of a chain, in double, with the arguments of `compiled_step`.
+
+    Args:
+        chain: The chain.
+        stages: How many of its stages run.
+        momentum: Whether u is the momentum that the last of them hands on.
+        largest: Which of both.
+        dtypes: Of the tensors.
+        numbers: dtype of scalars and numbers.
+        device: Where all of them are.
+        threads: `torch.get_num_threads()`, which Inductor builds in.
+    """
+
+    def norm(*arguments: Any) -> Tensor:
+        _, u = run_stages(stages, False, chain, *arguments)
+        u = u[1] if momentum else u
+        return u.abs().amax().double() if largest else u.double().square().sum()
+
+    return _compile(norm, chain, dtypes, numbers, device)
+
+
+def _compile(
+    body: Callable[..., Any], chain: Chain, dtypes: tuple[torch.dtype, ...], numbers: torch.dtype,
+    device: torch.device,
+) -> Fused:  # fmt: skip
+    """Compile what takes the arguments of `reference.step` behind the chain."""
+
+    def fused(tensors: list[Tensor], scalars: Tensor, integers: Tensor, numbers: Tensor) -> Any:
         parameter, gradient, *others = tensors
         buffers, units = others[:held], others[held:]
         first, stream, count, *words = integers.unbind()
         at = At(first, 0, stream, count)
-        step(chain, parameter, gradient, buffers, units, scalars.unbind(), words, numbers.unbind(), at)
+        return body(parameter, gradient, buffers, units, scalars.unbind(), words, numbers.unbind(), at)
 
     held = len(chain.buffers)
     options: dict[str, Any] = {
         "size_asserts": False,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
-    compiled = torch.compile(fused_step, dynamic=True, fullgraph=True, options=options)
+    compiled = torch.compile(fused, dynamic=True, fullgraph=True, options=options)
     examples = (
         [torch.empty(_LENGTH, dtype=dtype, device=device) for dtype in dtypes],
         torch.zeros(sum(len(stage.scalars) for stage in chain.stages), dtype=numbers, device=device),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from . import backend
 from .chain import Chain
-from .compiled import compiled_step
+from .compiled import compiled_norm, compiled_step
 from .reference import norm as reference_norm
 from .reference import units as reference_units
 from .reference.random import At
-from .reference.step import CHUNK, compute_dtype, run_stages
+from .reference.step import CHUNK, compute_dtype, run_stages, scalar_dtype
 from .reference.step import step as reference_step
 from .reference.units import Place
 
@@ -141,14 +141,7 @@ def measure(batches: Sequence[Batch], limits: Tensor, of: Measurand = GRADIENT) 
     """
     if all(batch.backend == "triton" for batch in batches):
         return _finish(torch.cat([_partial_norms(batch, of) for batch in batches]), limits, of.largest)
-    found = [
-        reference_norm.partial_norms(
-            _measured(batch, of) if of.of(batch.chain) else map(flat, batch.gradients),
-            of.largest,
-            batch.device,
-        )
-        for batch in batches
-    ]
+    found = [_partial_norms_there(batch, of) for batch in batches]
     return reference_norm.clip_factor(torch.cat(found), limits, of.largest)
 
 
@@ -210,25 +203,61 @@ def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
 
 
 def _run_reference(batch: Batch) -> None:
-    chain, dtype, threads = batch.chain, compute_dtype(batch.parameters[0].dtype), torch.get_num_threads()
+    chain = batch.chain
+    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
+    _run_operands(
+        batch,
+        list(_operands(batch, chain.random)),
+        compiled_step,
+        (chain,),
+        functools.partial(reference_step, chain),
+    )
+
+
+def _run_operands(
+    batch: Batch,
+    runs: list[_Operands],
+    compiled: Callable[..., Any],
+    of: tuple[Any, ...],
+    plain: Callable[..., Any],
+) -> list[Any]:
+    """What each run gives, compiled where the backend is and it can be."""
+    chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
     fused = None
     if batch.backend == "compiled":
         try:
             dtypes = (*batch.dtypes, *[dtype] * len(chain.units))
-            fused = compiled_step(chain, dtypes, dtype, batch.device, threads)
+            fused = compiled(*of, dtypes, dtype, batch.device, torch.get_num_threads())
         except Exception as error:
             backend.cannot_compile(error)
-    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
-    runs = list(_operands(batch, chain.random))
     if fused is not None and runs:
         integers = torch.tensor(
             [[run.first, run.stream, run.step, *batch.words] for run in runs], device=batch.device
         ).unbind()
+    found = []
     for i, run in enumerate(runs):
         if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
-            fused(run.tensors, run.scalars, integers[i], run.numbers)
+            found.append(fused(run.tensors, run.scalars, integers[i], run.numbers))
         else:
-            reference_step(chain, *_arguments(batch, run))
+            found.append(plain(*_arguments(batch, run)))
+    return found
+
+
+def _partial_norms_there(batch: Batch, of: Measurand) -> Tensor:
+    """Partial sums, or the largest of each, by the reference or its compiled form."""
+    stages, chain = of.of(batch.chain), batch.chain
+    if not stages:
+        return reference_norm.partial_norms(map(flat, batch.gradients), of.largest, batch.device)
+
+    def plain(*arguments: Any) -> Tensor:
+        _, u = run_stages(stages, False, chain, *arguments)
+        parts = reference_norm.partial_norms([u[1] if of.momentum else u], of.largest, batch.device)
+        return parts.amax() if of.largest else parts.sum()
+
+    runs = list(_operands(batch, True))
+    found = _run_operands(batch, runs, compiled_norm, (chain, stages, of.momentum, of.largest), plain)
+    scalar = scalar_dtype(batch.device)
+    return torch.stack(found).to(scalar) if found else torch.zeros(1, dtype=scalar, device=batch.device)
 
 
 def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
@@ -238,13 +267,6 @@ def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
     at = At(run.first - run.first % 8, run.first % 8, run.stream, run.step)
     own = run.scalars.unbind(), run.words, run.numbers.unbind()
     return parameter, gradient, others[:held], others[held:], *own, at
-
-
-def _measured(batch: Batch, of: Measurand) -> Iterator[Tensor]:
-    """The flat tensors whose norm is asked for, a chunk at a time."""
-    for run in _operands(batch, True):
-        _, u = run_stages(of.of(batch.chain), False, batch.chain, *_arguments(batch, run))
-        yield u[1] if of.momentum else u
 
 
 def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
