@@ -46,8 +46,8 @@ def compiled_step(
 
 @functools.cache
 def compiled_norm(
-    chain: Chain, stages: int, momentum: bool, largest: bool, dtypes: tuple[torch.dtype, ...], numbers: torch.dtype,
-    device: torch.device, threads: int,
+    chain: Chain, stages: int, momentum: bool, largest: bool, dtypes: tuple[torch.dtype, ...],
+    numbers: torch.dtype, device: torch.device, threads: int,
 ) -> Fused:  # fmt: skip
     """Σ u² or max |u| after some stages of a chain, in double, with the arguments of `compiled_step`.
 
