@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from . import amp, placement
+from . import amp, averages, placement
 from .ascent import Ascent
 from .engine import Engine
 from .ranges import checked, counted
@@ -147,6 +147,18 @@ class SAM(Wrapper):
         count = self.param_groups[0]["sam_step"] - self.start_step
         return count >= 0 and count % self.interval == 0
 
+    def __getattr__(self, name: str) -> Any:
+        """What the base optimizer offers; averages are of no use to perturbed weights.
+
+        Raises:
+            RuntimeError: For `eval` and `averaged` between `first_step` and `second_step`.
+        """
+        if name in ("eval", "averaged") and self.perturbed:
+            raise RuntimeError(
+                f"{name}() between first_step() and second_step(): finish the step or call restore() first"
+            )
+        return super().__getattr__(name)
+
     @property
     def perturbation_norm(self) -> Tensor | None:
         """The norm of the first gradients, as they were, at the latest `first_step`; 0-d, on the device."""
@@ -166,7 +178,12 @@ class SAM(Wrapper):
 
         Args:
             zero_grad: Whether to clear gradients afterwards.
+
+        Raises:
+            RuntimeError: While averages are shown.
         """
+        if self.engine is not None and averages.shown(self.engine) is not None:
+            raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:
             self._ascent.param_groups = self.param_groups

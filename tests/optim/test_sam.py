@@ -306,6 +306,26 @@ def test_with_regularizers(pieces, kind):
     assert equal(values(ours), values(theirs)) and same_state(optimizer, plain)
 
 
+def test_no_averages_of_perturbed_weights():
+    params = weights()
+    optimizer = SAM(params, fastreg.AdamW, rho=0.5, regularizers=[EMA(0.5)])
+    given_cycle(optimizer, params, 0)
+    give(params, 1)
+    optimizer.first_step()
+    for name in ("eval", "averaged"):
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) between first_step\(\) and second_step"):
+            getattr(optimizer, name)()
+    optimizer.restore()
+    optimizer.eval()
+    shown = values(params)
+    with pytest.raises(RuntimeError, match=r"call optimizer.train\(\) first"):
+        optimizer.first_step()
+    assert equal(values(params), shown)
+    optimizer.train()
+    optimizer.first_step()
+    assert not any(map(torch.equal, values(params), shown))
+
+
 def test_averages_of_the_base_are_reached():
     params = weights()
     optimizer = SAM(params, fastreg.AdamW, rho=0.5, regularizers=[EMA(0.5)])
