@@ -153,6 +153,7 @@ def norm_entry(
 # Instructions per element on sm_90 of norms of what stages make of the gradient, for each of the storages.
 MEASURED = {
     "momentum norm, SGD-momentum": (12.5, 14, 15, 16.7),
+    "momentum norm, SGD-momentum-decay": (12.5, 14, 15, 16.7),
     "momentum norm, AdamW": (10, 10.3, 11.5, 10.4),
     "adaptive norm": (11, None, 12, None),
 }

@@ -46,6 +46,7 @@ OPTIMIZERS = {
     "AdamW": (fastreg.AdamW, {}),
     "SGD": (fastreg.SGD, {}),
     "SGD-momentum": (fastreg.SGD, {"momentum": 0.9}),
+    "SGD-momentum-decay": (fastreg.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
     "SGD-nesterov": (fastreg.SGD, {"momentum": 0.9, "nesterov": True}),
     "Lion": (fastreg.Lion, {}),
     "Adam-amsgrad": (fastreg.Adam, {"amsgrad": True, "weight_decay": 0.1}),
@@ -88,6 +89,7 @@ BUDGETS = {
     "SAM+SGD-momentum": (14, 32.5, 32, 24.5),
     "SAM+AdamW": (30.5, 50, 49.5, 43),
     "MSAM+SGD-momentum": (15.5, 34.5, 33.5, 27),
+    "MSAM+SGD-momentum-decay": (15.5, 34.5, 33.5, 27),
     "MSAM+AdamW": (32, 52.5, 51, 44),
 }
 
@@ -196,11 +198,11 @@ def shipped() -> Iterator[Shipped]:
             yield pass_at(name, storage, budget)
 
 
-def at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
-    """The chain of this name at a combination of dtypes."""
+def at(name: str, storage: str, budget: float = float("inf"), **options: Any) -> Shipped:
+    """The chain of this name at a combination of dtypes, with options of the optimizer."""
     dtype, bf16, state_dtype = STORAGES[storage]
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
-    made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype)
+    made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype, **options)
     base = getattr(made, "base_optimizer", made)
     group = made.param_groups[0]
     always = (True,) * len(base._periodic)

@@ -84,7 +84,7 @@ class StepCase(Case):
         self.name = f"{self.chain}, {self.model}, {self.storage}"
         self.baseline = peers.baseline(self.chain)
         self.elements = sum(map(math.prod, self.sizes))
-        self.shipped = chains.at(self.chain, self.storage)
+        self.shipped = chains.at(self.chain, self.storage, weight_decay=peers.WEIGHT_DECAY)
         self.bytes = self.elements * self.shipped.bytes_with_norm
 
     def setup(self, device: torch.device) -> Workload:

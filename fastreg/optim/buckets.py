@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain
-from ..multi_tensor import Table
+from ..multi_tensor import Table, memory
 from ..reference.units import Place
 from . import placement
 
@@ -41,18 +41,24 @@ class Bucket:
     variant: Variant
     dtypes: tuple[torch.dtype, ...]
     positions: list[int] = field(default_factory=list)  # among the parameters of this step
-    groups: dict[int, None] = field(default_factory=dict)  # whose parameters these are, in order
+    groups: dict[int, int] = field(default_factory=dict)  # whose parameters these are: 0 for the first group
+    owners: list[int] = field(default_factory=list)  # which of these groups each belongs to
     firsts: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     layouts: list[tuple[int, ...]] = field(default_factory=list)
     units: list[Place] = field(default_factory=list)
     places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
+    memory: list[list[int]] | None = None  # what `Table.refresh` reads of tensors that stay where they are
     plain: bool = True  # no DTensors, all contiguous
     table: Table = field(default_factory=Table)
 
+    def own(self, every: list[Any]) -> list[Any]:
+        """Of a list with something for every parameter of the step, what belongs to those of the bucket."""
+        return every if len(every) == len(self.positions) else [every[i] for i in self.positions]
+
     def gather(self, states: list[dict[str, Any]]) -> list[list[Tensor]]:
         """For each buffer of the chain, the local tensors; a missing one is a `KeyError`."""
-        own = [states[i] for i in self.positions]
+        own = self.own(states)
         buffers = [list(map(itemgetter(buffer.name), own)) for buffer in self.chain.buffers]
         return buffers if self.plain else [list(map(placement.local, buffer)) for buffer in buffers]
 
@@ -99,7 +105,7 @@ def sort(members: Sequence[Member]) -> list[Bucket]:
         kind = m.tensor.device, dtypes, m.chain, shards, m.capturable, m.variant
         bucket = buckets.setdefault(kind, Bucket(m.chain, shards, m.capturable, m.variant, dtypes))
         bucket.positions.append(i)
-        bucket.groups[m.group] = None
+        bucket.owners.append(bucket.groups.setdefault(m.group, len(bucket.groups)))
         bucket.firsts.append(placement.first_element(m.parameter))
         bucket.streams.append(m.stream)
         bucket.layouts.append(placement.layout(m.tensor))
@@ -107,7 +113,10 @@ def sort(members: Sequence[Member]) -> list[Bucket]:
         bucket.plain &= m.tensor is m.parameter and m.tensor.is_contiguous()
     states = [m.state for m in members]
     for bucket in buckets.values():
-        bucket.places = places(bucket.gather(states))
+        buffers = bucket.gather(states)
+        bucket.places = places(buffers)
+        if bucket.plain:
+            bucket.memory = memory(bucket.own([m.tensor for m in members]), buffers)
     return list(buckets.values())
 
 

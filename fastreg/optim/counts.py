@@ -28,12 +28,12 @@ class Counts:
         self.views = [next(taken[place]) for place in places]
         self._places = places
 
-    def on_host(self) -> list[int]:
-        """The counts that the host keeps; 0 where it does not."""
+    def on_host(self) -> list[float]:
+        """The counts that the host keeps, whole numbers; 0 where it does not."""
         if not self._devices:
-            return [int(count) for count in self._host.tolist()]
+            return self._host.tolist()
         counts = iter(self._host.tolist())
-        return [int(next(counts)) if place is None else 0 for place in self._places]
+        return [next(counts) if place is None else 0.0 for place in self._places]
 
     def add(self, flags: dict[torch.device, Tensor]) -> None:
         """Count a step: on a device unless it is skipped there, on the host in any case."""

@@ -42,14 +42,24 @@ class Decay(Piece):
 
 
 class Penalty(Decay):
-    """Kind `"l2"`: adds `weight_decay` · p to the gradient, as torch's SGD and Adam do."""
+    """Kind `"l2"`: adds `weight_decay` · p to the gradient, as torch's SGD and Adam do.
+
+    Args:
+        kind: See `Decay`.
+        at_zero: Whether it takes part also where the rate is 0, so that groups that differ only there share a
+            launch.  Where a norm is taken of the gradient with it, that would read the weights for nothing.
+    """
 
     phase = Phase.PENALTY
     _stage = Stage("regularizers.l2_decay", reference.l2_decay, numbers=1)
 
+    def __init__(self, kind: str | None, at_zero: bool = True) -> None:
+        super().__init__(kind)
+        self._at_zero = at_zero
+
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """Also where the rate is 0, so that groups that differ only there share a launch."""
-        return self._stage if self._kind(group) == "l2" else None
+        """If the group has this kind."""
+        return self._stage if self._kind(group) == "l2" and (self._at_zero or group["weight_decay"]) else None
 
     def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The rate."""

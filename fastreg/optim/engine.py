@@ -81,8 +81,9 @@ class Engine(Pass):
         self._measurement = Measurement(clip, bool(needed), nonfinite)
         msam = next((piece for piece in regularizers if isinstance(piece, MSAM)), None)
         rule, descend = msam.around(rule, decay_kind) if msam else (rule, Descend())
-        own = (Maximize(), self._measurement, decay.Penalty(decay_kind), rule, decay.Shrinkage(decay_kind))
-        self._assemble((*own, Rounding(bf16), *regularizers, descend), seed)
+        decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
+        own = (Maximize(), self._measurement, *decays, rule, Rounding(bf16))
+        self._assemble((*own, *regularizers, descend), seed)
         amp.silence()
 
     def _forget(self) -> None:

@@ -102,7 +102,7 @@ class MSAM(Average):
 
     def prepare(self, work: Work) -> None:
         """Measure the momentum that this step will have."""
-        for tensor, state in work.present:
+        for tensor, state in zip(work.tensors, work.states, strict=True):
             if (own := state.pop("msam_size", None)) is not None:  # it was absent: as if it had not been
                 momentum = _momentum(state).to(tensor.dtype)
                 tensor.add_(momentum * (own - self.former(tensor.device)).to(tensor.dtype))

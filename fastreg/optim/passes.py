@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import compress
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from .counts import Counts
 from .piece import Piece, Work
 from .state import BACKUP, buffer_dtype, fitted, start
 
-_kind = attrgetter("dtype", "layout")
+_dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgetter("grad")
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 PLANS = 8
 """Combinations of variants that are kept: pieces with periods of their own have few in common."""
@@ -88,7 +88,7 @@ class Pass(torch.optim.Optimizer):
     def _operands(self) -> Operands:
         """What to work on: the parameters that have gradients."""
         every = self._every()
-        return every.only(gradient is not None for gradient in every.gradients)
+        return every.only(map(is_not, every.gradients, repeat(None)))
 
     def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
         """The local tensors and states of the parameters that are not worked on."""
@@ -106,7 +106,7 @@ class Pass(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             parameters += group["params"]
             groups += [index] * len(group["params"])
-        return Operands(parameters, [p.grad for p in parameters], groups, list(range(len(parameters))))
+        return Operands(parameters, list(map(_gradient, parameters)), groups, list(range(len(parameters))))
 
     @torch.no_grad()
     def _run(self) -> dict[torch.device, Tensor] | None:
@@ -142,15 +142,20 @@ class Pass(torch.optim.Optimizer):
         """What there is to do."""
         parameters, gradients, groups, streams = operands
         if not parameters:
-            return Work([], 0, [])
-        tensors = parameters
-        if not _PLAIN_TYPES.issuperset(map(type, parameters)) or any(map(Tensor.is_complex, parameters)):
+            return Work([], 0, [], [])
+        tensors, dtypes = parameters, list(map(_dtype, gradients))
+        if not _PLAIN_TYPES.issuperset(map(type, parameters)) or any(d.is_complex for d in set(dtypes)):
             gradients = list(map(placement.local_gradient, parameters, gradients))
             tensors = list(map(placement.local, parameters))
-        states = [self.state.get(p, {}) for p in parameters]
+        ids = list(map(id, parameters))
+        states = (
+            list(self.state.values())  # which hashes no tensors
+            if list(map(id, self.state)) == ids
+            else [self.state.get(p, {}) for p in parameters]
+        )
         layout = (
-            list(map(id, parameters)), list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)),
-            list(map(_kind, gradients)), streams, groups, backend.forced(),
+            ids, list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), dtypes,
+            list(map(_layout, gradients)), streams, groups, backend.forced(),
         )  # fmt: skip
         steps = [state.get("step") for state in states]
         if (
@@ -167,8 +172,8 @@ class Pass(torch.optim.Optimizer):
             states = [self.state[p] for p in parameters]
             self._count(states, groups, tensors)
             self._layout = layout
-        counts = [count + 1 for count in self._counts.on_host()]
-        variants = self._variants(states, groups, counts)
+        done = self._counts.on_host()
+        variants = self._variants(states, groups, done)
         plan = next((plan for plan in self._plans if plan.variants == variants), None)
         buffers = plan.gather(states) if plan is not None and self._same_chains(plan) else None
         if plan is None or buffers is None:
@@ -179,27 +184,28 @@ class Pass(torch.optim.Optimizer):
             self._plans.insert(0, plan)
             buffers = [bucket.gather(states) for bucket in plan.buckets]
         batches = [
-            (self._batch(bucket, tensors, gradients, own, groups, counts), bucket.shards)
+            (self._batch(bucket, tensors, gradients, own, groups, done), bucket.shards)
             for bucket, own in zip(plan.buckets, buffers, strict=True)
         ]
-        return Work(batches, plan.elements, list(zip(tensors, states, strict=True)))
+        return Work(batches, plan.elements, tensors, states)
 
     def _variants(
-        self, states: list[dict[str, Any]], groups: list[int], counts: list[int]
+        self, states: list[dict[str, Any]], groups: list[int], done: list[float]
     ) -> Variant | list[Variant]:
         """The variant of all parameters, or that of each where they differ."""
-        held = [self._reads_backups and BACKUP.name in state for state in states]
+        name = BACKUP.name
+        held = [name in state for state in states] if self._reads_backups else [False] * len(states)
         if not self._periodic and len(set(held)) == 1:
             return Variant((), held[0])
-        kinds = list(zip(groups, counts, held, strict=True))
+        kinds = list(zip(groups, done, held, strict=True))
         found = {kind: self._variant(*kind) for kind in dict.fromkeys(kinds)}
         different = set(found.values())
         return different.pop() if len(different) == 1 else [found[kind] for kind in kinds]
 
-    def _variant(self, group: int, count: int, backup: bool) -> Variant:
-        options = self.param_groups[group]
+    def _variant(self, group: int, done: float, backup: bool) -> Variant:
+        options, step = self.param_groups[group], int(done) + 1
         always = bool(options.get("capturable"))
-        return Variant(tuple(always or piece.due(options, count) for piece in self._periodic), backup)
+        return Variant(tuple(always or piece.due(options, step) for piece in self._periodic), backup)
 
     def _members(
         self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor], streams: list[int],
@@ -303,11 +309,11 @@ class Pass(torch.optim.Optimizer):
 
     def _batch(
         self, bucket: Bucket, tensors: list[Tensor], gradients: list[Tensor],
-        buffers: list[list[Tensor]], groups: list[int], counts: list[int],
+        buffers: list[list[Tensor]], groups: list[int], done: list[float],
     ) -> Batch:  # fmt: skip
         """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
-        originals = [tensors[i] for i in bucket.positions]
-        tensors, gradients = originals, [gradients[i] for i in bucket.positions]
+        tensors = originals = bucket.own(tensors)
+        gradients = bucket.own(gradients)
         if not bucket.plain:
             tensors = list(map(placement.laid_out, tensors, bucket.layouts))
         if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
@@ -323,12 +329,11 @@ class Pass(torch.optim.Optimizer):
             rows = list(range(len(bucket.positions)))
             steps, numbers = self._device_numbers(bucket, groups, staged)
         else:
-            pairs = [(groups[i], counts[i]) for i in bucket.positions]
-            row_of = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
-            rows, steps = [row_of[pair] for pair in pairs], [step for _, step in row_of]
+            rows, pairs = _rows(bucket, groups, done)
+            steps = [step for _, step in pairs]
             numbers = [
                 [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
-                for group, step in row_of
+                for group, step in pairs
             ]
         return Batch(
             chain=bucket.chain,
@@ -355,6 +360,7 @@ class Pass(torch.optim.Optimizer):
                 (place, used) for place, used in zip(originals, tensors, strict=True) if place is not used
             ],
             table=bucket.table,
+            memory=bucket.memory,
         )
 
     def _device_numbers(
@@ -387,6 +393,15 @@ class Pass(torch.optim.Optimizer):
         """Plans are made anew."""
         super().__setstate__(state)
         self._forget()
+
+
+def _rows(bucket: Bucket, groups: list[int], done: list[float]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The (group, step) pairs in a bucket, and which of them is whose."""
+    if len(set(done)) == 1:
+        return bucket.owners, [(group, int(done[0]) + 1) for group in bucket.groups]
+    own = [(groups[i], int(done[i]) + 1) for i in bucket.positions]
+    rows = {pair: row for row, pair in enumerate(dict.fromkeys(own))}
+    return [rows[pair] for pair in own], list(rows)
 
 
 def from_backup(storage: Storage) -> Storage:

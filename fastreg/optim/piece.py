@@ -43,14 +43,16 @@ class Work:
     Args:
         batches: The parameters that have gradients, and how each batch is sharded.
         elements: How many elements they have, shards elsewhere included.
-        present: Their local tensors and states.
-        absent: Those of the others that have been stepped before.
+        tensors: Their local tensors.
+        states: Their states.
+        absent: Local tensors and states of the others that have been stepped before.
         measured: What is known of all gradients together, on each device, where anything asked for it.
     """
 
     batches: list[tuple[Batch, Shards | None]]
     elements: int
-    present: list[tuple[Tensor, dict[str, Any]]]
+    tensors: list[Tensor]
+    states: list[dict[str, Any]]
     absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     measured: dict[torch.device, Measured] = field(default_factory=dict)
 

@@ -128,12 +128,14 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
 
     Raises:
         ValueError: If elements of the parameter share memory.
-        RuntimeError: If the gradient is sparse, or has another shape.
+        RuntimeError: If the gradient is sparse, has another shape, or is of other numbers: complex or not.
     """
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"sparse gradients are not supported, got layout {gradient.layout}; use torch.optim.SparseAdam"
         )
+    if gradient.is_complex() != parameter.is_complex():
+        raise RuntimeError(f"a gradient is of {gradient.dtype}, its parameter of {parameter.dtype}")
     if gradient.shape != parameter.shape:
         raise RuntimeError(
             f"a gradient has shape {tuple(gradient.shape)}, its parameter {tuple(parameter.shape)}; "

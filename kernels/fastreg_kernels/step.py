@@ -6,7 +6,7 @@ handed over in plain tuples and unrolled at compile time, so adding one edits no
 
 Per parameter and step it moves the bytes of the weight (read + write), the gradient (read) and each
 state buffer (read + write), once: AdamW fp32 28 bytes in 29 instructions on sm_90, clip + AdamW + EMA 36
-bytes in 34.
+bytes in 40.
 """
 
 from typing import Any, NamedTuple

@@ -55,7 +55,8 @@ DOCUMENTED = {
     "SAM climb fp32": 16, "ASAM climb fp32": 16, "SAM restore fp32": 8,
 }  # fmt: skip
 NORMS = {
-    "momentum norm, AdamW fp32": 8, "momentum norm, AdamW mixed": 6, "momentum norm, SGD-momentum fp32": 12,
+    "momentum norm, AdamW fp32": 8, "momentum norm, AdamW mixed": 6, "momentum norm, SGD-momentum fp32": 8,
+    "momentum norm, SGD-momentum-decay fp32": 12,
     "adaptive norm fp32": 8, "norm fp32": 4,
 }  # fmt: skip
 
@@ -79,6 +80,7 @@ def test_documented_bytes_of_norms(name):
         (lambda ps: chains.optimizer("SAM+AdamW", ps), ["SAM climb", "SAM+AdamW"]),
         (lambda ps: fastreg.SAM(ps, torch.optim.SGD, adaptive=True), ["ASAM climb", "SAM restore"]),
         (lambda ps: chains.optimizer("MSAM+SGD-momentum", ps), ["MSAM+SGD-momentum"]),
+        (lambda ps: chains.optimizer("MSAM+SGD-momentum-decay", ps), ["MSAM+SGD-momentum-decay"]),
         (lambda ps: fastreg.Lookahead(torch.optim.SGD(ps), k=1), ["Lookahead sync"]),
         (lambda ps: fastreg.Lookahead(fastreg.AdamW(ps), k=1), ["AdamW+Lookahead"]),
         (lambda ps: averaged(ps), ["AveragedModel"]),

@@ -462,19 +462,18 @@ def test_a_step_that_is_refused_leaves_the_weights_as_they_were():
     assert equal(values(params), values(weights())) and not optimizer.perturbed
 
 
-def test_evaluation_between_the_passes():
+def test_evaluation_before_a_step_is_begun_anew():
     ours, theirs = weights(), weights()
     optimizer, other = (SAM(p, fastreg.AdamW, rho=0.5, regularizers=[EMA(0.5)]) for p in (ours, theirs))
     for seed in range(3):
-        for o, params in ((optimizer, ours), (other, theirs)):
-            give(params, 10 + seed)
-            o.first_step()
+        give(ours, 10 + seed)
+        optimizer.first_step()
+        optimizer.restore()
         optimizer.eval()
         assert seed == 0 or not equal(values(ours), values(theirs))
         optimizer.train()
-        for o, params in ((optimizer, ours), (other, theirs)):
-            give(params, seed)
-            o.second_step()
+        given_cycle(optimizer, ours, seed)
+        given_cycle(other, theirs, seed)
     assert equal(values(ours), values(theirs))
 
 
