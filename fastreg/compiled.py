@@ -18,7 +18,7 @@ from .chain import Chain
 from .reference.random import At
 from .reference.step import run_stages, step
 
-_LENGTH = 2**20 + 7
+LENGTH = 2**20 + 7
 """An example of a length: equal to no other size, and long enough for Inductor to use all threads."""
 
 
@@ -84,17 +84,26 @@ def _compile(
         return body(parameter, gradient, buffers, units, scalars.unbind(), words, numbers.unbind(), at)
 
     held = len(chain.buffers)
-    options: dict[str, Any] = {
-        "size_asserts": False,
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-    }
-    compiled = torch.compile(fused, dynamic=True, fullgraph=True, options=options)
     examples = (
-        [torch.empty(_LENGTH, dtype=dtype, device=device) for dtype in dtypes],
+        [torch.empty(LENGTH, dtype=dtype, device=device) for dtype in dtypes],
         torch.zeros(sum(len(stage.scalars) for stage in chain.stages), dtype=numbers, device=device),
         torch.zeros(3 + sum(len(link.words) for link in chain.links), dtype=torch.int64, device=device),
         torch.zeros(sum(stage.numbers for stage in chain.stages), dtype=numbers, device=device),
     )
+    return compile_ahead(fused, examples)
+
+
+def compile_ahead(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function of tensors, compiled for those of other sizes too.
+
+    No guard is checked: the caller sees to it that dtypes, devices, dimensions and the number of threads are
+    those of the examples, that no size is 0 or 1, and that no plain number is among the arguments.
+    """
+    options: dict[str, Any] = {
+        "size_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+    }
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, options=options)
     # Called through Dynamo, a step would spend 50 µs on each tensor; compiled ahead and unguarded, 12.
     with torch.no_grad():
         ahead = compiled.aot_compile((examples, {}))  # type: ignore[attr-defined]

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain as chained
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ PER_THREAD = 8
 """Elements a thread holds at a time: one 128-bit access of 16-bit storage, two of 32-bit storage."""
 PARTIALS = 1024
 """Partial sums that are combined at a time."""
+_CODES = {torch.float32: "f", torch.float64: "d"}
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Batch:
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
         skip: float64 `[1]` on the device; not 0: the step does nothing.
         table: What the former batch of the same parameters left on the device.
+        memory: `memory` of parameters and buffers, where that is known.
     """
 
     chain: Chain
@@ -76,6 +80,7 @@ class Batch:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     skip: Tensor | None = None
     table: Table = field(default_factory=lambda: Table())
+    memory: list[list[int]] | None = None
     uploaded: Uploaded | None = None
 
     def unit(self, name: str) -> Tensor:
@@ -95,7 +100,17 @@ class Batch:
     @functools.cached_property
     def backend(self) -> backend.Backend:
         """What runs this batch."""
-        return backend.resolve(self.device, sum(p.numel() for p in self.parameters))
+        sizes = self.memory[1] if self.memory else map(Tensor.numel, self.parameters)
+        return backend.resolve(self.device, sum(sizes))
+
+
+def memory(parameters: list[Tensor], buffers: list[list[Tensor]]) -> list[list[int]]:
+    """Addresses and sizes of parameters, and the addresses of each buffer: `n` numbers each."""
+    return [
+        list(map(Tensor.data_ptr, parameters)),
+        list(map(Tensor.numel, parameters)),
+        *(list(map(Tensor.data_ptr, buffer)) for buffer in buffers),
+    ]
 
 
 def run(batch: Batch) -> None:
@@ -295,27 +310,27 @@ class Table:
 
     def refresh(self, batch: Batch) -> None:
         """Upload addresses and integers if any differs from last time, the work list if a size does."""
+        known = batch.memory or memory(batch.parameters, batch.buffers)
+        scalars = [(s.data_ptr(), s.element_size() if s.dim() else 0) for s in batch.scalars]
+        key = known, batch.firsts, batch.streams, batch.rows, batch.places, scalars, batch.words
+        if key == self.key:  # at once for lists that are the same ones
+            return
+        self.key = key
+        addresses, sizes, *buffers = known
+        n = len(addresses)
         columns = [
-            list(map(Tensor.data_ptr, batch.parameters)),
-            list(map(Tensor.numel, batch.parameters)),
-            batch.firsts,
-            batch.streams,
-            batch.rows,
-            *(list(map(Tensor.data_ptr, buffer)) for buffer in batch.buffers),
-            *(_scalar_addresses(scalar, len(batch.parameters)) for scalar in batch.scalars),
-            *([word] * len(batch.parameters) for word in batch.words),
-        ]
+            addresses, sizes, batch.firsts, batch.streams, batch.rows, *buffers,
+            *([start + i * stride for i in range(n)] for start, stride in scalars),
+            *([word] * n for word in batch.words),
+        ]  # fmt: skip
         if batch.chain.units:
             counts = [place.number for place in batch.places]
             for values in self.units_of(batch):
                 columns.append(list(map(Tensor.data_ptr, values.split(counts))))
             columns += [[place.stride for place in batch.places], counts]
-        if columns == self.key:
-            return
-        self.key = columns
         self.rows = self.upload(_host(columns, torch.int64).T.contiguous(), batch.device)
-        if columns[1] != self.counts:
-            self.counts = columns[1]
+        if sizes != self.counts:
+            self.counts = sizes
             blocks = _host([-(-count // BLOCK) for count in self.counts], torch.int64)
             tensor = torch.arange(len(blocks), device="cpu").repeat_interleave(blocks)
             block = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
@@ -364,14 +379,12 @@ def _begin(batch: Batch) -> Uploaded:
             return batch.uploaded
         first = len(integers)
         integers += [*batch.steps, *[0] * (len(batch.steps) % 2)]
-        rows = _host(batch.numbers, compute_dtype(batch.parameters[0].dtype))
-        host = torch.cat((_host(integers, torch.int64).view(torch.uint8), rows.flatten().view(torch.uint8)))
+        compute = compute_dtype(batch.parameters[0].dtype)
+        numbers = array(_CODES[compute], chained.from_iterable(batch.numbers))
+        host = torch.frombuffer(bytearray(array("q", integers)) + numbers.tobytes(), dtype=torch.uint8)
         data = batch.table.upload(host, batch.device)
-        words, numbers = (
-            data[: 8 * len(integers)].view(torch.int64),
-            data[8 * len(integers) :].view(rows.dtype),
-        )
-        batch.uploaded = Uploaded(words, words[first:], numbers)
+        words = data[: 8 * len(integers)].view(torch.int64)
+        batch.uploaded = Uploaded(words, words[first:], data[8 * len(integers) :].view(compute))
     return batch.uploaded
 
 
@@ -380,22 +393,17 @@ def _host(values: list[Any], dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu")
 
 
-def _scalar_addresses(scalar: Tensor, count: int) -> list[int]:
-    start, stride = scalar.data_ptr(), scalar.element_size() if scalar.dim() else 0
-    return [start + i * stride for i in range(count)]
-
-
 def _run_triton(batch: Batch) -> None:
     kernels = importlib.import_module("fastreg_kernels.step")
     changing = _begin(batch)
     if not len(batch.table.work):  # nothing but empty tensors
         return
     stages, storage = device_chain(batch.chain, batch.dtypes)
-    with _current(batch.device):
+    with current(batch.device):
         kernels.step_kernel[(len(batch.table.work),)](
             batch.table.rows, changing.gradients, changing.steps, changing.numbers, batch.table.work,
             _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
-            **step_constants(batch.chain, batch.dtypes, _warp()), num_warps=WARPS,
+            **step_constants(batch.chain, batch.dtypes, warp()), num_warps=WARPS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
@@ -406,11 +414,11 @@ def _partial_norms(batch: Batch, of: Measurand) -> Tensor:
     partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
     stages, storage = device_chain(batch.chain, batch.dtypes)
     if len(partial):
-        with _current(batch.device):
+        with current(batch.device):
             kernels.norm_kernel[(len(partial),)](
                 table.rows, changing.gradients, changing.steps, changing.numbers, table.work, partial,
                 stages[: of.of(batch.chain)], storage,
-                **norm_constants(batch.chain, batch.dtypes, of, _warp()), num_warps=WARPS,
+                **norm_constants(batch.chain, batch.dtypes, of, warp()), num_warps=WARPS,
             )  # fmt: skip
     return partial
 
@@ -419,10 +427,10 @@ def _unit_squares(batch: Batch) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.units")
     changing, work = _begin(batch), batch.table.unit_work
     out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
-    with _current(batch.device):
+    with current(batch.device):
         kernels.unit_squares_kernel[(len(work),)](
             batch.table.rows, changing.gradients, work, out,
-            **unit_constants(batch.chain, batch.dtypes, _warp()), num_warps=WARPS,
+            **unit_constants(batch.chain, batch.dtypes, warp()), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -430,18 +438,19 @@ def _unit_squares(batch: Batch) -> Tensor:
 def _finish(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
     out = torch.empty(5, dtype=torch.float64, device=partial.device)
-    with _current(partial.device):
+    with current(partial.device):
         kernels.clip_factor_kernel[(1,)](
             partial, len(partial), limits, out, LARGEST=largest, BLOCK=PARTIALS, num_warps=WARPS
         )
     return out
 
 
+@functools.cache
 def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
     """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of this size."""
     return {
-        "G": _triton(dtypes[1]),
-        "COMPUTE": _triton(compute_dtype(dtypes[0])),
+        "G": triton_dtype(dtypes[1]),
+        "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
         "NUMBERS": sum(stage.numbers for stage in chain.stages),
         "RANDOM": chain.random,
@@ -461,16 +470,16 @@ def norm_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand,
 def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
     """The compile-time arguments of `unit_squares_kernel`."""
     return {
-        "P": _triton(dtypes[0]),
-        "G": _triton(dtypes[1]),
-        "COMPUTE": _triton(compute_dtype(dtypes[0])),
+        "P": triton_dtype(dtypes[0]),
+        "G": triton_dtype(dtypes[1]),
+        "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
         "PLACE": _columns(chain) - 2,
         "CHUNK": PER_THREAD * WARPS * warp,
     }
 
 
-def _warp() -> int:
+def warp() -> int:
     return 64 if torch.version.hip else 32
 
 
@@ -492,7 +501,7 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
 
     def constant(dtype: torch.dtype) -> Any:
         return tl.constexpr(
-            _triton(dtype)
+            triton_dtype(dtype)
         )  # a bare dtype in a tuple compiles ahead of time but not at launch
 
     stages = []
@@ -538,14 +547,14 @@ def _device_function(kernel: Any) -> Any:
     return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)
 
 
-def _triton(dtype: torch.dtype) -> Any:
+def triton_dtype(dtype: torch.dtype) -> Any:
     tl = importlib.import_module("triton.language")
     return getattr(
         tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name)
     )
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device."""
     return (
         contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
