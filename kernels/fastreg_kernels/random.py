@@ -75,6 +75,18 @@ def bits16(key, at, like, ROUNDS: tl.constexpr):
 
 
 @triton.jit
+def reaches16(key, at, like, threshold, ROUNDS: tl.constexpr):
+    """Whether the 16 random bits of each element reach a threshold of 0 to 65536.
+
+    A threshold in the upper half of a word is compared with whole words, which spares taking them apart.
+    """
+    a, b, c, d = words(key, at.first // 8 + tl.arange(0, like.shape[0] // 8), at, ROUNDS)
+    pairs = join4(a, b, c, d)
+    halves = tl.reshape(tl.join(pairs << 16, pairs), like.shape)
+    return (halves >= threshold << 16) & (threshold < 65536)
+
+
+@triton.jit
 def sin_pi(h):
     """sin(π h) for |h| ≤ 1/2, relative error 2.9e-8 before rounding."""
     y = h * h

@@ -1,0 +1,91 @@
+"""`nn.Dropout`, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, rates
+from .rates import Rate
+
+
+class Rated(nn.Module):
+    """Base of modules with a rate `p`: a Python number to read and set, and a tensor of thresholds to compute with.
+
+    The tensor is neither saved nor rounded by `.bfloat16()`, and a new rate compiles nothing anew.
+    """
+
+    thresholds: Tensor
+    _p: Any = 0.0
+
+    @property
+    def p(self) -> Any:
+        """The rate, as it was given."""
+        return self._p
+
+    @p.setter
+    def p(self, value: Rate) -> None:
+        self._p = rates.checked(value)
+        held = self._buffers.get("thresholds")
+        new = rates.thresholds(self._p)
+        if held is None or held.shape != new.shape:
+            new = new if held is None else new.to(held.device)
+            self.register_buffer("thresholds", new, persistent=False)
+        else:
+            with torch.no_grad():
+                held.copy_(new) if new.dim() else held.fill_(rates.threshold(float(value)))  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if not self.thresholds.is_meta:  # after `to_empty` it would hold anything
+            self.p = self._p
+        return self
+
+
+class Dropout(Rated, nn.Dropout):
+    """Drop-in for `torch.nn.Dropout`: elements become 0 with probability p while training.
+
+    See `fastreg.nn.functional.dropout` for what differs.  Of a non-persistent buffer more nothing shows: the
+    `state_dict` is that of `nn.Dropout`, and `p` is a number that may be set at any time, without recompiling.
+    Between a forward pass and its backward pass it has to stay.
+
+    Args:
+        p: The rate in [0, 1]; or one for each channel, a list or tensor.
+        inplace: Whether to change the input.
+        dim: Where the channels are.
+        noise_shape: The shape of the mask, each size 1, or `None` for that of the input: `(None, 1, None)` drops
+            the same features at all positions.
+
+    Raises:
+        ValueError: If a rate is out of range.
+
+    Shape:
+        Any, and the same.
+
+    Reference:
+        Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
+    """
+
+    def __init__(
+        self, p: Rate = 0.5, inplace: bool = False, *, dim: int = -1,
+        noise_shape: Sequence[int | None] | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.p = p
+        self.inplace, self.dim, self.noise_shape = inplace, dim, noise_shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input with its elements dropped; as it is when not training."""
+        if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
+            return input
+        shape = self.noise_shape
+        if shape is not None:
+            if len(shape) != input.dim():
+                raise ValueError(f"noise_shape {tuple(shape)} does not fit an input of shape {tuple(input.shape)}")
+            shape = [b if a is None else a for a, b in zip(shape, input.shape, strict=True)]
+        return functional.by_thresholds(
+            input, self.thresholds, self.inplace, dim=self.dim, noise_shape=shape
+        )

@@ -1,0 +1,117 @@
+"""Dropout as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, rates
+from .rates import Rate
+
+
+def dropout(
+    input: Tensor, p: Rate = 0.5, training: bool = True, inplace: bool = False, *, dim: int = -1,
+    noise_shape: Sequence[int] | None = None, return_mask: bool = False,
+) -> Any:  # fmt: skip
+    """Dropout: each element becomes 0 with probability p, and the others are scaled by 1 / (1 - p).
+
+    As `torch.nn.functional.dropout`, and: the mask is not stored but worked out again in the backward pass; it
+    is the same on a CPU and on any GPU for the same seed, which `torch.manual_seed` rules; p is realised to
+    1/65536 and what stays is scaled by the rate that is realised; what is dropped is 0 even where it was
+    infinite or NaN.  p is not differentiated.
+
+    Args:
+        input: Any shape, of a floating dtype.
+        p: The rate in [0, 1]; or one for each channel, a list or tensor `[input.shape[dim]]`.
+        training: If not, the input is returned.
+        inplace: Whether to change the input.
+        dim: Where the channels are.
+        noise_shape: The shape of the mask, each size 1 or that of the input: `(n, 1, d)` drops the same features
+            at all positions, `(n, 1, 1)` whole samples.
+        return_mask: Whether to return `(output, mask)`, with a bool of the shape of the mask.
+
+    Returns:
+        The output, of the shape and dtype of the input.
+
+    Raises:
+        TypeError: If the input is not of a floating dtype.
+        ValueError: If a rate is out of range, or a shape does not fit.
+
+    Reference:
+        Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
+    """
+    rates.checked(p)
+    if not training:
+        if return_mask:
+            shape = input.shape if noise_shape is None else noise_shape
+            return input, torch.ones(tuple(shape), dtype=torch.bool, device=input.device)
+        return input
+    return by_thresholds(
+        input, rates.thresholds(p, input.device), inplace, dim=dim, noise_shape=noise_shape,
+        return_mask=return_mask,
+    )  # fmt: skip
+
+
+def by_thresholds(
+    input: Tensor, thresholds: Tensor, inplace: bool = False, *, dim: int = -1,
+    noise_shape: Sequence[int] | None = None, return_mask: bool = False,
+) -> Any:  # fmt: skip
+    """`dropout` with rates as an int32 tensor, see `rates.thresholds`, on the device of the input."""
+    if not input.is_floating_point():
+        raise TypeError(f"dropout needs a floating dtype, got {input.dtype}")
+    if noise_shape is not None:
+        noise_shape = tuple(noise_shape)
+        if len(noise_shape) != input.dim() or any(
+            a not in (1, b) for a, b in zip(noise_shape, input.shape, strict=True)
+        ):
+            raise ValueError(
+                f"noise_shape must have the input's sizes {tuple(input.shape)} or 1, got {noise_shape}"
+            )
+    shape = input.shape if noise_shape is None else noise_shape
+    inner = inner_of(shape, thresholds, dim)
+    seed = draw_seed(input.device)
+    if inplace and not torch.compiler.is_compiling() and not _transformed():
+        out = ops.InplaceDropout.apply(input, seed, thresholds, inner, noise_shape)
+    else:
+        kind = ops.Dropout if torch.compiler.is_compiling() else ops.ForwardDropout
+        out = kind.apply(input, seed, thresholds, inner, noise_shape)
+        if inplace:
+            out = input.copy_(out)
+    if not return_mask:
+        return out
+    ones = torch.ones(tuple(shape), dtype=torch.float32, device=input.device)
+    return out, ops.dropout(ones, seed, thresholds, inner, None) != 0
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator, on the device: int64, 0-d."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def inner_of(shape: Sequence[int], thresholds: Tensor, dim: int) -> int:
+    """How many elements follow each other in a channel.
+
+    Raises:
+        IndexError: If there is no such dimension.
+        ValueError: If there are not as many rates as channels.
+    """
+    if not thresholds.dim():
+        return 1
+    if not -len(shape) <= dim < len(shape):
+        raise IndexError(f"dim must be in [{-len(shape)}, {len(shape) - 1}], got {dim}")
+    if len(thresholds) != shape[dim]:
+        raise ValueError(
+            f"p has {len(thresholds)} rates, but dimension {dim} of shape {tuple(shape)} has {shape[dim]} channels"
+        )
+    inner = 1
+    for size in list(shape)[dim % len(shape) + 1 :]:
+        inner *= size
+    return inner
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,379 @@
+"""The operators behind dropout and what is fused around it, as torch sees them.
+
+`fastreg::dropout` and its fused relatives are registered once, for every device: `backend` decides at each
+call whether a kernel, the compiled reference or the reference runs.  They draw no random numbers: seeds come
+in tensors, from `torch.randint`, which a compiler takes care not to merge, replays and recomputes.
+
+Operators know nothing of derivatives.  Those are in the `autograd.Function` classes below, which also do what
+`torch.func` asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..compiled import LENGTH, compile_ahead
+from ..multi_tensor import current, triton_dtype, warp
+from ..reference import dropout as reference
+from ..reference.random import At
+from ..reference.step import compute_dtype
+
+CHUNK = 2**15
+"""Elements the reference works on at a time: its integers stay in the cache (4 M elements 127 ms, in chunks of
+2¹⁸ 350)."""
+BLOCK, WARPS, PER_THREAD = 8192, 4, 16
+"""Half of what a program does before its first element is spared by twice the elements."""
+
+
+# Operators --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastreg::dropout", mutates_args=())
+def dropout(
+    x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+) -> Tensor:
+    """What stays of x, scaled; 0 elsewhere.
+
+    Args:
+        x: Any shape; its elements count in row-major order.
+        seed: int64, 0-d.
+        thresholds: int32, 0-d, or `[channels]`: rates times 65536.
+        inner: Elements that follow each other in a channel, channels in turn.
+        noise_shape: The shape of the mask, where that is broadcast.
+    """
+    if noise_shape is None:
+        return _forward(x, None, None, seed, thresholds, inner, "identity")
+    return _masked(x, seed, thresholds, inner, noise_shape)
+
+
+@dropout.register_fake
+def _(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastreg::dropout_", mutates_args=("x",))
+def dropout_(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None) -> None:
+    """The same in place."""
+    if noise_shape is None and x.is_contiguous():
+        _forward(x, None, None, seed, thresholds, inner, "identity", out=x)
+    else:
+        x.copy_(dropout(x, seed, thresholds, inner, noise_shape))
+
+
+@torch.library.custom_op("fastreg::bias_act_dropout_add", mutates_args=())
+def bias_act_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """residual + dropout(activation(x + bias)); the bias lies along the last dimension."""
+    return _forward(x, bias, residual, seed, thresholds, inner, activation)
+
+
+@bias_act_dropout_add.register_fake
+def _(
+    x: Tensor, bias: Any, residual: Any, seed: Tensor, thresholds: Tensor, inner: int, activation: str
+) -> Tensor:
+    return torch.empty_like(x, dtype=_result(x, residual), memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastreg::bias_act_dropout_backward", mutates_args=())
+def bias_act_dropout_backward(
+    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """The gradient by x."""
+    tensors = gradient.contiguous(), x.contiguous()
+    return _run("dropout_backward", tensors, bias, seed, thresholds, inner, activation, x.dtype)
+
+
+@bias_act_dropout_backward.register_fake
+def _(
+    gradient: Tensor, x: Tensor, bias: Any, seed: Tensor, thresholds: Tensor, inner: int, activation: str
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _result(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
+    activation: str, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    tensors = x.contiguous(), None if residual is None else residual.contiguous()
+    return _run("dropout", tensors, bias, seed, thresholds, inner, activation, _result(x, residual), out)
+
+
+def _masked(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int]) -> Tensor:
+    ones = torch.ones(tuple(noise_shape), dtype=compute_dtype(x.dtype), device=x.device)
+    factors = _forward(ones, None, None, seed, thresholds, inner, "identity")
+    return torch.where(factors != 0, x * factors, 0).to(x.dtype).contiguous()
+
+
+# What runs them ---------------------------------------------------------------------------------------------
+
+
+def _run(
+    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
+    inner: int, activation: str, dtype: torch.dtype, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A function of `reference.dropout`, by the backend's way.
+
+    Args:
+        kind: "dropout", with x and residual; "dropout_backward", with gradient and x.
+        tensors: These, contiguous.
+        bias: `[columns]`, if there is one.
+        seed: int64, 0-d.
+        thresholds: int32, 0-d or `[channels]`.
+        inner: Elements that follow each other in a channel.
+        activation: Of `reference.activations`.
+        dtype: Of the result.
+        out: Where it goes; may be the first of the tensors.
+    """
+    like = next(tensor for tensor in tensors if tensor is not None)
+    name = backend.resolve(like.device, like.numel())
+    if name == "compiled" and like.numel() > 1:
+        result = _run_compiled(kind, tensors, bias, seed, thresholds, inner, activation, dtype)
+        if result is not None:
+            return result.view(like.shape) if out is None else out.copy_(result.view(like.shape))
+    if out is None:
+        out = torch.empty_like(like, dtype=dtype)
+    if name == "triton":
+        launch(kind, tensors, bias, seed, thresholds, inner, activation, out)
+        return out
+    flat = [tensor if tensor is None else tensor.view(-1) for tensor in tensors]
+    for first in range(0, like.numel(), CHUNK):
+        part = [tensor if tensor is None else tensor[first : first + CHUNK] for tensor in flat]
+        found = _plain(kind, part, bias, seed, thresholds, first, inner, activation, dtype)
+        out.view(-1)[first : first + CHUNK].copy_(found)
+    return out
+
+
+def _plain(
+    kind: str, tensors: Sequence[Tensor | None], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
+    first: int, inner: int | Tensor, activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """For a run of elements that starts at `first`, a multiple of 8."""
+    count = next(len(tensor) for tensor in tensors if tensor is not None)
+    own = None if bias is None else reference.spread(bias, 1, first, count)
+    if thresholds.dim():
+        thresholds = reference.spread(thresholds, inner, first, count)
+    at = At(first, 0, 0, 0)
+    if kind == "dropout":
+        x, residual = tensors
+        return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)  # type: ignore[arg-type]
+    gradient, x = tensors
+    return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)  # type: ignore[arg-type]
+
+
+def _run_compiled(
+    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
+    inner: int, activation: str, dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
+    """The same with the compiled form, flat; `None` where it cannot be compiled."""
+    given = [*tensors, bias]
+    dtypes = tuple(tensor if tensor is None else tensor.dtype for tensor in given)
+    try:
+        fused = _compiled(
+            kind, dtypes, bool(thresholds.dim()), activation, dtype, seed.device, torch.get_num_threads()
+        )
+    except Exception as error:
+        backend.cannot_compile(error)
+        return None
+    steps = torch.tensor(inner, device=seed.device)
+    return fused([tensor.view(-1) for tensor in given if tensor is not None], seed, thresholds, steps)
+
+
+@functools.cache
+def _compiled(
+    kind: str, dtypes: tuple[torch.dtype | None, ...], channels: bool, activation: str, dtype: torch.dtype,
+    device: torch.device, threads: int,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """The reference compiled for these dtypes and any size.
+
+    Args:
+        kind: See `_run`.
+        dtypes: Of its tensors and the bias; `None` for those that are not there.
+        channels: Whether every channel has its own threshold.
+        activation: See `_run`.
+        dtype: Of the result.
+        device: Where all are.
+        threads: `torch.get_num_threads()`, which Inductor builds in.
+    """
+
+    def body(given: list[Tensor], seed: Tensor, thresholds: Tensor, inner: Tensor) -> Tensor:
+        left = iter(given)
+        *tensors, bias = [held if held is None else next(left) for held in dtypes]
+        return _plain(kind, tensors, bias, seed, thresholds, 0, inner, activation, dtype)  # type: ignore[arg-type]
+
+    sizes = [*[LENGTH] * (len(dtypes) - 1), 769]
+    given = [
+        torch.zeros(size, dtype=held, device=device)
+        for size, held in zip(sizes, dtypes, strict=True)
+        if held is not None
+    ]
+    seed, inner = torch.zeros((), dtype=torch.int64, device=device), torch.tensor(1, device=device)
+    thresholds = torch.zeros(773 if channels else (), dtype=torch.int32, device=device)
+    return compile_ahead(body, (given, seed, thresholds, inner))
+
+
+def launch(
+    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
+    inner: int, activation: str, out: Tensor,
+) -> None:  # fmt: skip
+    """Fill `out` with a kernel; the arguments are those of `_run`."""
+    if not out.numel():
+        return
+    kernel = getattr(importlib.import_module("fastreg_kernels.dropout"), f"{kind}_kernel")
+    x, second = tensors
+    operands = (x, bias, second) if kind == "dropout" else (x, second, bias)
+    with current(out.device):
+        kernel[(-(-out.numel() // BLOCK),)](
+            *operands, out, seed, thresholds, out.numel(), inner,
+            **constants(bias, thresholds, inner, activation, out.dtype), num_warps=WARPS,
+        )  # fmt: skip
+
+
+def constants(
+    bias: Tensor | None, thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The compile-time arguments of the kernels."""
+    tl = importlib.import_module("triton.language")
+    return {
+        "ACTIVATION": activation,
+        "COLUMNS": 1 if bias is None else bias.numel(),
+        "CHANNELS": thresholds.numel() if thresholds.dim() else 0,
+        "INDEX": tl.int32 if inner * thresholds.numel() < 2**30 else tl.int64,
+        "COMPUTE": triton_dtype(compute_dtype(dtype)),
+        "BLOCK": BLOCK,
+        "CHUNK": PER_THREAD * WARPS * warp(),
+    }
+
+
+# Derivatives ------------------------------------------------------------------------------------------------
+
+
+class Dropout(torch.autograd.Function):
+    """`fastreg::dropout`, which is its own derivative, of any order.
+
+    What is saved for the backward pass are seed and thresholds: 12 bytes with one rate for all.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+    ) -> Tensor:
+        """Asks the operator."""
+        return dropout(x, seed, thresholds, inner, noise_shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what the mask follows from."""
+        _, seed, thresholds, ctx.inner, ctx.noise_shape = inputs
+        ctx.save_for_backward(seed, thresholds)
+        ctx.save_for_forward(seed, thresholds)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The same to the gradient."""
+        seed, thresholds = ctx.saved_tensors
+        return Dropout.apply(gradient, seed, thresholds, ctx.inner, ctx.noise_shape), None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, thresholds: Tensor, inner: int,
+        noise_shape: Sequence[int] | None,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """One mask for all where the seed is one for all, as with `randomness="same"`."""
+        of_x, of_seed, of_thresholds, *_ = in_dims
+        if of_seed is None and of_thresholds is None:
+            x = x.movedim(of_x, 0)
+            shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
+            return Dropout.apply(x, seed, thresholds, inner, shape), 0
+        given = [_each(*each, info.batch_size) for each in ((x, of_x), (seed, of_seed), (thresholds, of_thresholds))]
+        return torch.stack([Dropout.apply(*own, inner, noise_shape) for own in zip(*given, strict=True)]), 0
+
+
+class ForwardDropout(Dropout):
+    """With forward-mode derivatives, which Dynamo does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        """The same to the tangent."""
+        seed, thresholds = ctx.saved_tensors
+        return ForwardDropout.apply(tangent, seed, thresholds, ctx.inner, ctx.noise_shape)
+
+
+class InplaceDropout(torch.autograd.Function):
+    """`fastreg::dropout_`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+    ) -> Tensor:
+        """Changes x."""
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(seed, thresholds)
+        ctx.inner, ctx.noise_shape = inner, noise_shape
+        dropout_(x, seed, thresholds, inner, noise_shape)
+        return x
+
+    backward = Dropout.backward
+
+
+class BiasActDropoutAdd(torch.autograd.Function):
+    """`fastreg::bias_act_dropout_add`, once differentiable; x is kept only for the activation's derivative."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        """Asks the operator."""
+        return bias_act_dropout_add(x, bias, residual, seed, thresholds, inner, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what the mask follows from, and what the activation was given."""
+        x, bias, residual, seed, thresholds, ctx.inner, ctx.activation = inputs
+        kept = (None, None) if ctx.activation == "identity" else (x, bias)
+        ctx.save_for_backward(*kept, seed, thresholds)
+        ctx.dtypes = [t if t is None else t.dtype for t in (x, bias, residual)]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """By x, by the bias as a sum over all but the last dimension, and by the residual."""
+        x, bias, seed, thresholds = ctx.saved_tensors
+        of_x, of_bias, of_residual = ctx.dtypes
+        g = b = r = None
+        if any(ctx.needs_input_grad[:2]):
+            if ctx.activation == "identity":
+                g = dropout(gradient, seed, thresholds, ctx.inner, None).to(of_x)
+            else:
+                g = bias_act_dropout_backward(
+                    gradient, x, bias, seed, thresholds, ctx.inner, ctx.activation
+                )
+        if ctx.needs_input_grad[1]:
+            b = g.flatten(0, -2).sum(0, dtype=torch.promote_types(of_bias, torch.float32)).to(of_bias)
+        if ctx.needs_input_grad[2]:
+            r = gradient.to(of_residual)
+        return g if ctx.needs_input_grad[0] else None, b, r, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """Each sample on its own."""
+        given = [_each(*each, info.batch_size) for each in zip(inputs, in_dims, strict=True)]
+        return torch.stack([BiasActDropoutAdd.apply(*own) for own in zip(*given, strict=True)]), 0
+
+
+def _each(value: Any, dim: int | None, count: int) -> Sequence[Any]:
+    return [value] * count if dim is None else value.unbind(dim)

@@ -1,0 +1,52 @@
+"""Activation functions by name, with their derivatives, in the precision of their argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Activation(NamedTuple):
+    """A function of each element and its derivative."""
+
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _gelu_derivative(x: Tensor) -> Tensor:
+    """Φ(x) + x φ(x) of the normal distribution."""
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """x σ(2 √(2/π) (x + 0.044715 x³)): (1 + tanh z) / 2 = σ(2 z)."""
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def _gelu_tanh_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+    return s + x * s * (1 - s) * (math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x))
+
+
+def _silu_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+ACTIVATIONS = {
+    "identity": Activation(_identity, torch.ones_like),
+    "relu": Activation(functional.relu, lambda x: (x > 0).to(x.dtype)),
+    "gelu": Activation(functional.gelu, _gelu_derivative),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
+    "silu": Activation(functional.silu, _silu_derivative),
+}
+"""ReLU; GELU (Hendrycks & Gimpel 2016), exact and by tanh; SiLU, also called Swish (Ramachandran et al. 2017)."""

@@ -1,0 +1,96 @@
+"""Dropout (Srivastava et al. 2014), and what is fused around it.
+
+Whether an element stays is a function of (seed, its index) alone: its 16 random bits against a threshold of
+rate · 65536.  Nothing is stored for the backward pass, which asks again.  What stays is scaled by one over
+the share that stays of the rate as it is realised, so that the mean is kept to the last bit of the threshold.
+What is dropped is 0, whatever it was: also where it was infinite or NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .random import At, bits16
+from .step import compute_dtype
+
+ROUNDS = 7
+"""Of Philox: the fewest that its authors found to pass all tests of randomness."""
+LEVELS = 65536
+"""Thresholds there are, but for the one that drops everything."""
+
+
+def kept(seed: Tensor, thresholds: Tensor, at: At, like: Tensor) -> Tensor:
+    """Which elements stay: a bool for each of the flat tensor `like`.
+
+    Args:
+        seed: int64, 0-d.
+        thresholds: int32, 0-d or for each element: rates times 65536.
+        at: Where the elements lie.
+        like: As many elements.
+    """
+    return bits16(seed, at, like, ROUNDS) >= thresholds
+
+
+def scale(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the share that stays."""
+    return LEVELS / (LEVELS - thresholds).to(dtype)
+
+
+def dropout(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
+    activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """residual + dropout(activation(x + bias)), of flat tensors.
+
+    Args:
+        x: `[n]`.
+        bias: `[n]`, for every element its own.
+        residual: `[n]`.
+        seed: int64, 0-d.
+        thresholds: int32, 0-d or `[n]`.
+        at: Where the elements lie.
+        activation: A name of `ACTIVATIONS`.
+        dtype: Of the result.
+    """
+    compute = compute_dtype(dtype)
+    h = x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
+    y = ACTIVATIONS[activation].function(h) * scale(thresholds, compute)
+    y = torch.where(kept(seed, thresholds, at, x), y, 0)
+    return (y if residual is None else residual.to(compute) + y).to(dtype)
+
+
+def dropout_backward(
+    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
+    activation: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradient by x: that of the result times the derivative of the activation, dropped and scaled.
+
+    Args:
+        gradient: `[n]`, of the result.
+        x: `[n]`.
+        bias: As in `dropout`.
+        seed: Likewise.
+        thresholds: Likewise.
+        at: Likewise.
+        activation: Likewise.
+        dtype: Of the result.
+    """
+    compute = compute_dtype(dtype)
+    h = x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
+    g = gradient.to(compute) * ACTIVATIONS[activation].derivative(h) * scale(thresholds, compute)
+    return torch.where(kept(seed, thresholds, at, x), g, 0).to(dtype)
+
+
+def spread(values: Tensor, inner: int, first: int, count: int) -> Tensor:
+    """For each of a run of elements the value of its channel.
+
+    Args:
+        values: `[channels]`.
+        inner: Elements that follow each other in a channel.
+        first: Index of the first element.
+        count: How many elements.
+    """
+    index = torch.arange(first, first + count, device=values.device)
+    return values[(index if inner == 1 else index // inner) % len(values)]
