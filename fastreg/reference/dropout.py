@@ -83,7 +83,7 @@ def dropout_backward(
     return torch.where(kept(seed, thresholds, at, x), g, 0).to(dtype)
 
 
-def spread(values: Tensor, inner: int, first: int, count: int) -> Tensor:
+def spread(values: Tensor, inner: int | Tensor, first: int, count: int) -> Tensor:
     """For each of a run of elements the value of its channel.
 
     Args:
@@ -93,4 +93,4 @@ def spread(values: Tensor, inner: int, first: int, count: int) -> Tensor:
         count: How many elements.
     """
     index = torch.arange(first, first + count, device=values.device)
-    return values[(index if inner == 1 else index // inner) % len(values)]
+    return values[index // inner % len(values)]

@@ -21,21 +21,27 @@ class Mask(NamedTuple):
     thresholds: Any  # address
     threshold: Any  # where there is one for all
     scale: Any  # likewise
+    alive: Any  # likewise: whether not all is dropped
     inner: Any
 
 
 @triton.jit
 def scale_of(threshold, COMPUTE: tl.constexpr):
+    share = tl.maximum(65536 - threshold, 1)  # 0: dropped anyway
     if COMPUTE == tl.float64:
-        return 65536.0 / (65536 - threshold).to(tl.float64)
+        return 65536.0 / share.to(tl.float64)
     else:
-        return tl.div_rn(65536.0, (65536 - threshold).to(tl.float32))
+        return tl.div_rn(65536.0, share.to(tl.float32))
 
 
 @triton.jit
 def load_mask(seed, thresholds, inner, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr):
     threshold = tl.load(thresholds)
-    return Mask(tl.load(seed), thresholds, threshold, scale_of(threshold, COMPUTE), inner)
+    if CHANNELS:
+        alive = True
+    else:
+        alive = threshold < 65536
+    return Mask(tl.load(seed), thresholds, threshold, scale_of(threshold, COMPUTE), alive, inner)
 
 
 @triton.jit
@@ -57,17 +63,19 @@ def drop(
         threshold = mask.threshold
         scale = mask.scale
     keep = reaches16(mask.key, At(s, 0, 0, 8), y, threshold.to(tl.uint32), 7)
+    if CHANNELS:
+        keep = keep & (threshold < 65536)
     return tl.where(keep, y * scale, 0.0)
 
 
 @triton.jit
 def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr):
-    h = tl.load(x + offsets, mask=inside).to(COMPUTE)
+    h = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
     if bias is not None:
         column = within(start % COLUMNS, start, s, h, tl.int32) % COLUMNS
         if COLUMNS % 8 == 0:
             column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
-        h += tl.load(bias + column, mask=inside).to(COMPUTE)
+        h += tl.load(bias + column, mask=inside, other=0).to(COMPUTE)
     return h
 
 
@@ -77,7 +85,8 @@ def forward_block(
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    h = biased(x, bias, start, s, offsets, inside, COLUMNS, COMPUTE)
+    # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
+    h = biased(x, bias, start, s, offsets, inside & mask.alive, COLUMNS, COMPUTE)
     y = drop(activate(h, ACTIVATION), mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
     if residual is not None:
         y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y
@@ -90,8 +99,9 @@ def backward_block(
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    g = tl.load(gradient + offsets, mask=inside).to(COMPUTE)
-    g *= derivative(biased(x, bias, start, s, offsets, inside, COLUMNS, COMPUTE), ACTIVATION)
+    alive = inside & mask.alive
+    g = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE)
+    g *= derivative(biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE), ACTIVATION)
     g = drop(g, mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
     tl.store(out + offsets, g.to(out.dtype.element_ty), mask=inside)
 

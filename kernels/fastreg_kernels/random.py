@@ -26,10 +26,26 @@ class At(NamedTuple):
 
 @triton.jit
 def words(key, group, at, ROUNDS: tl.constexpr):
-    """Four uint32 words for every group index in `group` (int64)."""
-    low = group.to(tl.uint32)
-    zero = low * 0
-    return tl.philox(key, low, (group >> 32).to(tl.uint32), zero + at.stream, zero + at.step, ROUNDS)
+    """Four uint32 words for every group index in `group` (int64).
+
+    `tl.philox` with products of 64 bits: a multiplication each where it has two, for the same words.
+    """
+    c0 = group.to(tl.uint32)
+    c1 = (group >> 32).to(tl.uint32)
+    c2 = c0 * 0 + at.stream
+    c3 = c0 * 0 + at.step
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -76,14 +92,14 @@ def bits16(key, at, like, ROUNDS: tl.constexpr):
 
 @triton.jit
 def reaches16(key, at, like, threshold, ROUNDS: tl.constexpr):
-    """Whether the 16 random bits of each element reach a threshold of 0 to 65536.
+    """Whether the 16 random bits of each element reach a threshold below 65536.
 
     A threshold in the upper half of a word is compared with whole words, which spares taking them apart.
     """
     a, b, c, d = words(key, at.first // 8 + tl.arange(0, like.shape[0] // 8), at, ROUNDS)
     pairs = join4(a, b, c, d)
     halves = tl.reshape(tl.join(pairs << 16, pairs), like.shape)
-    return (halves >= threshold << 16) & (threshold < 65536)
+    return halves >= threshold << 16
 
 
 @triton.jit
