@@ -24,6 +24,9 @@ from triton.compiler import ASTSource
 from fastreg import multi_tensor
 from fastreg.chain import Chain
 from fastreg.cli import document
+from fastreg.nn import ops
+from fastreg.reference.activations import ACTIVATIONS
+from fastreg_kernels import dropout as dropout_kernels
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import step as step_kernels
 from fastreg_kernels import units as unit_kernels
@@ -194,7 +197,61 @@ def entries(target: str) -> list[Entry]:
         kernel, read = unit_kernels.unit_squares_kernel, 2 * dtype.itemsize
         sums = {**arguments, "out": f"*{units['COMPUTE']}"}
         listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
-    return [*listed, Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants)]
+    listed.append(Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants))
+    return listed + dropout_entries(warp)
+
+
+DROPOUT = {
+    "dropout": (15, 15),
+    "dropout+add": (18, 18),
+    "bias+dropout+add": (22, 22),
+    "bias+relu+dropout": (22, 22),
+    "bias+silu+dropout+add": (32, 32),
+    "bias+gelu_tanh+dropout+add": (34, 34),
+    "bias+gelu+dropout": (33, 33),
+    "bias+gelu+dropout+add": (36, 36),
+    "bias+relu+dropout backward": (24, 24),
+    "bias+silu+dropout backward": (36, 36),
+    "bias+gelu_tanh+dropout backward": (40, 40),
+    "bias+gelu+dropout backward": (40, 40),
+    "dropout, a rate for each channel": (42, 42),
+}
+"""Instructions per element on sm_90, in float32 and in bfloat16."""
+FEATURES = 768
+
+
+def dropout_entries(warp: int) -> list[Entry]:
+    """Dropout and what is fused around it."""
+    listed = []
+    for name, budgets in DROPOUT.items():
+        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
+            listed.append(dropout_entry(name, storage, warp, budget))
+    return listed
+
+
+def dropout_entry(name: str, storage: str, warp: int, budget: float) -> Entry:
+    """A kernel of dropout by what it does, such as "bias+gelu+dropout backward"; a bias is cached."""
+    what, backward = name.removesuffix(" backward"), name.endswith(" backward")
+    parts, channels = what.split("+"), name.endswith("channel")
+    dtype = STORAGES[storage][0]
+    activation = next((part for part in parts if part in ACTIVATIONS), "identity")
+    thresholds = torch.zeros(FEATURES if channels else (), dtype=torch.int32)
+    bias = torch.zeros(FEATURES) if "bias" in parts else None
+    constants = ops.constants(bias, thresholds, 1, activation, dtype, warp)
+    constants["ACTIVATION"] = tl.constexpr(activation)
+    pointer = f"*{storage}"
+    arguments = {
+        "x": pointer, "bias": pointer if "bias" in parts else None,
+        "residual": pointer if "add" in parts else None, "out": pointer, "seed": "*i64",
+        "thresholds": "*i32", "n": "i32", "inner": 1,
+    }  # fmt: skip
+    kernel = dropout_kernels.dropout_kernel
+    if backward:
+        kernel = dropout_kernels.dropout_backward_kernel
+        del arguments["residual"]
+        arguments = {"gradient": pointer, **arguments}
+    reads = dtype.itemsize * (1 + backward + ("bias" in parts) + ("add" in parts)) + 4 * channels
+    return Entry(f"{name} {storage}", kernel, arguments, constants, reads, dtype.itemsize, budget)
 
 
 def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:

@@ -480,6 +480,7 @@ def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
 
 
 def warp() -> int:
+    """Lanes of a warp."""
     return 64 if torch.version.hip else 32
 
 
@@ -548,6 +549,7 @@ def _device_function(kernel: Any) -> Any:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
+    """The same in Triton."""
     tl = importlib.import_module("triton.language")
     return getattr(
         tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name)

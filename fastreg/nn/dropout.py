@@ -13,7 +13,7 @@ from .rates import Rate
 
 
 class Rated(nn.Module):
-    """Base of modules with a rate `p`: a Python number to read and set, and a tensor of thresholds to compute with.
+    """Base of modules with a rate `p`: a number to read and set, and thresholds in a tensor to compute with.
 
     The tensor is neither saved nor rounded by `.bfloat16()`, and a new rate compiles nothing anew.
     """
@@ -48,16 +48,15 @@ class Rated(nn.Module):
 class Dropout(Rated, nn.Dropout):
     """Drop-in for `torch.nn.Dropout`: elements become 0 with probability p while training.
 
-    See `fastreg.nn.functional.dropout` for what differs.  Of a non-persistent buffer more nothing shows: the
-    `state_dict` is that of `nn.Dropout`, and `p` is a number that may be set at any time, without recompiling.
-    Between a forward pass and its backward pass it has to stay.
+    See `fastreg.nn.functional.dropout` for what differs.  The `state_dict` is that of `nn.Dropout`.  `p` may be
+    set at any time but between a forward pass and its backward pass, and compiles nothing anew.
 
     Args:
         p: The rate in [0, 1]; or one for each channel, a list or tensor.
         inplace: Whether to change the input.
         dim: Where the channels are.
-        noise_shape: The shape of the mask, each size 1, or `None` for that of the input: `(None, 1, None)` drops
-            the same features at all positions.
+        noise_shape: The shape of the mask, each size 1, or `None` for that of the input: `(None, 1, None)`
+            drops the same features at all positions.
 
     Raises:
         ValueError: If a rate is out of range.
@@ -81,11 +80,11 @@ class Dropout(Rated, nn.Dropout):
         """The input with its elements dropped; as it is when not training."""
         if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
             return input
-        shape = self.noise_shape
+        shape: Any = self.noise_shape
         if shape is not None:
             if len(shape) != input.dim():
-                raise ValueError(f"noise_shape {tuple(shape)} does not fit an input of shape {tuple(input.shape)}")
+                raise ValueError(
+                    f"noise_shape {tuple(shape)} does not fit an input of shape {tuple(input.shape)}"
+                )
             shape = [b if a is None else a for a, b in zip(shape, input.shape, strict=True)]
-        return functional.by_thresholds(
-            input, self.thresholds, self.inplace, dim=self.dim, noise_shape=shape
-        )
+        return functional.by_thresholds(input, self.thresholds, self.inplace, dim=self.dim, noise_shape=shape)

@@ -18,8 +18,8 @@ def dropout(
 ) -> Any:  # fmt: skip
     """Dropout: each element becomes 0 with probability p, and the others are scaled by 1 / (1 - p).
 
-    As `torch.nn.functional.dropout`, and: the mask is not stored but worked out again in the backward pass; it
-    is the same on a CPU and on any GPU for the same seed, which `torch.manual_seed` rules; p is realised to
+    As `torch.nn.functional.dropout`, and: the mask is not stored but worked out again in the backward pass;
+    it is the same on a CPU and on any GPU for the same seed, which `torch.manual_seed` rules; p is realised to
     1/65536 and what stays is scaled by the rate that is realised; what is dropped is 0 even where it was
     infinite or NaN.  p is not differentiated.
 
@@ -29,8 +29,8 @@ def dropout(
         training: If not, the input is returned.
         inplace: Whether to change the input.
         dim: Where the channels are.
-        noise_shape: The shape of the mask, each size 1 or that of the input: `(n, 1, d)` drops the same features
-            at all positions, `(n, 1, 1)` whole samples.
+        noise_shape: The shape of the mask, each size 1 or that of the input: `(n, 1, d)` drops the same
+            features at all positions, `(n, 1, 1)` whole samples.
         return_mask: Whether to return `(output, mask)`, with a bool of the shape of the mask.
 
     Returns:
@@ -104,7 +104,8 @@ def inner_of(shape: Sequence[int], thresholds: Tensor, dim: int) -> int:
         raise IndexError(f"dim must be in [{-len(shape)}, {len(shape) - 1}], got {dim}")
     if len(thresholds) != shape[dim]:
         raise ValueError(
-            f"p has {len(thresholds)} rates, but dimension {dim} of shape {tuple(shape)} has {shape[dim]} channels"
+            f"p has {len(thresholds)} rates, but dimension {dim} of shape {tuple(shape)} has {shape[dim]} "
+            "channels"
         )
     inner = 1
     for size in list(shape)[dim % len(shape) + 1 :]:

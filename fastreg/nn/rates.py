@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
-
 import torch
 from torch import Tensor
 
 from ..reference.dropout import LEVELS
 
-Rate = Union[float, Sequence[float], Tensor]
+Rate = float | Sequence[float] | Tensor
 """A rate in [0, 1], or one for each channel."""
 
 

@@ -49,4 +49,4 @@ ACTIVATIONS = {
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
     "silu": Activation(functional.silu, _silu_derivative),
 }
-"""ReLU; GELU (Hendrycks & Gimpel 2016), exact and by tanh; SiLU, also called Swish (Ramachandran et al. 2017)."""
+"""ReLU; GELU (Hendrycks & Gimpel 2016), exact and by tanh; SiLU, or Swish (Ramachandran et al. 2017)."""

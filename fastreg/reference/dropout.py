@@ -42,7 +42,7 @@ def dropout(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
     activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """residual + dropout(activation(x + bias)), of flat tensors.
+    """Flat tensors to residual + dropout(activation(x + bias)).
 
     Args:
         x: `[n]`.

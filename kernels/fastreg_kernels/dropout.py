@@ -46,17 +46,27 @@ def load_mask(seed, thresholds, inner, CHANNELS: tl.constexpr, COMPUTE: tl.const
 
 @triton.jit
 def within(base, start, s, like, INDEX: tl.constexpr):
-    """Where the elements of a block lie behind the start of a period: 64 bits once, INDEX for each element."""
+    """Where the elements of a block lie behind the start of a period; 64 bits only once."""
     return base.to(INDEX) + (s - start).to(INDEX) + tl.arange(0, like.shape[0])
 
 
 @triton.jit
 def drop(
-    y, mask, start, s, inside, CHANNELS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr
+    y,
+    mask,
+    start,
+    s,
+    inside,
+    CHANNELS: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     if CHANNELS:
         base = start % (mask.inner * CHANNELS)
         channel = within(base, start, s, y, INDEX) // mask.inner % CHANNELS
+        if ADJACENT and CHANNELS % 8 == 0:
+            channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
         threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
         scale = scale_of(threshold, COMPUTE)
     else:
@@ -82,12 +92,12 @@ def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: t
 @triton.jit
 def forward_block(
     x, bias, residual, out, mask, start, s, offsets, inside,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
     h = biased(x, bias, start, s, offsets, inside & mask.alive, COLUMNS, COMPUTE)
-    y = drop(activate(h, ACTIVATION), mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
+    y = drop(activate(h, ACTIVATION), mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
     if residual is not None:
         y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
@@ -96,24 +106,24 @@ def forward_block(
 @triton.jit
 def backward_block(
     gradient, x, bias, out, mask, start, s, offsets, inside,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     alive = inside & mask.alive
     g = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE)
     g *= derivative(biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE), ACTIVATION)
-    g = drop(g, mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
+    g = drop(g, mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
     tl.store(out + offsets, g.to(out.dtype.element_ty), mask=inside)
 
 
 # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def dropout_kernel(
     x, bias, residual, out, seed, thresholds, n, inner,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out = residual + dropout(activation(x + bias)) over n elements in memory order.
 
@@ -121,6 +131,7 @@ def dropout_kernel(
     residual    [n] or None
     seed        int64[1]
     thresholds  int32[1] or [CHANNELS]    rates times 65536; channel = index / inner % CHANNELS
+    ADJACENT                              whether inner is 1
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
@@ -130,23 +141,23 @@ def dropout_kernel(
         offsets = s + tl.arange(0, CHUNK)
         forward_block(
             x, bias, residual, out, mask, start, s, offsets, offsets < wide,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip
     for s in range(wide, stop, 16):
         offsets = s + tl.arange(0, 16)
         forward_block(
             x, bias, residual, out, mask, start, s, offsets, offsets < stop,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def dropout_backward_kernel(
     gradient, x, bias, out, seed, thresholds, n, inner,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = the gradient by x, from that of what `dropout_kernel` has made, whose arguments the others are."""
+    """out = the gradient by x from that of what `dropout_kernel` has made, whose other arguments these are."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
     stop = tl.minimum(n, start + BLOCK)
@@ -155,11 +166,11 @@ def dropout_backward_kernel(
         offsets = s + tl.arange(0, CHUNK)
         backward_block(
             gradient, x, bias, out, mask, start, s, offsets, offsets < wide,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip
     for s in range(wide, stop, 16):
         offsets = s + tl.arange(0, 16)
         backward_block(
             gradient, x, bias, out, mask, start, s, offsets, offsets < stop,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip

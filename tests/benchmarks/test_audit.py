@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import fastreg
+import fastreg.nn
 from fastreg.chain import Chain, Stage
 from fastreg_benchmarks import audit, chains
 from fastreg_benchmarks.entry_points import entry_points
@@ -42,7 +42,7 @@ def test_every_entry_point_is_audited():
 
 def test_what_is_launched_is_named_as_an_entry_point():
     """`name[grid](...)` in the sources: no kernel escapes the audit by another name."""
-    source = inspect.getsource(fastreg.multi_tensor)
+    source = inspect.getsource(fastreg.multi_tensor) + inspect.getsource(fastreg.nn.ops)
     launched = set(re.findall(r"\.(\w+)\[\(.*?\)\]\(", source))
     assert launched == entry_points().keys()
 
@@ -65,6 +65,14 @@ NORMS = {
 def test_documented_bytes(name):
     assert next(entry for entry in ENTRIES if entry.name == name).bytes == DOCUMENTED[name]
     assert next(c for c in chains.shipped() if f"{c.name} {c.storage}" == name).bytes == DOCUMENTED[name]
+
+
+def test_dropout():
+    """bf16: 4 bytes and 15 instructions an element, nothing through shared memory; 40 with what is fused."""
+    plain = audit.audit(next(entry for entry in ENTRIES if entry.name == "dropout bf16"), "sm_90")
+    assert (plain.entry.bytes, plain.shared, plain.loads, plain.stores) == (4, 0, [128], [128])
+    assert plain.instructions <= 15
+    assert max(max(budgets) for name, budgets in audit.DROPOUT.items() if "channel" not in name) <= 40
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -30,7 +30,7 @@ def drop(x, seed, p, **options):
     return functional.dropout(x, p, **options)
 
 
-# Masks --------------------------------------------------------------------------------------------------------
+# Masks ---------------------------------------------------------------------------------------------------
 
 
 def test_known_answer():
@@ -117,7 +117,7 @@ def test_no_rows_columns_or_tiles_are_equal():
         assert len(set(map(bytes, parts.contiguous().numpy()))) == len(parts)
 
 
-# Identities ---------------------------------------------------------------------------------------------------
+# Identities ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_the_mask_is_returned(backend, x):
     assert y is x and kept.all() and kept.shape == x.shape
 
 
-# Randomness ---------------------------------------------------------------------------------------------------
+# Randomness ----------------------------------------------------------------------------------------------
 
 
 def test_torch_rules_the_seeds(x):
@@ -291,7 +291,7 @@ def test_no_rate_compiles_anew(x):
     assert len(graphs) == 1
 
 
-# Derivatives --------------------------------------------------------------------------------------------------
+# Derivatives ---------------------------------------------------------------------------------------------
 
 
 def network(x, weight, with_checkpoint=None):
@@ -413,7 +413,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.bias_act_dropout_backward, (x.detach(), *full[:2], *full[3:]), test_utils=tests)
 
 
-# The module ---------------------------------------------------------------------------------------------------
+# The module ----------------------------------------------------------------------------------------------
 
 
 def test_it_is_a_dropout(x):
@@ -478,7 +478,9 @@ def test_sizes_of_noise_may_be_left_open():
 def test_refusals(x):
     with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
         functional.dropout(torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"noise_shape must have the input's sizes \(37, 11\) or 1, got \(2, 11\)"):
+    with pytest.raises(
+        ValueError, match=r"noise_shape must have the input's sizes \(37, 11\) or 1, got \(2, 11\)"
+    ):
         functional.dropout(x, 0.5, noise_shape=(2, 11))
     with pytest.raises(ValueError, match="p must be a rate or one for each channel"):
         functional.dropout(x, torch.rand(2, 2))
