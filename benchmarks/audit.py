@@ -206,15 +206,15 @@ DROPOUT = {
     "dropout+add": (18, 18),
     "bias+dropout+add": (22, 22),
     "bias+relu+dropout": (22, 22),
-    "bias+silu+dropout+add": (32, 32),
-    "bias+gelu_tanh+dropout+add": (34, 34),
+    "bias+silu+dropout+add": (33, 33),
+    "bias+gelu_tanh+dropout+add": (35, 35),
     "bias+gelu+dropout": (33, 33),
     "bias+gelu+dropout+add": (36, 36),
     "bias+relu+dropout backward": (24, 24),
     "bias+silu+dropout backward": (36, 36),
     "bias+gelu_tanh+dropout backward": (40, 40),
     "bias+gelu+dropout backward": (40, 40),
-    "dropout, a rate for each channel": (42, 42),
+    "dropout, a rate for each channel": (34, 34),
 }
 """Instructions per element on sm_90, in float32 and in bfloat16."""
 FEATURES = 768

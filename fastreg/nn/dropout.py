@@ -48,8 +48,8 @@ class Rated(nn.Module):
 class Dropout(Rated, nn.Dropout):
     """Drop-in for `torch.nn.Dropout`: elements become 0 with probability p while training.
 
-    See `fastreg.nn.functional.dropout` for what differs.  The `state_dict` is that of `nn.Dropout`.  `p` may be
-    set at any time but between a forward pass and its backward pass, and compiles nothing anew.
+    See `fastreg.nn.functional.dropout` for what differs.  The `state_dict` is that of `nn.Dropout`.  `p` may
+    be set at any time but between a forward pass and its backward pass, and compiles nothing anew.
 
     Args:
         p: The rate in [0, 1]; or one for each channel, a list or tensor.

@@ -18,9 +18,9 @@ def dropout(
 ) -> Any:  # fmt: skip
     """Dropout: each element becomes 0 with probability p, and the others are scaled by 1 / (1 - p).
 
-    As `torch.nn.functional.dropout`, and: the mask is not stored but worked out again in the backward pass;
-    it is the same on a CPU and on any GPU for the same seed, which `torch.manual_seed` rules; p is realised to
-    1/65536 and what stays is scaled by the rate that is realised; what is dropped is 0 even where it was
+    As `torch.nn.functional.dropout`, and: the mask is not stored but worked out again in the backward pass.
+    It is the same on a CPU and on any GPU for the same seed, which `torch.manual_seed` rules.  p is realised
+    to 1/65536, and what stays is scaled by the rate that is realised.  What is dropped is 0 even where it was
     infinite or NaN.  p is not differentiated.
 
     Args:

@@ -33,13 +33,14 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_derivative(x: Tensor) -> Tensor:
-    s = torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
-    return s + x * s * (1 - s) * (math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x))
+    z = math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)
+    s = torch.sigmoid(z)
+    return s + x * s * torch.sigmoid(-z) * (math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x))
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
     s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+    return s + x * s * torch.sigmoid(-x)
 
 
 ACTIVATIONS = {

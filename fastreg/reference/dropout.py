@@ -42,7 +42,7 @@ def dropout(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
     activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Flat tensors to residual + dropout(activation(x + bias)).
+    """Bias, activation, dropout and residual, of flat tensors: activation(x + bias) is dropped.
 
     Args:
         x: `[n]`.

@@ -30,15 +30,18 @@ def normal_cdf(x):
 
 
 @triton.jit
-def over_sigmoid(x):
-    """1 / σ(x)."""
-    return 1.0 + tl.exp2(-1.4426950408889634 * x)
+def sigmoid(t):
+    """s = σ(t ln 2) and s (1 - s), out of a power of 2 that neither overflows nor cancels."""
+    e = tl.exp2(-tl.abs(t))
+    r = 1.0 / (1.0 + e)
+    other = e * r
+    return tl.where(t < 0, other, r), other * r
 
 
 @triton.jit
-def over_gelu_gate(x):
-    """1 / σ(2 √(2/π) (x + 0.044715 x³)): (1 + tanh z) / 2 = σ(2 z)."""
-    return 1.0 + tl.exp2(x * (-2.302208198144325 - 0.10294323958002349 * x * x))
+def gelu_gate(x):
+    """σ(2 √(2/π) (x + 0.044715 x³)): (1 + tanh z) / 2 = σ(2 z)."""
+    return sigmoid(x * (2.302208198144325 + 0.10294323958002349 * x * x))
 
 
 @triton.jit
@@ -48,9 +51,11 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return x * normal_cdf(x)
     elif ACTIVATION == "gelu_tanh":
-        return x / over_gelu_gate(x)
+        s, _ = gelu_gate(x)
+        return x * s
     elif ACTIVATION == "silu":
-        return x / over_sigmoid(x)
+        s, _ = sigmoid(1.4426950408889634 * x)
+        return x * s
     else:
         tl.static_assert(ACTIVATION == "identity")
         return x
@@ -64,9 +69,9 @@ def derivative(x, ACTIVATION: tl.constexpr):
         # φ(x) = 2 ** (-x² log2(e) / 2 - log2(2 π) / 2)
         return normal_cdf(x) + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)
     elif ACTIVATION == "gelu_tanh":
-        s = 1.0 / over_gelu_gate(x)
-        return s + s * (1.0 - s) * x * (1.5957691216057308 + 0.21406444881780073 * x * x)
+        s, slope = gelu_gate(x)
+        return s + slope * x * (1.5957691216057308 + 0.21406444881780073 * x * x)
     else:
         tl.static_assert(ACTIVATION == "silu")
-        s = 1.0 / over_sigmoid(x)
-        return s + s * (1.0 - s) * x
+        s, slope = sigmoid(1.4426950408889634 * x)
+        return s + slope * x

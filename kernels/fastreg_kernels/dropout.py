@@ -157,7 +157,7 @@ def dropout_backward_kernel(
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = the gradient by x from that of what `dropout_kernel` has made, whose other arguments these are."""
+    """out = the gradient by x, from that of what `dropout_kernel` made, whose other arguments these are."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
     stop = tl.minimum(n, start + BLOCK)

@@ -1,0 +1,121 @@
+"""Stochastic depth (Huang et al. 2016): residual branches are left out sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional, ops
+from .dropout import Rated
+from .rates import checked, thresholds
+
+
+def drop_path(
+    input: Tensor, drop_prob: float = 0.0, training: bool = True, scale_by_keep: bool = True
+) -> Tensor:
+    """Whole samples become 0 with probability `drop_prob`, and the others are scaled by 1 / (1 - drop_prob).
+
+    Args:
+        input: `[batch, ...]`, what a residual branch adds.
+        drop_prob: The rate in [0, 1].
+        training: If not, the input is returned.
+        scale_by_keep: Whether to scale.
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth".
+    """
+    checked(drop_prob, "drop_prob")
+    if not training or drop_prob == 0:
+        return input
+    return by_threshold(input, thresholds(drop_prob, input.device), scale_by_keep)
+
+
+def by_threshold(input: Tensor, threshold: Tensor, scale_by_keep: bool = True) -> Tensor:
+    """`drop_path` with the rate as an int32 tensor, see `rates.thresholds`."""
+    shape = (*input.shape[:1], *[1] * (input.dim() - 1))
+    if scale_by_keep:
+        return functional.by_thresholds(input, threshold, noise_shape=shape)
+    seed = functional.draw_seed(input.device)
+    factors = ops.dropout(torch.ones(shape, device=input.device), seed, threshold, 1, None)
+    return torch.where(factors != 0, input, 0)
+
+
+class DropPath(Rated):
+    """Drop-in for timm's `DropPath`: leaves out what a residual branch adds, sample by sample.
+
+    ```python
+    x = x + drop_path(branch(x))
+    ```
+
+    The branch is computed all the same; `drop_add_residual` spares that too.
+
+    Args:
+        drop_prob: The rate in [0, 1]; as `drop_prob` it may be read and set.
+        scale_by_keep: Whether what stays is scaled by 1 / (1 - drop_prob).
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth".
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    @property
+    def drop_prob(self) -> float:
+        """The rate."""
+        return self.p
+
+    @drop_prob.setter
+    def drop_prob(self, value: float) -> None:
+        self.p = float(checked(value, "drop_prob"))  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[batch, ...]`, and the same."""
+        if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
+            return input
+        return by_threshold(input, self.thresholds, self.scale_by_keep)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
+
+
+def drop_add_residual(
+    x: Tensor, branch: Callable[[Tensor], Any], drop_prob: float, training: bool = True
+) -> Tensor:
+    """Adds branch(x) to x, but computes it only for the samples that stay: what is dropped costs nothing.
+
+    Of `batch` samples max(1, ⌊batch · (1 - drop_prob)⌋), drawn anew each time, are computed, and what the
+    branch makes of them is scaled by batch over their number.  Outside of training, and at a rate of 0, all
+    are.
+
+    Args:
+        x: `[batch, ...]`.
+        branch: Makes `[n, ...]` of `[n, ...]`, each sample by itself.
+        drop_prob: The rate in [0, 1].
+        training: Whether to drop.
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth"; Oquab et al. 2023, "DINOv2", for the subset.
+    """
+    checked(drop_prob, "drop_prob")
+    if not training or drop_prob == 0 or not len(x):
+        return x + branch(x)
+    batch = len(x)
+    kept = max(1, int(batch * (1 - drop_prob)))
+    subset = torch.randperm(batch, device=x.device)[:kept]
+    return x.index_add(0, subset, branch(x[subset]).to(x.dtype), alpha=batch / kept)

@@ -1,0 +1,106 @@
+"""Stochastic depth and dropout of channels."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastreg.nn import Dropout1d, Dropout2d, Dropout3d, DropPath, drop_add_residual, functional
+from fastreg.nn.drop_path import drop_path
+
+
+def seeded(function, *args, **options):
+    torch.manual_seed(0)
+    return function(*args, **options)
+
+
+def test_drop_path_is_dropout_with_one_value_a_sample(backend):
+    x = torch.randn(64, 3, 5, requires_grad=True)
+    y = seeded(drop_path, x, 0.4)
+    assert torch.equal(y, seeded(functional.dropout, x, 0.4, noise_shape=(64, 1, 1)))
+    kept = (y != 0).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1)) and 20 < int(kept.all(1).sum()) < 55
+    unscaled = seeded(drop_path, x, 0.4, scale_by_keep=False)
+    assert torch.equal(unscaled, torch.where(y != 0, x, 0))
+
+
+def test_module():
+    module = DropPath(0.25)
+    x = torch.randn(16, 3)
+    assert module.drop_prob == 0.25 and not module.state_dict() and "drop_prob=0.25" in repr(module)
+    assert torch.equal(seeded(module, x), seeded(drop_path, x, 0.25))
+    assert module.eval()(x) is x
+    module.train().drop_prob = 0.0
+    assert module(x) is x
+    for bad in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"drop_prob must be a rate in \[0, 1\]"):
+            module.drop_prob = bad
+
+
+def test_annealing_compiles_once():
+    graphs = []
+    module = DropPath(0.5)
+    compiled = torch.compile(module, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+    x = torch.randn(16, 3)
+    for p in (0.5, 0.4, 0.0, 1.0):
+        module.drop_prob = p
+        assert torch.equal(seeded(compiled, x), seeded(functional.dropout, x, p, noise_shape=(16, 1)))
+    assert len(graphs) == 1
+
+
+def test_a_subset_goes_through_the_branch():
+    seen = []
+
+    def branch(x):
+        seen.append(x)
+        return 2 * x
+
+    x = torch.randn(10, 4, requires_grad=True)
+    assert torch.equal(drop_add_residual(x, branch, 0.0), 3 * x)
+    assert torch.equal(drop_add_residual(x, branch, 0.7, training=False), 3 * x)
+    y = seeded(drop_add_residual, x, branch, 0.7)
+    rows = [(x == row).all(1).nonzero().item() for row in seen[-1]]
+    assert len(rows) == len(set(rows)) == 3
+    scale = torch.ones(10, 1)
+    scale[rows] += 2 * 10 / 3
+    torch.testing.assert_close(y, x * scale)
+    (g,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(g, scale.expand_as(x))
+    assert len(seeded(drop_add_residual, x, branch, 1.0)) == 10 and len(seen[-1]) == 1
+    assert drop_add_residual(x[:0], branch, 0.5).shape == (0, 4)
+    with pytest.raises(ValueError, match="drop_prob"):
+        drop_add_residual(x, branch, -1)
+
+
+def test_the_subset_keeps_the_mean():
+    x = torch.zeros(8, 1)
+    torch.manual_seed(1)
+    mean = torch.stack([drop_add_residual(x, torch.ones_like, 0.6) for _ in range(400)]).mean()
+    assert abs(mean - 1) < 1e-6  # 3 of 8, always
+
+
+@pytest.mark.parametrize("dims, ours, theirs", [
+    (1, Dropout1d, nn.Dropout1d), (2, Dropout2d, nn.Dropout2d), (3, Dropout3d, nn.Dropout3d),
+])  # fmt: skip
+def test_whole_channels(backend, dims, ours, theirs):
+    module = ours(0.5)
+    assert isinstance(module, theirs) and repr(module) == repr(theirs(0.5)) and not module.state_dict()
+    x = torch.ones(8, 6, *[3] * dims)
+    y = module(x).flatten(2)
+    assert torch.equal(y[..., :1].expand_as(y), y) and set(y.unique().tolist()) == {0.0, 2.0}
+    assert module.eval()(x) is x
+    own = x.clone()
+    assert ours(0.5, True)(own) is own and (own == 0).any()
+    with pytest.raises(RuntimeError, match="dimensions, got 1"):
+        module(torch.ones(3))
+
+
+def test_channels_without_a_batch():
+    for module, shape in ((Dropout1d(0.5), (64, 5)), (Dropout3d(0.5), (64, 2, 2, 2))):
+        y = module(torch.ones(shape)).flatten(1)
+        assert torch.equal(y[:, :1].expand_as(y), y) and 10 < int((y[:, 0] == 0).sum()) < 54
+    with pytest.raises(RuntimeError, match="expects 4 dimensions, got 3"):
+        Dropout2d(0.5)(torch.ones(3, 4, 4))
+    y = Dropout1d([0.0, 1.0])(torch.ones(4, 2, 3))
+    assert y[:, 0].all() and not y[:, 1].any()
