@@ -1,40 +1,54 @@
-"""Dropout with a rate for each neuron, by its importance."""
+"""Dropout with a rate for each neuron, by its importance.
+
+Rates change from pass to pass, but what `torch.utils.checkpoint` computes a second time must see those of the
+first.  A pass is known by the seed of its mask, which recomputation draws again: seeds and rates of the last
+passes are kept, and a pass with one of these seeds takes the rates that belong to it and measures nothing.
+This takes operations on tensors alone, so it holds in compiled code and never waits for a GPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.dropout import LEVELS
-from . import functional
+from . import functional, rates
 from .dropout import Rated
 from .rates import Rate
 
 IMPORTANCES = ("activation", "activation_gradient")
+RECENT = 8
+"""Passes that recomputation may lie behind."""
 
 
 class AdaptiveDropout(Rated):
     """Drops less important neurons more often, at the same mean rate.
 
-    Neurons are ranked by a running mean of |x|, or of |x · ∂L/∂y|, the first-order effect of leaving a neuron
-    out.  The rate falls in equal steps from p · (1 + strength) for the least important one to
-    p · (1 - strength) for the most important one, so that the mean is p exactly, to 1/65536.  Until something
-    is known, all have p.  Outside of training nothing is dropped or measured.
+    Neurons are ranked by a running mean of |x|, or of |x · ∂L/∂y|, to first order what leaving a neuron out
+    does to the loss.  With r = -1 for the least important and 1 for the most important one, and equal steps
+    in between,
 
-    Rates are renewed at the first forward pass after a backward pass, and passes that recompute what was not
-    kept, as in `torch.utils.checkpoint`, neither measure nor renew: their masks are those of the first pass.
-    Importances are buffers, saved with the model; `DistributedDataParallel` spreads those of one process.
-    `importance="activation"` compiles into one graph; the other needs a hook and runs eagerly.
+        rate = p - r · min(strength · p, max_rate - p)
+
+    so that the mean is p, to 1/65536.  Equal importances share their mean rank: as long as nothing is known,
+    all have the rate p.  Outside of training nothing is dropped or measured.
+
+    Importances are a float32 buffer, saved with the model; `DistributedDataParallel` spreads those of the
+    first process.  What is not finite is not counted.  A pass with the same random numbers as one of the last
+    8 is taken for its recomputation; within `torch.func` nothing is measured.  `importance="activation"`
+    compiles into one graph; the other breaks it, as it measures in the backward pass.
 
     Args:
         features: Neurons, the size of the dimension.
         p: The mean rate in [0, 1]; may be set at any time.
         importance: `"activation"` or `"activation_gradient"`, which keeps the input until the backward pass.
         momentum: Share of the former running mean that each pass keeps; in [0, 1).
-        strength: In [0, 1]: 0 is plain dropout.  Less is used where p · (1 + strength) would exceed 1.
+        strength: In [0, 1]: 0 is plain dropout.
         dim: Where the neurons are.
+        max_rate: What no rate but p itself may exceed: a neuron that is always dropped would never learn.
 
     Raises:
         ValueError: For values out of range.
@@ -43,17 +57,18 @@ class AdaptiveDropout(Rated):
         Any with `features` in that dimension, and the same.
 
     Reference:
-        After Ba & Frey 2013, "Adaptive dropout for training deep neural networks", who learn rates for each
-        input with a network of their own; here they follow from running statistics.
+        After Ba & Frey 2013, "Adaptive dropout for training deep neural networks", who learn the rates for
+        each input with a network of their own; here they follow from running statistics.  For the importances
+        Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference".
     """
 
     importance: Tensor
-    passes: Tensor
+    seeds: Tensor
     levels: Tensor
 
     def __init__(
         self, features: int, p: float = 0.1, importance: str = "activation", momentum: float = 0.99,
-        strength: float = 1.0, dim: int = -1,
+        strength: float = 1.0, dim: int = -1, max_rate: float = 0.9,
     ) -> None:  # fmt: skip
         super().__init__()
         if features < 1:
@@ -66,11 +81,12 @@ class AdaptiveDropout(Rated):
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be in [0, 1], got {strength}")
+        rates.checked(max_rate, "max_rate")
         self.features, self.kind, self.dim = features, importance, dim
-        self.momentum, self.strength = momentum, strength
-        self.register_buffer("importance", torch.zeros(features))
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("levels", torch.zeros(features, dtype=torch.int32), persistent=False)
+        self.momentum, self.strength, self.max_rate = momentum, strength, max_rate
+        self.register_buffer("importance", torch.zeros(features, dtype=torch.float32))
+        self.register_buffer("seeds", torch.zeros(RECENT, dtype=torch.int64), persistent=False)
+        self.register_buffer("levels", torch.zeros(RECENT, features, dtype=torch.int32), persistent=False)
         self.p = p
 
     @property
@@ -85,21 +101,16 @@ class AdaptiveDropout(Rated):
                 f"p must be one rate, got {value!r}; fastreg.nn.Dropout takes one for each channel"
             )
         Rated.p.fset(self, value)  # type: ignore[attr-defined]
-        self._stale = True
 
     @property
     def rates(self) -> Tensor:
-        """What each neuron is dropped at from the next renewal on: `[features]`."""
-        return self._levels().double() / LEVELS
+        """What each neuron is dropped at in the next pass: `[features]`."""
+        return self._next_levels().double() / LEVELS
 
-    def _levels(self) -> Tensor:
-        rank = self.importance.argsort(stable=True).argsort().double()
-        tilt = 1 - 2 * rank / max(self.features - 1, 1) if self.features > 1 else 0 * rank
-        target = self.thresholds.double()
-        # No rate exceeds 1; halves round to even, so that what is above and below the target is equal.
-        reach = torch.minimum(self.strength * target, LEVELS - target)
-        tilt = torch.where(self.passes > 0, tilt, 0)
-        return (target + reach * tilt).round().to(torch.int32)
+    def reset_parameters(self) -> None:
+        """Forget all that was measured."""
+        for buffer in (self.importance, self.seeds, self.levels):
+            buffer.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with its elements dropped; as it is when not training.
@@ -113,44 +124,80 @@ class AdaptiveDropout(Rated):
             raise ValueError(
                 f"expected {self.features} features in dimension {self.dim}, got shape {tuple(input.shape)}"
             )
-        if torch.compiler.is_compiling():
-            levels = self._levels()
-            self._measure(input.detach())
-            return functional.by_thresholds(input, levels, dim=self.dim)
-        if torch._C._current_graph_task_id() == -1:  # else it recomputes
-            if self._stale:
-                self.levels, self._stale = self._levels(), False
+        seed, levels = functional.draw_seed(input.device), self._next_levels()
+        watched = torch.compiler.is_compiling() or not functional.transformed()
+        if watched:
+            repeated = self.seeds == seed
+            again = repeated.any()
+            levels = torch.where(again, (self.levels * repeated[:, None]).sum(0, dtype=torch.int32), levels)
+        output = functional.by_thresholds(input, levels, dim=self.dim, seed=seed)
+        if watched:
+            self._remember(again, seed, levels)
             if self.kind == "activation":
-                self._measure(input.detach())
-        output = functional.by_thresholds(input, self.levels, dim=self.dim)
-        if output.requires_grad:
-            activation = input.detach() if self.kind == "activation_gradient" else None
-            output.register_hook(lambda gradient: self._passed(activation, gradient))
+                self._measure(input.detach(), again)
+            else:
+                output = _watch(output, input.detach(), self._measure)
         return output
 
-    @torch.no_grad()
-    def _passed(self, activation: Tensor | None, gradient: Tensor) -> None:
-        """Behind a backward pass."""
-        self._stale = True
-        if activation is not None:
-            self._measure(activation * gradient)
+    def _next_levels(self) -> Tensor:
+        """Thresholds by rank: int32, `[features]`."""
+        ordered = self.importance.sort().values
+        below = torch.searchsorted(ordered, self.importance)
+        above = self.features - torch.searchsorted(ordered, self.importance, right=True)
+        target = self.thresholds.double()
+        reach = torch.minimum(self.strength * target, rates.threshold(self.max_rate) - target).clamp(min=0)
+        # Halves round to even, so that what is above and below the target is equal.
+        return (target + reach * ((above - below).double() / max(self.features - 1, 1))).round().int()
 
     @torch.no_grad()
-    def _measure(self, what: Tensor) -> None:
-        dims = [d for d in range(what.dim()) if d != self.dim % what.dim()]
-        mean = what.abs().mean(dims, dtype=self.importance.dtype) if dims else what.abs().to(self.importance)
-        self.importance.lerp_(mean, 1 - self.momentum)
-        self.passes.add_(1)
+    def _remember(self, again: Tensor, seed: Tensor, levels: Tensor) -> None:
+        """Keep seed and levels in place of the oldest, but for a pass that is there."""
+        seeds = torch.cat((seed[None], self.seeds[:-1]))
+        self.seeds.copy_(torch.where(again, self.seeds, seeds))
+        self.levels.copy_(torch.where(again, self.levels, torch.cat((levels[None], self.levels[:-1]))))
+
+    @torch.no_grad()
+    def _measure(self, what: Tensor, again: Tensor | None = None) -> None:
+        """A step of the running mean of |what|, unless this was done before."""
+        others = [d for d in range(-what.dim(), 0) if (d - self.dim) % what.dim()]
+        wide = torch.promote_types(what.dtype, torch.float32)
+        total = torch.linalg.vector_norm(what[None], 1, [-what.dim() - 1, *others], dtype=wide)
+        mean = total * (self.features / what.numel()) if what.numel() else torch.full_like(total, torch.nan)
+        counts = mean.isfinite() if again is None else mean.isfinite() & ~again
+        mean = self.importance.lerp(mean.to(self.importance.dtype), 1 - self.momentum)
+        self.importance.copy_(torch.where(counts, mean, self.importance))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.importance
         super()._apply(fn, recurse)
-        self._stale = True
+        if before.is_meta and not self.importance.is_meta:  # it would hold anything
+            self.reset_parameters()
+        elif self.importance.dtype != before.dtype:  # a running mean of bfloat16 would stand still
+            self.importance = before.to(self.importance.device)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)
-        self._stale = True
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"features={self.features}, p={self.p}, importance={self.kind!r}, strength={self.strength}"
+
+
+@torch.compiler.disable
+def _watch(output: Tensor, input: Tensor, measure: Callable[[Tensor], None]) -> Tensor:
+    return _Watch.apply(output, input, measure) if output.requires_grad else output
+
+
+class _Watch(torch.autograd.Function):
+    """The identity, whose backward pass measures |input · gradient|."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, input: Tensor, measure: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.measure = measure
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (input,) = ctx.saved_tensors
+        wide = torch.promote_types(input.dtype, torch.float32)
+        ctx.measure(input.to(wide) * gradient.detach())
+        return gradient, None, None

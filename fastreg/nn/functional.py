@@ -57,7 +57,7 @@ def dropout(
 
 def by_thresholds(
     input: Tensor, thresholds: Tensor, inplace: bool = False, *, dim: int = -1,
-    noise_shape: Sequence[int] | None = None, return_mask: bool = False,
+    noise_shape: Sequence[int] | None = None, return_mask: bool = False, seed: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """`dropout` with rates as an int32 tensor, see `rates.thresholds`, on the device of the input."""
     if not input.is_floating_point():
@@ -72,8 +72,9 @@ def by_thresholds(
             )
     shape = input.shape if noise_shape is None else noise_shape
     inner = inner_of(shape, thresholds, dim)
-    seed = draw_seed(input.device)
-    if inplace and not torch.compiler.is_compiling() and not _transformed():
+    if seed is None:
+        seed = draw_seed(input.device)
+    if inplace and not torch.compiler.is_compiling() and not transformed():
         out = ops.InplaceDropout.apply(input, seed, thresholds, inner, noise_shape)
     else:
         kind = ops.Dropout if torch.compiler.is_compiling() else ops.ForwardDropout
@@ -113,6 +114,6 @@ def inner_of(shape: Sequence[int], thresholds: Tensor, dim: int) -> int:
     return inner
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether `torch.func` is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
