@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from .rates import Rate
 
 
 class _Spatial(Rated):
-    """Base: dimensions behind the channels, and which ranks an input may have."""
+    """Base: how many dimensions lie behind the channels, and which ranks torch takes without a word."""
 
     _dims: int
     _ranks: tuple[int, ...]
+    _torch: Callable[..., Tensor]
     inplace: bool
 
     def __init__(self, p: Rate = 0.5, inplace: bool = False) -> None:
@@ -25,22 +26,17 @@ class _Spatial(Rated):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[batch, channels, ...]`, or `[channels, ...]`, and the same.
-
-        Raises:
-            RuntimeError: For other ranks.
-        """
-        if input.dim() not in self._ranks:
-            raise RuntimeError(
-                f"{type(self).__name__} expects {' or '.join(map(str, self._ranks))} dimensions, got "
-                f"{input.dim()}; fastreg.nn.Dropout(noise_shape=...) takes any"
-            )
+        """The input with channels dropped; as it is when not training."""
+        rank = input.dim()
+        if rank not in self._ranks:
+            self._torch(input.new_empty([0] * rank), training=False)  # warns or raises, in its own words
         if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
             return input
-        shape: Any = (*input.shape[: -self._dims], *[1] * self._dims)
+        masked = 2 if rank == self._dims + 2 or self._dims == 2 else 1  # batch and channels, or channels
         return functional.by_thresholds(
-            input, self.thresholds, self.inplace, dim=-self._dims - 1, noise_shape=shape
-        )
+            input, self.thresholds, self.inplace, dim=min(masked, rank) - 1,
+            noise_shape=[size if d < masked else 1 for d, size in enumerate(input.shape)],
+        )  # fmt: skip
 
 
 class Dropout1d(_Spatial, nn.Dropout1d):
@@ -54,14 +50,13 @@ class Dropout1d(_Spatial, nn.Dropout1d):
         Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
-    _dims, _ranks = 1, (2, 3)
+    _dims, _ranks, _torch = 1, (2, 3), staticmethod(nn.functional.dropout1d)
 
 
 class Dropout2d(_Spatial, nn.Dropout2d):
     """Zeroes whole channels of `[batch, channels, height, width]` while training.
 
-    Three dimensions are an error: torch takes them for batch, channels and length, and says it will not much
-    longer.
+    As in torch, three dimensions are taken for batch, channels and length, with a warning.
 
     Args:
         p: The rate in [0, 1], or one for each channel.
@@ -71,7 +66,7 @@ class Dropout2d(_Spatial, nn.Dropout2d):
         Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
-    _dims, _ranks = 2, (4,)
+    _dims, _ranks, _torch = 2, (4,), staticmethod(nn.functional.dropout2d)
 
 
 class Dropout3d(_Spatial, nn.Dropout3d):
@@ -85,4 +80,4 @@ class Dropout3d(_Spatial, nn.Dropout3d):
         Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
-    _dims, _ranks = 3, (4, 5)
+    _dims, _ranks, _torch = 3, (4, 5), staticmethod(nn.functional.dropout3d)

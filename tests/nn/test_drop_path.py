@@ -1,12 +1,11 @@
-"""Stochastic depth and dropout of channels."""
+"""Stochastic depth."""
 
 import math
 
 import pytest
 import torch
-from torch import nn
 
-from fastreg.nn import Dropout1d, Dropout2d, Dropout3d, DropPath, drop_add_residual, functional
+from fastreg.nn import DropPath, drop_add_residual, functional
 from fastreg.nn.drop_path import drop_path
 
 
@@ -78,29 +77,3 @@ def test_the_subset_keeps_the_mean():
     torch.manual_seed(1)
     mean = torch.stack([drop_add_residual(x, torch.ones_like, 0.6) for _ in range(400)]).mean()
     assert abs(mean - 1) < 1e-6  # 3 of 8, always
-
-
-@pytest.mark.parametrize("dims, ours, theirs", [
-    (1, Dropout1d, nn.Dropout1d), (2, Dropout2d, nn.Dropout2d), (3, Dropout3d, nn.Dropout3d),
-])  # fmt: skip
-def test_whole_channels(backend, dims, ours, theirs):
-    module = ours(0.5)
-    assert isinstance(module, theirs) and repr(module) == repr(theirs(0.5)) and not module.state_dict()
-    x = torch.ones(8, 6, *[3] * dims)
-    y = module(x).flatten(2)
-    assert torch.equal(y[..., :1].expand_as(y), y) and set(y.unique().tolist()) == {0.0, 2.0}
-    assert module.eval()(x) is x
-    own = x.clone()
-    assert ours(0.5, True)(own) is own and (own == 0).any()
-    with pytest.raises(RuntimeError, match="dimensions, got 1"):
-        module(torch.ones(3))
-
-
-def test_channels_without_a_batch():
-    for module, shape in ((Dropout1d(0.5), (64, 5)), (Dropout3d(0.5), (64, 2, 2, 2))):
-        y = module(torch.ones(shape)).flatten(1)
-        assert torch.equal(y[:, :1].expand_as(y), y) and 10 < int((y[:, 0] == 0).sum()) < 54
-    with pytest.raises(RuntimeError, match="expects 4 dimensions, got 3"):
-        Dropout2d(0.5)(torch.ones(3, 4, 4))
-    y = Dropout1d([0.0, 1.0])(torch.ones(4, 2, 3))
-    assert y[:, 0].all() and not y[:, 1].any()
