@@ -1,0 +1,371 @@
+"""Rates as pure functions: of the training step, and of the layer.
+
+Nothing here has state, so that a schedule says the same after a resumed run as before it.  All are frozen,
+comparable and picklable.
+
+| function of the step | rate                                             |
+|----------------------|--------------------------------------------------|
+| `Constant`           | always the same                                  |
+| `Linear`             | from start to end in equal steps                 |
+| `Cosine`             | from start to end along half a cosine            |
+| `Early`, `Late`      | only before, only after a step                   |
+| `Piecewise`          | through given points, in steps or in lines       |
+
+| function of the layer | rate                                            |
+|-----------------------|-------------------------------------------------|
+| `LinearLayers`        | base + layer · increase                         |
+| `DropPathLayers`      | from 0 to a rate in equal steps, as timm has it |
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LayerRates = float | Sequence[float] | Callable[..., float]
+"""A rate for all layers, one for each, or a function of (layer, number of layers) or of the layer."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Base: a rate as a function of the step, `schedule(step)`."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest rate there is."""
+        raise NotImplementedError
+
+    def __call__(self, step: int) -> float:
+        """The rate at a step; step 0 is the first.
+
+        Raises:
+            ValueError: For a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"step must be >= 0, got {step=}")
+        return self._rate(step)
+
+    def _rate(self, step: int) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same rate always.
+
+    Args:
+        rate: In [0, 1].
+
+    Raises:
+        ValueError: If it is not.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        checked(self.rate, "rate")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The rate, twice."""
+        return self.rate, self.rate
+
+    def _rate(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True)
+class _Ramp(Schedule):
+    start: float
+    end: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        checked(self.start, "start")
+        checked(self.end, "end")
+        _positive(self.steps, "steps")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Start and end, in order of size."""
+        return min(self.start, self.end), max(self.start, self.end)
+
+    def _rate(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end
+        # Written so that the start is met exactly, and with an end of 0 it is start · (1 - t/T).
+        share = self._share(step / self.steps)
+        return self.start * (1 - share) + self.end * share
+
+    def _share(self, time: float) -> float:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """From `start` to `end` in equal steps: start · (1 - t/T) + end · t/T, and `end` from step T on.
+
+    With the default end this is annealed dropout, start · (1 - t/T).
+
+    Args:
+        start: Rate at step 0, in [0, 1].
+        end: Rate from step `steps` on, in [0, 1].
+        steps: T > 0.
+
+    Raises:
+        ValueError: For values out of range.
+
+    Reference:
+        Rennie et al. 2014, "Annealed dropout training of deep networks".
+    """
+
+    def _share(self, time: float) -> float:
+        return time
+
+
+@dataclass(frozen=True)
+class Cosine(_Ramp):
+    """From `start` to `end` along half a cosine: end + (start - end) · (1 + cos(π t/T)) / 2.
+
+    Args:
+        start: Rate at step 0, in [0, 1].
+        end: Rate from step `steps` on, in [0, 1].
+        steps: T > 0.
+
+    Raises:
+        ValueError: For values out of range.
+
+    Reference:
+        Loshchilov & Hutter 2017, "SGDR", for the shape; Morerio et al. 2017, "Curriculum dropout", for rates
+        that change in training.
+    """
+
+    def _share(self, time: float) -> float:
+        return (1 - math.cos(math.pi * time)) / 2
+
+
+@dataclass(frozen=True)
+class Early(Schedule):
+    """Dropout only before a step, so that an underfitting model fits better: gradients agree more early on.
+
+    Args:
+        rate: In [0, 1].
+        cutoff: The first step without dropout, > 0.
+        kind: `"constant"`, or `"linear"`: down to 0 at the last step before the cutoff.
+
+    Raises:
+        ValueError: For values out of range.
+
+    Reference:
+        Liu et al. 2023, "Dropout reduces underfitting".
+    """
+
+    rate: float
+    cutoff: int
+    kind: str = "constant"
+
+    def __post_init__(self) -> None:
+        checked(self.rate, "rate")
+        _positive(self.cutoff, "cutoff")
+        _one_of(self.kind, "kind", ("constant", "linear"))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """0 and the rate."""
+        return 0.0, self.rate
+
+    def _rate(self, step: int) -> float:
+        if step >= self.cutoff:
+            return 0.0
+        if self.kind == "constant" or self.cutoff == 1:
+            return self.rate
+        return self.rate * (1 - step / (self.cutoff - 1))
+
+
+@dataclass(frozen=True)
+class Late(Schedule):
+    """Dropout only from a step on, for models that overfit.
+
+    Args:
+        rate: In [0, 1].
+        cutoff: The first step with dropout, > 0.
+
+    Raises:
+        ValueError: For values out of range.
+
+    Reference:
+        Liu et al. 2023, "Dropout reduces underfitting".
+    """
+
+    rate: float
+    cutoff: int
+
+    def __post_init__(self) -> None:
+        checked(self.rate, "rate")
+        _positive(self.cutoff, "cutoff")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """0 and the rate."""
+        return 0.0, self.rate
+
+    def _rate(self, step: int) -> float:
+        return self.rate if step >= self.cutoff else 0.0
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """Through given points: `Piecewise(((0, 0.0), (100, 0.3), (1000, 0.1)))`.
+
+    Before the first point and after the last the rate stays.
+
+    Args:
+        points: (step, rate) with growing steps >= 0 and rates in [0, 1].
+        kind: `"constant"`: each rate holds until the next point; or `"linear"`: in lines between them.
+
+    Raises:
+        ValueError: For values out of range.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    kind: str = "constant"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((step, rate) for step, rate in self.points))
+        _one_of(self.kind, "kind", ("constant", "linear"))
+        steps = [step for step, _ in self.points]
+        if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"points must be (step, rate) with growing steps >= 0, got {self.points}")
+        for step, rate in self.points:
+            checked(rate, f"rate at step {step}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest of the points."""
+        rates = [rate for _, rate in self.points]
+        return min(rates), max(rates)
+
+    def _rate(self, step: int) -> float:
+        if step < self.points[0][0]:
+            return self.points[0][1]
+        i = max(i for i, (at, _) in enumerate(self.points) if at <= step)
+        (at, rate), after = self.points[i], self.points[i + 1 : i + 2]
+        if self.kind == "constant" or not after:
+            return rate
+        share = (step - at) / (after[0][0] - at)
+        return rate * (1 - share) + after[0][1] * share
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """base + layer · increase; layer 0 is the first.
+
+    Args:
+        base: Rate of the first layer, in [0, 1].
+        increase: What each layer adds; may be negative.
+
+    Raises:
+        ValueError: If a rate is not in [0, 1]: the base at once, the others where the number of layers is
+            known.
+    """
+
+    base: float
+    increase: float = 0.0
+
+    def __post_init__(self) -> None:
+        checked(self.base, "base")
+
+    def __call__(self, layer: int, layers: int) -> float:
+        """The rate of a layer."""
+        rate = self.base + layer * self.increase
+        last = self.base + (layers - 1) * self.increase
+        if not 0 <= last <= 1:
+            raise ValueError(
+                f"rates must be in [0, 1], but base={self.base} and increase={self.increase} give {last:g} "
+                f"at layer {layers - 1}; with {layers} layers use an increase between "
+                f"{-self.base / max(layers - 1, 1):g} and {(1 - self.base) / max(layers - 1, 1):g}"
+            )
+        return rate
+
+
+@dataclass(frozen=True)
+class DropPathLayers:
+    """rate · layer / (layers - 1): nothing is dropped at the first layer, `rate` at the last; timm's rule.
+
+    Args:
+        rate: Of the last layer, in [0, 1].
+
+    Raises:
+        ValueError: If it is not.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth".
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        checked(self.rate, "rate")
+
+    def __call__(self, layer: int, layers: int) -> float:
+        """The rate of a layer."""
+        return self.rate * layer / (layers - 1) if layers > 1 else 0.0
+
+
+def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
+    """The rate of a layer.
+
+    Args:
+        rates: See `LayerRates`.
+        layer: 0 for the first.
+        layers: How many there are.
+
+    Raises:
+        TypeError: For a function of the step.
+        ValueError: If the rate is not in [0, 1], or there are not as many rates as layers.
+    """
+    if isinstance(rates, Schedule):
+        raise TypeError(f"{rates} is a function of the step, not of the layer: give it to DropoutScheduler")
+    rate: Any
+    if callable(rates):
+        rate = rates(layer) if _takes_one(rates) else rates(layer, layers)
+    elif isinstance(rates, Sequence):
+        if len(rates) != layers:
+            raise ValueError(f"got {len(rates)} rates for {layers} layers: give one for each")
+        rate = rates[layer]
+    else:
+        rate = rates
+    return checked(
+        rate, f"rate of layer {layer}" if callable(rates) or isinstance(rates, Sequence) else "rate"
+    )
+
+
+def checked(rate: float, name: str) -> float:
+    """The rate.
+
+    Raises:
+        ValueError: If it is not in [0, 1].
+    """
+    if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {rate!r}")
+    return float(rate)
+
+
+def _positive(value: int, name: str) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value!r}; give the number of steps")
+
+
+def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _takes_one(function: Callable[..., float]) -> bool:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(needed) == 1 and all(p.kind in positional for p in parameters)
