@@ -13,7 +13,7 @@ Block = tuple[str, nn.Module]
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def stacks(model: nn.Module) -> list[list[Block]]:
+def stacks(model: nn.Module, share: float = 0.1) -> list[list[Block]]:
     """The stacks of a model: for each, names and modules of its blocks in order.
 
     The stages of a hierarchical model make one stack.  What has less than a tenth of the parameters of the
@@ -21,13 +21,14 @@ def stacks(model: nn.Module) -> list[list[Block]]:
 
     Args:
         model: Any model.
+        share: What counts as a stack: this share of the parameters of the largest, or more.
 
     Returns:
         The stacks in the order of registration; none if nothing is repeated.
     """
     found = _stacks(model, "")
     sizes = [sum(map(_size, (block for _, block in stack))) for stack in found]
-    return [stack for stack, size in zip(found, sizes, strict=True) if size and 10 * size >= max(sizes)]
+    return [stack for stack, size in zip(found, sizes, strict=True) if size and size >= share * max(sizes)]
 
 
 def _stacks(module: nn.Module, name: str) -> list[list[Block]]:
@@ -36,7 +37,8 @@ def _stacks(module: nn.Module, name: str) -> list[list[Block]]:
         stages = [_stage(child, key) for key, child in children]
         if all(stages):
             return [[block for stage in stages for block in stage]]
-        if len(children) > 1:
+        # A list of one counts as well: a model of one layer is none without layers.
+        if len(children) > 1 or (isinstance(module, nn.ModuleList) and list(children[0][1].children())):
             return [children]
     return [stack for key, child in children for stack in _stacks(child, key)]
 

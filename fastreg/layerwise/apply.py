@@ -1,0 +1,172 @@
+"""Writing rates into a model, and keeping them: in its configuration, beside what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import nn as ours
+from .inject import attach, detach
+from .knobs import INJECTED, Knob, knobs, unwrapped
+from .table import Row, Table
+
+FIELD = "fastreg"
+"""Of the configuration: `{"dropout": {path: rate}}`, which `save_pretrained` writes with all others."""
+
+ORIGINAL = "_fastreg_original"
+"""Of the model: what stood at each path before, a number or a module."""
+
+REPLACED: dict[type[nn.Module], Any] = {
+    nn.Dropout: ours.Dropout,
+    nn.Dropout1d: ours.Dropout1d,
+    nn.Dropout2d: ours.Dropout2d,
+    nn.Dropout3d: ours.Dropout3d,
+}
+
+
+def write(model: nn.Module, found: Iterable[Knob], rates: Mapping[str, float]) -> Table:
+    """Write a rate into each knob, and note it in the configuration.
+
+    Modules are replaced by fastreg's, so that later rates compile nothing anew; not where a model only reads
+    their `p`.
+
+    Args:
+        model: The model itself, see `unwrapped`.
+        found: Knobs, or places for some, of kind `"injected"`.
+        rates: Rates by path.
+    """
+    original = vars(model).setdefault(ORIGINAL, {})
+    rows = []
+    for knob in found:
+        rate = rates[knob.path]
+        if knob.kind == "injected":
+            knob.owner, knob.kind, knob.called = attach(knob.owner, rate), "module", True
+        elif (new := _replacement(knob, rate)) is not None:
+            original.setdefault(knob.path, knob.owner)
+            _replace(model, knob.owner, new)
+            knob.owner, knob.attribute = new, "drop_prob" if isinstance(new, ours.DropPath) else "p"
+            knob.kind, knob.called = "module", True
+        else:
+            if not knob.path.endswith(INJECTED):
+                original.setdefault(knob.path, getattr(knob.owner, knob.attribute))
+            setattr(knob.owner, knob.attribute, rate)
+        rows.append(Row(knob.path, knob.role, knob.layer, rate, _how(knob), knob.stack))
+    _remember(model, {row.path: row.rate for row in rows})
+    return Table(rows)
+
+
+def restore(model: nn.Module, strict: bool = True) -> Table:
+    """Sets the dropout rates that the configuration keeps, as after `from_pretrained`.
+
+    `save_pretrained` writes them into `config.json`, but a model is built without them.  Calling it twice
+    does no more than once.
+
+    ```python
+    model = fastreg.layerwise.set_dropout(model, ...) and model
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    fastreg.layerwise.restore(model)
+    ```
+
+    Args:
+        model: A model with a `config`, of the class that was saved or with another head.
+        strict: Whether every rate must have its place.
+
+    Returns:
+        What was set; empty where nothing was kept.
+
+    Raises:
+        ValueError: If the model has no place for a rate.
+    """
+    model = unwrapped(model)
+    kept = dict(getattr(getattr(model, "config", None), FIELD, None) or {}).get("dropout", {})
+    here = {knob.path: knob for knob in knobs(model)}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    places, rates, missing = [], {}, []
+    for path, rate in kept.items():
+        for name in (path, path.removeprefix(prefix), prefix + path):
+            knob = here.get(name) or _place(model, name)
+            if knob is not None:
+                places.append(knob)
+                rates[name] = rate
+                break
+        else:
+            missing.append(path)
+    if missing and strict:
+        raise ValueError(
+            f"{type(model).__name__} has no place for the rates of {', '.join(missing)}, which its "
+            "configuration keeps: load the class that was saved, or give strict=False"
+        )
+    return write(model, places, rates) if places else Table(())
+
+
+def remove(model: nn.Module) -> None:
+    """Undoes all that `set_dropout`, `restore` and `DropoutScheduler` did.
+
+    Rates, modules, hooks and the configuration are as they were before.
+
+    Args:
+        model: Any model.
+    """
+    model = unwrapped(model)
+    here = {knob.path: knob for knob in knobs(model)}
+    for path, before in vars(model).pop(ORIGINAL, {}).items():
+        knob = here[path]
+        if isinstance(before, nn.Module):
+            _replace(model, knob.owner, before)
+        else:
+            setattr(knob.owner, knob.attribute, before)
+    for module in list(model.modules()):
+        detach(module)
+    vars(getattr(model, "config", model)).pop(FIELD, None)
+
+
+def _replacement(knob: Knob, rate: float) -> nn.Module | None:
+    """A module of fastreg to take the place of the knob's, where it should."""
+    module = knob.owner
+    if knob.kind == "identity":
+        return ours.DropPath(rate) if knob.role == "path" else ours.Dropout(rate)
+    if knob.kind == "path" and not isinstance(module, ours.DropPath) and hasattr(module, "drop_prob"):
+        return ours.DropPath(rate, bool(getattr(module, "scale_by_keep", True)))
+    if knob.kind == "module" and type(module) in REPLACED and not knob.is_number:
+        return REPLACED[type(module)](rate, inplace=module.inplace)
+    return None
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module where another is, wherever that is, with its hooks."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    new.to(device).train(old.training)
+    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _how(knob: Knob) -> str:
+    if knob.path.endswith(INJECTED):
+        return "injected"
+    return knob.kind if knob.kind == "config" else "float" if knob.is_number else "module"
+
+
+def _remember(model: nn.Module, rates: dict[str, float]) -> None:
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        kept = getattr(config, FIELD, None) or {}
+        setattr(config, FIELD, {**kept, "dropout": {**kept.get("dropout", {}), **rates}})
+
+
+def _place(model: nn.Module, path: str) -> Knob | None:
+    """Where to inject what stood at this path, if it was injected."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    if name != INJECTED or not parent:
+        return None
+    return Knob(path, "hidden", "", None, 0, "injected", owner, "p")

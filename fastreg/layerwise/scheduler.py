@@ -1,0 +1,130 @@
+"""Dropout rates that change in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..schedules import Constant, LayerRates, Schedule, checked
+from .apply import write
+from .audit import audit
+from .knobs import Knob, unwrapped
+from .setting import Rates, by_role, choose, rate_of
+
+Times = float | Callable[[int], float]
+"""A rate, or a function of the step, see `fastreg.schedules`."""
+
+
+class DropoutScheduler:
+    """Sets the dropout rates of a model as functions of the training step.
+
+    ```python
+    scheduler = DropoutScheduler(model, Linear(0.3, end=0.0, steps=10_000))  # the same for all layers
+    scheduler = DropoutScheduler(model, Linear(1.0, steps=10_000), layers=LinearLayers(0.1, 0.02))
+    for batch in data:
+        ...
+        optimizer.step()
+        scheduler.step()
+    ```
+
+    The rate of step 0 is set at once.  With `layers`, the rate is a factor over time times a rate over
+    layers.  A rate depends on the step and on nothing else, so that a resumed run needs no more than the
+    step.
+
+    Rates of modules compile nothing anew, however often they change.  Rates that a model hands to functions
+    are Python floats, which `torch.compile` takes for constants: those of attention probabilities, and all of
+    BART, OPT and Whisper (`float` in `table`).  For these the schedule is rounded to at most 7 levels between
+    its lowest and highest rate, both of which are met, since torch compiles 8 variants and then gives up.
+
+    Args:
+        model: Any model.
+        schedule: A function of the step, see `fastreg.schedules`; or a dict of these by role.
+        roles: What to set, see `set_dropout`.
+        layers: Rates over layers, as `set_dropout` takes them; the schedule is then a factor in [0, 1].
+        inject: See `set_dropout`.
+        stacks: See `set_dropout`.
+        levels: Of the schedule for rates that are Python floats, at least 2; `None`: as many as it has.
+        inputs: For the forward pass that finds the knobs, see `audit`.
+
+    Attributes:
+        last_step: The step whose rates are set.
+        table: These rates, with path, role, layer and how.
+
+    Raises:
+        ValueError: For values out of range, where a role is missing, and for a function of which no bounds
+            are known where levels are needed.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Times | Mapping[str, Times],
+        roles: str | Sequence[str] = ("hidden",), *, layers: Rates | None = None, inject: bool = False,
+        stacks: str | Sequence[str] | None = None, levels: int | None = 7, inputs: Any = None,
+    ) -> None:  # fmt: skip
+        if levels is not None and levels < 2:
+            raise ValueError(f"levels must be >= 2, or None for as many as the schedule has, got {levels=}")
+        self.model, self.levels = unwrapped(model), levels
+        self.schedules: dict[str, Callable[[int], float]] = {
+            role: times if callable(times) else Constant(times)
+            for role, times in by_role(schedule, roles).items()
+        }
+        wanted = tuple(self.schedules)
+        self.layers: dict[str, LayerRates] | None = None if layers is None else by_role(layers, wanted)
+        if self.layers is not None and set(self.layers) != set(wanted):
+            raise ValueError(f"layers has rates for {tuple(self.layers)}, the schedule for {wanted}")
+        self._knobs = choose(self.model, audit(self.model, inputs), wanted, inject, stacks)
+        rates = self._rates(0)
+        self.last_step = 0
+        self.table = write(self.model, self._knobs, rates)
+
+    def step(self, step: int | None = None) -> None:
+        """Sets the rates of the next step, or of a given one.
+
+        Args:
+            step: The step, >= 0.
+
+        Raises:
+            ValueError: If a rate is not in [0, 1].
+        """
+        step = self.last_step + 1 if step is None else step
+        rates = self._rates(step)
+        changed = [knob for knob in self._knobs if knob.rate != rates[knob.path]]
+        if changed:
+            write(self.model, changed, rates)
+            self.table = self.table.at(rates)
+        self.last_step = step
+
+    def get_last_rate(self) -> dict[str, float]:
+        """The rates that are set, by path."""
+        return self.table.rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step; the schedules are arguments."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Sets the rates of the step that was saved."""
+        self.step(state_dict["last_step"])
+
+    def _rates(self, step: int) -> dict[str, float]:
+        rates = {}
+        for knob in self._knobs:
+            schedule = self.schedules[knob.role]
+            rate = checked(schedule(step), f"rate at step {step}")
+            if knob.is_number and self.levels is not None:
+                rate = _rounded(rate, schedule, self.levels, knob)
+            rates[knob.path] = rate if self.layers is None else rate * rate_of(self.layers[knob.role], knob)
+        return rates
+
+
+def _rounded(rate: float, schedule: Callable[[int], float], levels: int, knob: Knob) -> float:
+    """The nearest of so many levels between the bounds of the schedule."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"the rate of {knob.path} is a Python float, and torch.compile would compile each of its values: "
+            f"give a schedule of fastreg.schedules, whose bounds are known, or levels=None; got {schedule!r}"
+        )
+    low, high = schedule.bounds
+    share = round((rate - low) / (high - low) * (levels - 1)) / (levels - 1) if high > low else 0.0
+    return low * (1 - share) + high * share

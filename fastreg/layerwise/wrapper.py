@@ -1,0 +1,100 @@
+"""A model with rates that grow from layer to layer, in the form of a wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..schedules import LinearLayers
+from .knobs import places, unwrapped
+from .setting import set_dropout
+
+PREFIX = "base_model."
+
+
+class LayerwiseAdaptiveRegularization(nn.Module):
+    """Wraps a transformer of any family and sets the dropout of layer i to base + i · increase.
+
+    ```python
+    model = LayerwiseAdaptiveRegularization(AutoModelForCausalLM.from_pretrained(name))
+    loss = model(**batch).loss
+    ```
+
+    The wrapped model itself gets the rates, so that this is the same as `set_dropout` with `LinearLayers` and
+    `inject=True`.  Names of parameters and keys of the `state_dict` are those of the wrapped model, and what
+    the wrapper does not have (`config`, `generate`, `save_pretrained`, `gradient_checkpointing_enable`, ...)
+    is taken from there.
+
+    Args:
+        base_model: Any transformer.
+        num_layers: How many layers its longest stack of blocks has, as a check.
+        base_dropout: Rate of the first layer, in [0, 1].
+        dropout_increase_per_layer: What each layer adds.
+        roles: What to set, see `set_dropout`.
+        inputs: For the forward pass that finds the dropout, see `audit`.
+
+    Attributes:
+        table: What took effect.
+
+    Raises:
+        ValueError: If there are no layers or not as many, and for rates out of range.
+    """
+
+    _wraps = "base_model"
+
+    def __init__(
+        self, base_model: nn.Module, num_layers: int | None = None, base_dropout: float = 0.1,
+        dropout_increase_per_layer: float = 0.02, *, roles: str | tuple[str, ...] = ("hidden",),
+        inputs: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        found = max((layers for _, _, layers in places(unwrapped(base_model)).values()), default=0)
+        if not found:
+            raise ValueError(f"found no repeated layers in {type(base_model).__name__}")
+        if num_layers not in (None, found):
+            raise ValueError(
+                f"{type(base_model).__name__} has {found} layers, got {num_layers=}: give {found} or None"
+            )
+        schedule = LinearLayers(base_dropout, dropout_increase_per_layer)
+        self.table = set_dropout(base_model, schedule, roles, inject=True, inputs=inputs)
+        self.base_model = base_model
+        self.train(base_model.training)
+        self._register_state_dict_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped model does."""
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base_model"), name)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names are those of the wrapped model."""
+        for name, p in super().named_parameters(*args, **kwargs):
+            yield name.replace(PREFIX, "", 1), p
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """Names are those of the wrapped model."""
+        for name, buffer in super().named_buffers(*args, **kwargs):
+            yield name.replace(PREFIX, "", 1), buffer
+
+
+def _without_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    _rename(state_dict, prefix + PREFIX, prefix)
+
+
+def _with_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    _rename(state_dict, prefix, prefix + PREFIX)
+
+
+def _rename(state_dict: dict[str, Any], old: str, new: str) -> None:
+    for key in [key for key in state_dict if key.startswith(old)]:
+        state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
