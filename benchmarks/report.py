@@ -22,6 +22,7 @@ UNITS = {
     "gbps": "bytes that must move over the median, in 1e9 bytes per second",
     "first_ms": "the first step, with compilation where caches did not have it",
     "temporary_bytes": "peak of a step above what is held before it",
+    "saved_bytes": "kept for the backward pass, besides what comes in",
     "errors": "largest difference from the judge, relative to the largest value",
 }
 
@@ -79,6 +80,7 @@ COLUMNS: dict[str, Cell] = {
     "GB/s": _optional("gbps", lambda _, value: f"{value:.0f}"),
     "of copy": _optional("gbps", lambda result, value: f"{value / result['copy_gbps']:.0%}"),
     "extra MiB": _optional("temporary_bytes", lambda _, value: f"{value / 2**20:.0f}"),
+    "saved MiB": _optional("saved_bytes", lambda _, value: f"{value / 2**20:.1f}"),
     "first step": _optional("first_ms", lambda _, value: duration(value)),
     "per tensor": lambda _, row: (
         duration(row["ms"]["median"] / row["tensors"]) if row.get("tensors") and "ms" in row else ""

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 import fastreg
 from fastreg import multi_tensor
 from fastreg.multi_tensor import Batch, Measurand
+from fastreg.nn import ops
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
@@ -85,6 +86,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     run, partial_norms = multi_tensor._run_triton, multi_tensor._partial_norms
     finish, unit_squares = multi_tensor._finish, multi_tensor._unit_squares
+    launch = ops.launch
 
     def run_there(batch: Batch) -> None:
         if batch.device.type != "cpu":
@@ -105,7 +107,16 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def unit_squares_there(batch: Batch) -> Tensor:
         return unit_squares(batch) if batch.device.type != "cpu" else unit_squares(moved(batch)).cpu()
 
+    def launch_there(kind, tensors, bias, seed, thresholds, inner, activation, out):
+        if out.device.type != "cpu":
+            return launch(kind, tensors, bias, seed, thresholds, inner, activation, out)
+        given = [t if t is None else t.to(DEVICE) for t in (*tensors, bias, seed, thresholds)]
+        result = torch.empty_like(out, device=DEVICE)
+        launch(kind, tuple(given[:2]), *given[2:], inner, activation, result)
+        out.copy_(result)
+
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
+    monkeypatch.setattr(ops, "launch", launch_there)
     monkeypatch.setattr(multi_tensor, "_unit_squares", unit_squares_there)
     monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
     monkeypatch.setattr(multi_tensor, "_partial_norms", partial_norms_there)

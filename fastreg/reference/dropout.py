@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .random import At, bits16
+from .random import At, reaches16
 from .step import compute_dtype
 
 ROUNDS = 7
@@ -21,16 +21,16 @@ LEVELS = 65536
 """Thresholds there are, but for the one that drops everything."""
 
 
-def kept(seed: Tensor, thresholds: Tensor, at: At, like: Tensor) -> Tensor:
+def kept(seed: Tensor | int, thresholds: Tensor, at: At, like: Tensor) -> Tensor:
     """Which elements stay: a bool for each of the flat tensor `like`.
 
     Args:
-        seed: int64, 0-d.
+        seed: 64 bits, as an int64 tensor or an integer.
         thresholds: int32, 0-d or for each element: rates times 65536.
         at: Where the elements lie.
         like: As many elements.
     """
-    return bits16(seed, at, like, ROUNDS) >= thresholds
+    return reaches16(seed, at, like, thresholds, ROUNDS)
 
 
 def scale(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,7 +39,7 @@ def scale(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dropout(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | int, thresholds: Tensor, at: At,
     activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Bias, activation, dropout and residual, of flat tensors: activation(x + bias) is dropped.
@@ -48,7 +48,7 @@ def dropout(
         x: `[n]`.
         bias: `[n]`, for every element its own.
         residual: `[n]`.
-        seed: int64, 0-d.
+        seed: 64 bits, as an int64 tensor or an integer.
         thresholds: int32, 0-d or `[n]`.
         at: Where the elements lie.
         activation: A name of `ACTIVATIONS`.
@@ -62,7 +62,7 @@ def dropout(
 
 
 def dropout_backward(
-    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor, thresholds: Tensor, at: At,
+    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, thresholds: Tensor, at: At,
     activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The gradient by x: that of the result times the derivative of the activation, dropped and scaled.

@@ -71,6 +71,16 @@ def bits16(key: int | Tensor, at: At, like: Tensor, rounds: int) -> Tensor:
     return _in_order(halves, at, like.numel())
 
 
+def reaches16(key: int | Tensor, at: At, like: Tensor, threshold: Tensor, rounds: int) -> Tensor:
+    """Whether the 16 random bits of each element of the flat tensor `like` reach a threshold up to 65536."""
+    if threshold.dim() or torch.compiler.is_compiling():  # where bits are four times faster
+        return bits16(key, at, like, rounds) >= threshold
+    drawn, limit = words(key, at, like.numel(), 8, rounds, like.device), threshold.long()
+    # A threshold in the upper half of a word is compared with whole words.
+    halves = tuple(half for word in drawn for half in ((word & 0xFFFF) >= limit, word >= limit << 16))
+    return _in_order(halves, at, like.numel())
+
+
 def sqrt(x: Tensor) -> Tensor:
     """Correctly rounded square root: eager float32 on a CPU is 1 ulp off in 16 % of values."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or x.device.type != "cpu":

@@ -1,0 +1,207 @@
+"""Dropout and what is fused around it, forward and backward, and what is kept for the backward pass."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastreg
+from fastreg.nn.functional import dropout
+from fastreg.nn.fused import bias_act_dropout_add
+
+from .steps import DTYPES
+from .suite import OURS, Case, Check, Unavailable
+
+P, FEATURES = 0.1, 1024
+
+
+@dataclass
+class Workload:
+    """Inputs, which take gradients, and the gradient of the result."""
+
+    x: Tensor
+    bias: Tensor
+    residual: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Pass:
+    """Forward and backward pass of a function of (x, bias, residual)."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    workload: Workload
+    backend: str = "auto"
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        given = self.workload.x, self.workload.bias, self.workload.residual
+        with fastreg.use_backend(self.backend):
+            y = self.function(*given)
+            return y, *torch.autograd.grad(y, given, self.workload.gradient, allow_unused=True)
+
+
+@dataclass(eq=False)  # hashed by identity
+class PassCase(Case):
+    """A function of `[rows, 1024]`; `what` is "dropout" or "bias+gelu+dropout+add"."""
+
+    what: str
+    elements: int
+    storage: str
+    rounds: int
+    suite: str = "dropout"
+    baseline: str = "torch"
+
+    def __post_init__(self) -> None:
+        self.name = (
+            f"{self.what}, {self.elements / 2**20:.0f}M elements, {self.storage}, forward and backward"
+        )
+        # Read and written; and for the gradient; a residual passes it on as it is.
+        passes = 2 + 2 if self.what == "dropout" else 3 + 3
+        self.bytes = self.elements * DTYPES[self.storage].itemsize * passes
+
+    def setup(self, device: torch.device) -> Workload:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            made = torch.randn(shape, generator=generator, device=device)
+            return made.to(DTYPES[self.storage]).requires_grad_()
+
+        shape = self.elements // FEATURES, FEATURES
+        return Workload(draw(*shape), draw(FEATURES), draw(*shape), draw(*shape).detach())
+
+    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
+        """Ours, its reference, and torch's functions, also compiled."""
+        plain = self.what == "dropout"
+        ours = _dropout if plain else _fused
+        theirs = _torch_dropout if plain else _torch_fused
+        return {
+            OURS: lambda workload: Pass(ours, workload),
+            f"{OURS}, reference": lambda workload: _reference(ours, workload),
+            "torch": lambda workload: Pass(theirs, workload),
+            "torch.compile": lambda workload: Pass(torch.compile(theirs), workload),
+        }
+
+    def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
+        """As many elements as should are kept, and are what they should be, and so is their gradient."""
+        y, of_x, *_ = (t if t is None else t.detach().double() for t in run())
+        x = workload.x.detach().double().requires_grad_()
+        if self.what == "dropout":
+            branch, rest = x, 0
+        else:
+            branch, rest = (
+                functional.gelu(x + workload.bias.detach().double()),
+                workload.residual.detach().double(),
+            )
+        (slope,) = torch.autograd.grad(branch.sum(), x)
+        kept, full = of_x != 0, rest + branch.detach() / (1 - P)
+        share = abs(float(kept.double().mean()) - (1 - P)) / (P * (1 - P) / self.elements) ** 0.5
+        wrong = float((y - torch.where(kept, full, rest)).abs().amax() / full.abs().amax())
+        g = workload.gradient.double() * slope / (1 - P)
+        off = float((of_x - torch.where(kept, g, 0)).abs().amax() / g.abs().amax())
+        bound = {"fp32": 1e-4, "bf16": 2e-2}[self.storage]
+        return [
+            Check("share kept, in σ", share, 5),
+            Check("result", wrong, bound),
+            Check("gradient", off, bound),
+        ]
+
+    def details(self, workload: Workload, run: Any) -> dict[str, Any]:
+        """What is kept for the backward pass, besides what comes in."""
+        given = workload.x, workload.bias, workload.residual
+        with saved_bytes(given) as saved, fastreg.use_backend(run.backend):
+            run.function(*given)
+        return {"saved_bytes": saved.bytes}
+
+
+def _dropout(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return dropout(x, P)
+
+
+def _fused(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return bias_act_dropout_add(x, bias, residual, P, activation="gelu")
+
+
+def _torch_dropout(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return functional.dropout(x, P)
+
+
+def _torch_fused(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return residual + functional.dropout(functional.gelu(x + bias), P)
+
+
+def _reference(function: Any, workload: Workload) -> Pass:
+    if workload.x.device.type != "cpu":
+        raise Unavailable("the reference is for a CPU")
+    return Pass(function, workload, "reference")
+
+
+@dataclass
+class Saved:
+    """What autograd has kept: bytes of all storages, each once."""
+
+    storages: dict[int, Tensor] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for k, t in self.storages.items() if k not in self.known)
+
+
+@contextmanager
+def saved_bytes(known: Any = ()) -> Iterator[Saved]:
+    """Counts what is kept for the backward pass by what runs in the block, but for tensors known before."""
+    saved = Saved(known={t.untyped_storage().data_ptr() for t in known})
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> list[dict[str, Any]]:
+    """What a training step of GPT-2 keeps for its backward pass, with `nn.Dropout` and with fastreg's.
+
+    The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    found = []
+    for name in ("torch.nn.Dropout", "fastreg.nn.Dropout"):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=layers, vocab_size=8192, bos_token_id=0, eos_token_id=0, use_cache=False,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).train()
+        if name.startswith("fastreg"):
+            fastreg.nn.replace_dropout(model)
+        elements = rows * columns * config.n_embd * (2 * layers + 1)
+        batch = torch.randint(config.vocab_size, (rows, columns))
+        with saved_bytes(model.parameters()) as saved:
+            model(input_ids=batch, labels=batch).loss.backward()
+        found.append(
+            {"dropout": name, "layers": layers, "tokens": rows * columns, "dropped": elements}
+            | {"bytes": saved.bytes}
+        )
+    return found
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Four million elements on a CPU, 256 million on a GPU."""
+    if device.type == "cuda":
+        sizes, storages, turns = 2**28, ("bf16", "fp32"), 10 if quick else 50
+    else:
+        sizes, storages, turns = 2**22, ("fp32",), 5 if quick else 21
+    return [
+        PassCase(what, sizes, storage, turns)
+        for what in ("dropout", "bias+gelu+dropout+add")
+        for storage in storages
+    ]
