@@ -94,11 +94,13 @@ class Setup:
     lr: float
     weight_decay: float
     seed: int
+    steps: int  # of the whole run
     regularizers: list[Any] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # for `fastreg.AdamW`
     sharpness: dict[str, Any] = field(default_factory=dict)  # for `fastreg.SAM` around it
     optimizer: Callable[[Setup], Optimizer] = fastreg_adamw
     training_step: Callable[[Callable[[], Tensor], Optimizer, Stopwatch], None] = training_step
+    schedulers: list[Any] = field(default_factory=list)  # whose `step()` follows every training step
     evaluation: Callable[[Optimizer], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -256,6 +258,58 @@ def _l2sp(setup: Setup, strength: float) -> None:
     import fastreg
 
     setup.regularizers.append(fastreg.L2SP(strength))
+
+
+@contender("dropout", "dropout {} behind attention and MLP of every layer", 0.1)
+def _dropout(setup: Setup, p: float) -> None:
+    from fastreg.layerwise import set_dropout
+
+    set_dropout(setup.model, p, inject=True)
+
+
+@contender("layerwise", "dropout that grows over the layers from 0 to {}", 0.2)
+def _layerwise(setup: Setup, p: float) -> None:
+    from fastreg.layerwise import set_dropout
+    from fastreg.schedules import DropPathLayers
+
+    set_dropout(setup.model, DropPathLayers(p), inject=True)
+
+
+@contender("annealed", "dropout {} at first, which falls to 0 over the run", 0.2)
+def _annealed(setup: Setup, p: float) -> None:
+    from fastreg.layerwise import DropoutScheduler
+    from fastreg.schedules import Linear
+
+    schedule = Linear(p, end=0.0, steps=setup.steps)
+    setup.schedulers.append(DropoutScheduler(setup.model, schedule, inject=True))
+
+
+@contender("adadrop", "dropout {} on average, more of neurons that matter less", 0.1)
+def _adadrop(setup: Setup, p: float) -> None:
+    from fastreg.nn import AdaptiveDropout
+
+    model: Any = setup.model
+    _in_place_of_dropout(setup, p, lambda rate: AdaptiveDropout(model.config.hidden_size, rate))
+
+
+@contender("droppath", "leaves out residual branches, at rates that grow over the layers from 0 to {}", 0.2)
+def _droppath(setup: Setup, p: float) -> None:
+    from fastreg.nn import DropPath
+    from fastreg.schedules import DropPathLayers
+
+    _in_place_of_dropout(setup, DropPathLayers(p), DropPath)
+
+
+def _in_place_of_dropout(setup: Setup, rates: Any, make: Callable[[float], nn.Module]) -> None:
+    """Put other modules where a model has dropout behind attention and MLP."""
+    from fastreg.layerwise import set_dropout
+
+    model: Any = setup.model
+    for row in set_dropout(model, rates):
+        if row.how != "module":
+            raise ValueError(f"{row.path} of {type(model).__name__} is no module that could be replaced")
+        parent, _, name = row.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(row.rate).to(model.device))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def set_up(
         ValueError: If the library refuses a strength.
     """
     torch.manual_seed(args.seed)
-    setup = Setup(copy.deepcopy(model).to(args.device), args.lr, args.weight_decay, args.seed)
+    setup = Setup(copy.deepcopy(model).to(args.device), args.lr, args.weight_decay, args.seed, args.steps)
     contender.apply(setup)
     return setup, setup.optimizer(setup)
 
@@ -143,6 +143,8 @@ def train(
             with whole:
                 setup.training_step(partial(text.loss, setup.model, batch), optimizer, part)
             schedule.step()
+            for scheduler in setup.schedulers:
+                scheduler.step()
             record.step_times.append(whole.take())
             record.optimizer_times.append(part.take())
             if step % args.eval_every == 0 or step == args.steps:

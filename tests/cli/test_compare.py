@@ -121,7 +121,7 @@ def test_sharpness_aware_contenders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("label", ["torch+sam", "asam+torch", "torch+msam", "torch+lookahead"])
 def test_torch_is_compared_as_it_is(label):
-    setup = contenders.Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0)
+    setup = contenders.Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0, steps=10)
     contenders.parse(label)[0].apply(setup)
     with pytest.raises(ValueError, match="as it is, got (SAM|MSAM|SlowWeights);"):
         setup.optimizer(setup)
@@ -151,7 +151,7 @@ def test_a_step_of_sam_evaluates_the_loss_twice():
 
 def test_msam_is_evaluated_at_the_weights_themselves():
     model = torch.nn.Linear(3, 1)
-    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0)
+    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=10)
     contenders.parse("msam=5")[0].apply(setup)
     plain = torch.nn.Linear(3, 1)
     plain.load_state_dict(model.state_dict())
@@ -352,3 +352,31 @@ def test_process_prints_one_line_and_no_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr
+
+
+def test_dropout_of_every_kind(tmp_path):
+    """Each changes the run, rates of 0 change nothing, and evaluation drops nothing."""
+    names = "plain,dropout=0.5,layerwise=0.5,annealed=0.5,adadrop=0.4,droppath=0.5,dropout=0,droppath=0"
+    _, results = compare(tmp_path, "--with", names)
+    curves = losses(results)
+    starts = [curve["validation"][0] for curve in curves.values()]
+    assert starts == [starts[0]] * len(curves)
+    for name, curve in curves.items():
+        same = curve["validation"][-1] == pytest.approx(curves["plain"]["validation"][-1], rel=1e-6)
+        assert same == (name in ("plain", "dropout=0", "droppath=0")), name
+    ends = [curve["validation"][-1] for name, curve in curves.items() if not name.endswith("=0")]
+    assert len(set(ends)) == 6
+
+
+def test_annealing_ends_where_it_should():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=4)
+    contenders.parse("annealed=0.4")[0].apply(setup)
+    found = [model.transformer.h[1].mlp.dropout.p]
+    for _ in range(4):
+        for scheduler in setup.schedulers:
+            scheduler.step()
+        found.append(model.transformer.h[1].mlp.dropout.p)
+    assert found == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
