@@ -53,6 +53,7 @@ results: $(INSTALLED)
 	$(BIN)/fastreg bench --device cpu --out benchmarks/results/cpu
 	env -u TRITON_INTERPRET $(BIN)/python -m fastreg_benchmarks.audit --json benchmarks/results/audit.json
 	$(BIN)/python -m fastreg_benchmarks.precision --json benchmarks/results/precision.json
+	$(BIN)/python -m fastreg_benchmarks.activation --json benchmarks/results/activation.json
 	$(MAKE) render
 
 render: $(INSTALLED)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import fastreg
 from fastreg.nn.functional import dropout
 from fastreg.nn.fused import bias_act_dropout_add
 
+from .activation import saved_bytes
 from .steps import DTYPES
 from .suite import OURS, Case, Check, Unavailable
 
@@ -140,58 +139,6 @@ def _reference(function: Any, workload: Workload) -> Pass:
     if workload.x.device.type != "cpu":
         raise Unavailable("the reference is for a CPU")
     return Pass(function, workload, "reference")
-
-
-@dataclass
-class Saved:
-    """What autograd has kept: bytes of all storages, each once."""
-
-    storages: dict[int, Tensor] = field(default_factory=dict)
-    known: set[int] = field(default_factory=set)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for k, t in self.storages.items() if k not in self.known)
-
-
-@contextmanager
-def saved_bytes(known: Any = ()) -> Iterator[Saved]:
-    """Counts what is kept for the backward pass by what runs in the block, but for tensors known before."""
-    saved = Saved(known={t.untyped_storage().data_ptr() for t in known})
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-
-
-def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> list[dict[str, Any]]:
-    """What a training step of GPT-2 keeps for its backward pass, with `nn.Dropout` and with fastreg's.
-
-    The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
-    """
-    transformers: Any = importlib.import_module("transformers")
-    found = []
-    for name in ("torch.nn.Dropout", "fastreg.nn.Dropout"):
-        torch.manual_seed(0)
-        config = transformers.GPT2Config(
-            n_layer=layers, vocab_size=8192, bos_token_id=0, eos_token_id=0, use_cache=False,
-            attn_implementation="sdpa",
-        )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config).train()
-        if name.startswith("fastreg"):
-            fastreg.nn.replace_dropout(model)
-        elements = rows * columns * config.n_embd * (2 * layers + 1)
-        batch = torch.randint(config.vocab_size, (rows, columns))
-        with saved_bytes(model.parameters()) as saved:
-            model(input_ids=batch, labels=batch).loss.backward()
-        found.append(
-            {"dropout": name, "layers": layers, "tokens": rows * columns, "dropped": elements}
-            | {"bytes": saved.bytes}
-        )
-    return found
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

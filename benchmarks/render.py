@@ -41,6 +41,8 @@ The last column counts the bytes of `clip_grad_norm_` (12), the rule's own fused
 COMPOSED_OF_SAM = """\
 Lookahead's is the step that synchronises, every fifth, with `_foreach_lerp_` and `_foreach_copy_` (20).
 SAM's are both of its steps, around torch's fused one as davda54/sam makes them (48). MSAM has none."""
+ABOUT_DROPOUT = """\
+Bytes of biases and of rates for each channel are counted, though they come from a cache."""
 ABOUT = """\
 Rendered by `make render` from the JSON files in this folder; `make results` measures the CPU anew.
 Contenders of a case take turns and times are medians; *times faster* is against the contender that has
@@ -73,7 +75,7 @@ def performance() -> str:
     if not any(map(_on_gpu, found.values())):
         parts.append(NO_GPU)
     parts += [_summary(name, run) for name, run in found.items() if _on_gpu(run)]
-    parts.append(_machine_code())
+    parts += [_machine_code(), _machine_code_of_dropout()]
     parts += [_summary(name, run) for name, run in found.items() if not _on_gpu(run)]
     parts.append("All tables: [benchmarks/results](benchmarks/results/README.md).")
     return "\n\n".join(parts)
@@ -105,7 +107,18 @@ def _machine_code() -> str:
     return f"{MACHINE_CODE}\n\n{report.markdown(headings, lines)}\n\n{about}"
 
 
-NOT_SHOWN = {"norm", "AdamW+pullback", *chains.PASSES, *audit.MEASURED}
+def _machine_code_of_dropout() -> str:
+    rows = {row["kernel"]: row for row in audited()["rows"] if row["target"] == "sm_90"}
+    lines = [
+        [name, str(row["bytes"]), f"{row['instructions']:.0f}", str(row["registers"])]
+        for name in audit.DROPOUT
+        if (row := rows.get(f"{name} bf16"))
+    ]
+    headings = ["dropout, bfloat16", "bytes per element", "instructions", "registers"]
+    return f"{report.markdown(headings, lines)}\n\n{ABOUT_DROPOUT}"
+
+
+NOT_SHOWN = {"norm", "AdamW+pullback", *chains.PASSES, *audit.MEASURED, *audit.DROPOUT}
 """What is no step, or not all of one."""
 
 

@@ -22,8 +22,8 @@ def test_every_dropout_is_replaced():
 def test_activation_memory_of_gpt2(capsys):
     """Twelve layers keep as many bytes less as masks have: on a CPU those are of the activations' dtype."""
     pytest.importorskip("transformers")
-    dropout = pytest.importorskip("fastreg_benchmarks.dropout")
-    torchs, ours = dropout.activation_memory(columns=32)
+    activation = pytest.importorskip("fastreg_benchmarks.activation")
+    torchs, ours = activation.activation_memory(columns=32)
     assert torchs["layers"] == 12 and torchs["dropped"] == 32 * 768 * 25
     seeds_and_thresholds = 12 * 25
     assert torchs["bytes"] - ours["bytes"] == 4 * torchs["dropped"] - seeds_and_thresholds

@@ -1,0 +1,90 @@
+"""What a training step keeps for its backward pass, with masks that are stored and with masks that are not.
+
+python -m fastreg_benchmarks.activation --json benchmarks/results/activation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastreg.nn
+from fastreg.cli import document
+
+
+@dataclass
+class Saved:
+    """What autograd has kept: bytes of all storages, each once."""
+
+    storages: dict[int, Tensor] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for k, t in self.storages.items() if k not in self.known)
+
+
+@contextmanager
+def saved_bytes(known: Any = ()) -> Iterator[Saved]:
+    """Counts what is kept for the backward pass by what runs in the block, but for tensors known before."""
+    saved = Saved(known={t.untyped_storage().data_ptr() for t in known})
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> list[dict[str, Any]]:
+    """What a training step of GPT-2 keeps for its backward pass, with `nn.Dropout` and with fastreg's.
+
+    The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    found = []
+    for name in ("torch.nn.Dropout", "fastreg.nn.Dropout"):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=layers, vocab_size=8192, bos_token_id=0, eos_token_id=0, use_cache=False,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).train()
+        if name.startswith("fastreg"):
+            fastreg.nn.replace_dropout(model)
+        elements = rows * columns * config.n_embd * (2 * layers + 1)
+        batch = torch.randint(config.vocab_size, (rows, columns))
+        with saved_bytes(model.parameters()) as saved:
+            model(input_ids=batch, labels=batch).loss.backward()
+        found.append(
+            {"dropout": name, "layers": layers, "tokens": rows * columns, "dropped": elements}
+            | {"bytes": saved.bytes}
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write what was found."""
+    parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.activation", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args(arguments)
+    found = {"torch": torch.__version__, "gpt2": activation_memory()}
+    for row in found["gpt2"]:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if options.json:
+        document.write(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
