@@ -1,0 +1,202 @@
+"""Dropout and what is fused around it: the kernels against the reference, over several blocks."""
+
+import math
+import os
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.nn import ops, rates
+from fastreg.reference.activations import ACTIVATIONS
+
+COLUMNS = [768, 1031]  # loaded eight at a time, and not
+SEED = torch.tensor(2**40 + 3)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that few elements take several programs, each of several rounds of the wide loop."""
+    monkeypatch.setattr(ops, "BLOCK", 4096)
+    monkeypatch.setattr(ops, "PER_THREAD", 8)
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch):
+    """As `kernels_on_device` in `conftest.py`: kernels run on copies on FASTREG_TEST_DEVICE, if it is set."""
+    if (device := os.environ.get("FASTREG_TEST_DEVICE")) is None:
+        return
+    launch = ops.launch
+
+    def there(tensor):
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        skipped = tensor.data_ptr() % 16 // tensor.element_size()
+        store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=device)
+        return store[skipped : skipped + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    def launch_there(kind, tensors, bias, seed, thresholds, inner, activation, out):
+        result = there(out)
+        given = tuple(result if tensor is out else there(tensor) for tensor in tensors)
+        launch(kind, given, there(bias), there(seed), there(thresholds), inner, activation, result)
+        out.copy_(result)
+
+    monkeypatch.setattr(ops, "launch", launch_there)
+
+
+def draw(shape, dtype=torch.float64, seed=0, spread=2.0):
+    made = spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made.to(dtype)
+
+
+def run(kind, a, b, bias, thresholds, activation, dtype, backend="triton", inner=1):
+    with fastreg.use_backend(backend):
+        return ops._run(kind, (a, b), bias, SEED, thresholds, inner, activation, dtype)
+
+
+def compare(kind, a, b, bias, thresholds, activation, dtype, inner=1):
+    """The mask of the reference, and at most twice its distance from float64, besides rounding."""
+    found = run(kind, a, b, bias, thresholds, activation, dtype, inner=inner)
+    plain = run(kind, a, b, bias, thresholds, activation, dtype, "reference", inner)
+    wide = [None if t is None else t.double() for t in (a, b, bias)]
+    truth = run(kind, *wide, thresholds, activation, torch.float64, "reference", inner)
+    assert found.dtype == dtype and found.shape == truth.shape and truth.isfinite().all()
+    own, other = ((t.double() - truth).abs() for t in (found, plain))
+    # The interpreter truncates to bfloat16: a whole unit in the last place.
+    storage = torch.finfo(dtype).eps * truth.abs()
+    compute = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * truth.abs().max()
+    assert (own <= 2 * other.max() + storage + compute).all()
+    with fastreg.use_backend("reference"):
+        dropped = ops.dropout(torch.ones_like(truth), SEED, thresholds, inner, None) == 0
+    expected = torch.zeros_like(found) if kind != "dropout" or b is None else b.to(dtype)
+    assert torch.equal(found[dropped], expected[dropped])
+
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
+EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)
+WIDTHS = pytest.mark.parametrize("columns", COLUMNS)
+REAL = pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "identity"])
+
+
+@DTYPES
+@EVERY
+@WIDTHS
+def test_forward(activation, dtype, columns):
+    x, residual = draw((13, columns), dtype, 0), draw((13, columns), dtype, 1)
+    compare("dropout", x, residual, draw(columns, dtype, 2), rates.thresholds(0.3), activation, dtype)
+
+
+@DTYPES
+@REAL
+@WIDTHS
+def test_backward(activation, dtype, columns):
+    g, x = draw((13, columns), dtype, 0), draw((13, columns), dtype, 1)
+    compare("dropout_backward", g, x, draw(columns, dtype, 2), rates.thresholds(0.3), activation, dtype)
+
+
+@pytest.mark.parametrize("bias, residual", [(False, False), (False, True), (True, False)])
+def test_without_a_part(bias, residual):
+    x, other, own = draw((13, 768)).float(), draw((13, 768), seed=1).float(), draw(768, seed=2).float()
+    given = x, other if residual else None, own if bias else None
+    compare("dropout", *given, rates.thresholds(0.3), "gelu", torch.float32)
+    compare("dropout_backward", other, x, given[2], rates.thresholds(0.3), "gelu", torch.float32)
+
+
+@WIDTHS
+def test_a_rate_for_each_feature(columns):
+    x, residual, bias = draw((13, columns)).float(), draw((13, columns)).float(), draw(columns).float()
+    own = rates.thresholds(torch.linspace(0, 1, columns))
+    compare("dropout", x, residual, bias, own, "silu", torch.float32)
+    compare("dropout_backward", x, residual, bias, own, "silu", torch.float32)
+
+
+@pytest.mark.parametrize("inner", [3, 8, 1000, 2**30])
+def test_channels_of_several_elements(inner):
+    """Of 2³⁰ the index of a channel takes 64 bits."""
+    own = rates.thresholds([0.1, 0.9, 0.0, 1.0, 0.5])
+    compare("dropout", draw(13_001).float(), None, None, own, "identity", torch.float32, inner)
+
+
+@pytest.mark.parametrize("x, bias, residual", [
+    (torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32, None), (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32, torch.float64),
+], ids=str)  # fmt: skip
+def test_mixed_dtypes(x, bias, residual):
+    result = x if residual is None else torch.promote_types(x, residual)
+    rest = None if residual is None else draw((7, 768), residual, 1)
+    thresholds = rates.thresholds(0.3)
+    compare("dropout", draw((7, 768), x), rest, draw(768, bias, 2), thresholds, "gelu", result)
+    gradient = draw((7, 768), result, 3)
+    compare("dropout_backward", gradient, draw((7, 768), x), draw(768, bias, 2), thresholds, "gelu", x)
+
+
+@pytest.mark.parametrize("size", [*range(1, 18), 4095, 4096, 4097, 8191])
+def test_sizes(size):
+    x = draw(size).float()
+    bias = draw(size, seed=1).float()
+    compare("dropout", x, x, bias, rates.thresholds(0.5), "relu", torch.float32)
+    compare("dropout_backward", x, x, bias, rates.thresholds(0.5), "relu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [1, 3, 4])
+def test_starts_amid_an_allocation(skip, dtype):
+    """Not at a multiple of 16 bytes: x, residual, bias, and the result."""
+    x, residual, bias = (draw(6000, dtype, seed)[skip:] for seed in range(3))
+    compare("dropout", x, residual, bias, rates.thresholds(0.3), "gelu_tanh", dtype)
+    compare("dropout_backward", x, residual, bias, rates.thresholds(0.3), "gelu_tanh", dtype)
+    aligned = run("dropout", x.clone(), None, None, rates.thresholds(0.3), "identity", dtype)
+    own = draw(6000, dtype)
+    with fastreg.use_backend("triton"):
+        part = own[skip:]
+        ops._run("dropout", (part, None), None, SEED, rates.thresholds(0.3), 1, "identity", dtype, part)
+    assert torch.equal(own[skip:], aligned) and torch.equal(own[:skip], draw(6000, dtype)[:skip])
+
+
+@REAL
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
+def test_what_is_dropped_is_0_whatever_it_was(activation):
+    """In a block where some stay, and where none does, which is not even read."""
+    bad = torch.tensor([math.inf, -math.inf, math.nan]).repeat(3000)
+    with fastreg.use_backend("reference"):
+        kept = ops.dropout(torch.ones_like(bad), SEED, rates.thresholds(0.5), 1, None) != 0
+    for thresholds, stays in ((rates.thresholds(0.5), kept), (rates.thresholds(1.0), kept & False)):
+        y = run("dropout", bad, None, None, thresholds, activation, torch.float32)
+        g = run("dropout_backward", bad, bad, None, thresholds, activation, torch.float32)
+        assert not y[~stays].any() and not g[~stays].any()
+        residual = torch.ones_like(bad)
+        y = run("dropout", bad, residual, None, thresholds, activation, torch.float32)
+        assert torch.equal(y[~stays], residual[~stays])
+
+
+@REAL
+@pytest.mark.parametrize(
+    "backend, dtype", [("triton", torch.float32), ("triton", torch.float64), ("reference", torch.float64)]
+)
+def test_functions_and_derivatives(activation, backend, dtype):
+    """Against autograd of torch's own function in float64, over all that matters."""
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])
+    x = torch.cat((torch.linspace(-14, 14, 5001), ends)).to(dtype)
+    exact = x.double().requires_grad_()
+    oracle = {
+        "relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    }[activation]  # fmt: skip
+    truth = oracle(exact)
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
+    none = rates.thresholds(0.0)
+    y = run("dropout", x, None, None, none, activation, dtype, backend)
+    d = run("dropout_backward", torch.ones_like(x), x, None, none, activation, dtype, backend)
+    unit = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else 4)  # in float64 the oracle rounds too
+    # Tails are a difference from 1, with its rounding, times x.
+    assert ((y - truth).abs() <= 2 * unit * exact.abs().clamp(min=1)).all()
+    assert ((d - slope).abs() <= 8 * unit).all()
+
+
+def test_nothing_is_done_for_no_elements():
+    empty = torch.empty(0, 768)
+    y = run("dropout", empty, empty, torch.ones(768), rates.thresholds(0.5), "gelu", torch.float32)
+    assert y.shape == (0, 768)
