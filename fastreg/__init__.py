@@ -1,5 +1,6 @@
 """Regularization for PyTorch, fused into Triton kernels."""
 
+from . import layerwise, nn, schedules
 from .backend import use_backend
 from .batch_norm import frozen_running_stats, update_bn
 from .environment import info
@@ -32,5 +33,6 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
     "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
-    "frozen_running_stats", "get_ema_multi_avg_fn", "info", "param_groups", "update_bn", "use_backend",
+    "frozen_running_stats", "get_ema_multi_avg_fn", "info", "layerwise", "nn", "param_groups", "schedules",
+    "update_bn", "use_backend",
 ]  # fmt: skip

@@ -181,7 +181,7 @@ class AdaptiveDropout(Rated):
         return f"features={self.features}, p={self.p}, importance={self.kind!r}, strength={self.strength}"
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
 def _watch(output: Tensor, input: Tensor, measure: Callable[[Tensor], None]) -> Tensor:
     return _Watch.apply(output, input, measure) if output.requires_grad else output
 
