@@ -39,7 +39,7 @@ KNOWN_ANSWERS = """
 
 @triton.jit
 def draw_kernel(
-    place, uniforms, normals, bits, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ROUNDS: tl.constexpr
+    place, uniforms, normals, bits, reached, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ROUNDS: tl.constexpr
 ):
     key = tl.load(place)
     start = tl.program_id(0) * BLOCK
@@ -51,6 +51,9 @@ def draw_kernel(
     tl.store(uniforms + offsets, kernels.uniform(key, At(first, stream, step, VECTOR), like))
     tl.store(normals + offsets, kernels.normal(key, At(first, stream, step, VECTOR), like))
     tl.store(bits + offsets, kernels.bits16(key, At(first, stream, step, VECTOR), like, ROUNDS).to(tl.int64))
+    threshold = step * 0 + 20000
+    drawn = kernels.reaches16(key, At(first, stream, step, VECTOR), like, threshold, ROUNDS)
+    tl.store(reached + offsets, drawn.to(tl.int64))
 
 
 @triton.jit
@@ -83,10 +86,10 @@ def signed(word: int) -> int:
 
 
 def draw(place: tuple[int, ...], count: int, block: int, vector: int, rounds: int) -> list[Tensor]:
-    """Uniforms, normals and 16 bits for `count` elements from `(key, first, stream, step)` on."""
+    """Uniforms, normals, 16 bits and whether these reach 20000, from `(key, first, stream, step)` on."""
     out = [
         torch.empty(count, dtype=dtype, device=DEVICE)
-        for dtype in (torch.float32, torch.float32, torch.int64)
+        for dtype in (torch.float32, torch.float32, torch.int64, torch.int64)
     ]
     draw_kernel[(count // block,)](
         torch.tensor(place, device=DEVICE), *out,
@@ -102,6 +105,7 @@ def expected(place: tuple[int, ...], count: int, rounds: int) -> list[Tensor]:
         reference.uniform(key, at, like),
         reference.normal(key, at, like),
         reference.bits16(key, at, like, rounds),
+        reference.reaches16(key, at, like, torch.tensor(20000), rounds),
     ]
 
 
