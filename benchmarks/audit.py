@@ -242,14 +242,10 @@ def dropout_entry(name: str, storage: str, warp: int, budget: float) -> Entry:
     pointer = f"*{storage}"
     arguments = {
         "x": pointer, "bias": pointer if "bias" in parts else None,
-        "residual": pointer if "add" in parts else None, "out": pointer, "seed": "*i64",
-        "thresholds": "*i32", "n": "i32", "inner": 1,
+        "residual": pointer if "add" in parts else None, "gradient": pointer if backward else None,
+        "out": pointer, "seed": "*i64", "thresholds": "*i32", "n": "i32", "inner": 1,
     }  # fmt: skip
     kernel = dropout_kernels.dropout_kernel
-    if backward:
-        kernel = dropout_kernels.dropout_backward_kernel
-        del arguments["residual"]
-        arguments = {"gradient": pointer, **arguments}
     reads = dtype.itemsize * (1 + backward + ("bias" in parts) + ("add" in parts)) + 4 * channels
     return Entry(f"{name} {storage}", kernel, arguments, constants, reads, dtype.itemsize, budget)
 

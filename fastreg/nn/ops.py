@@ -237,15 +237,12 @@ def launch(
     if not out.numel():
         return
     kernels = importlib.import_module("fastreg_kernels.dropout")
-    programs, others = -(-out.numel() // BLOCK), (out, seed, thresholds, out.numel(), inner)
-    fixed = constants(bias, thresholds, inner, activation, out.dtype, warp())
+    x, residual, gradient = (*tensors, None) if kind == "dropout" else (tensors[1], None, tensors[0])
     with current(out.device):
-        if kind == "dropout":
-            x, residual = tensors
-            kernels.dropout_kernel[(programs,)](x, bias, residual, *others, **fixed, num_warps=WARPS)
-        else:
-            gradient, x = tensors
-            kernels.dropout_backward_kernel[(programs,)](gradient, x, bias, *others, **fixed, num_warps=WARPS)
+        kernels.dropout_kernel[(-(-out.numel() // BLOCK),)](
+            x, bias, residual, gradient, out, seed, thresholds, out.numel(), inner,
+            **constants(bias, thresholds, inner, activation, out.dtype, warp()), num_warps=WARPS,
+        )  # fmt: skip
 
 
 def constants(

@@ -90,87 +90,55 @@ def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: t
 
 
 @triton.jit
-def forward_block(
-    x, bias, residual, out, mask, start, s, offsets, inside,
+def drop_block(
+    x, bias, residual, gradient, out, mask, start, s, offsets, inside,
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
-    h = biased(x, bias, start, s, offsets, inside & mask.alive, COLUMNS, COMPUTE)
-    y = drop(activate(h, ACTIVATION), mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
+    alive = inside & mask.alive
+    y = biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE)
+    if gradient is None:
+        y = activate(y, ACTIVATION)
+    else:
+        y = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE) * derivative(y, ACTIVATION)
+    y = drop(y, mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
     if residual is not None:
         y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def backward_block(
-    gradient, x, bias, out, mask, start, s, offsets, inside,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
-    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    alive = inside & mask.alive
-    g = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE)
-    g *= derivative(biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE), ACTIVATION)
-    g = drop(g, mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
-    tl.store(out + offsets, g.to(out.dtype.element_ty), mask=inside)
-
-
-# Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
-
-
 @triton.jit(do_not_specialize=["n"])
 def dropout_kernel(
-    x, bias, residual, out, seed, thresholds, n, inner,
+    x, bias, residual, gradient, out, seed, thresholds, n, inner,
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
     INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out = residual + dropout(activation(x + bias)) over n elements in memory order.
 
+    With a gradient of that: out = the gradient by x.
+
     bias        [COLUMNS] or None         along the last dimension
     residual    [n] or None
+    gradient    [n] or None
     seed        int64[1]
     thresholds  int32[1] or [CHANNELS]    rates times 65536; channel = index / inner % CHANNELS
     ADJACENT                              whether inner is 1
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
+    # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
     stop = tl.minimum(n, start + BLOCK)
     wide = stop // 16 * 16
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
-        forward_block(
-            x, bias, residual, out, mask, start, s, offsets, offsets < wide,
+        drop_block(
+            x, bias, residual, gradient, out, mask, start, s, offsets, offsets < wide,
             ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip
     for s in range(wide, stop, 16):
         offsets = s + tl.arange(0, 16)
-        forward_block(
-            x, bias, residual, out, mask, start, s, offsets, offsets < stop,
-            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n"])
-def dropout_backward_kernel(
-    gradient, x, bias, out, seed, thresholds, n, inner,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
-    INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """out = the gradient by x, from that of what `dropout_kernel` made, whose other arguments these are."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
-    stop = tl.minimum(n, start + BLOCK)
-    wide = stop // 16 * 16
-    for s in range(start, wide, CHUNK):
-        offsets = s + tl.arange(0, CHUNK)
-        backward_block(
-            gradient, x, bias, out, mask, start, s, offsets, offsets < wide,
-            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
-        )  # fmt: skip
-    for s in range(wide, stop, 16):
-        offsets = s + tl.arange(0, 16)
-        backward_block(
-            gradient, x, bias, out, mask, start, s, offsets, offsets < stop,
+        drop_block(
+            x, bias, residual, gradient, out, mask, start, s, offsets, offsets < stop,
             ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
         )  # fmt: skip
