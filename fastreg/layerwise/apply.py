@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import nn as ours
-from .inject import attach, detach
-from .knobs import INJECTED, Knob, knobs, unwrapped
+from .inject import attach, branches, detach
+from .knobs import INJECTED, Knob, knobs, places, unwrapped
 from .table import Row, Table
 
 FIELD = "fastreg"
@@ -83,16 +83,13 @@ def restore(model: nn.Module, strict: bool = True) -> Table:
     """
     model = unwrapped(model)
     kept = dict(getattr(getattr(model, "config", None), FIELD, None) or {}).get("dropout", {})
-    here = {knob.path: knob for knob in knobs(model)}
+    here = {knob.path: knob for knob in [*empty_places(model), *knobs(model)]}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    places, rates, missing = [], {}, []
+    rates, missing = {}, []
     for path, rate in kept.items():
-        for name in (path, path.removeprefix(prefix), prefix + path):
-            knob = here.get(name) or _place(model, name)
-            if knob is not None:
-                places.append(knob)
-                rates[name] = rate
-                break
+        names = [name for name in (path, path.removeprefix(prefix), prefix + path) if name in here]
+        if names:
+            rates[names[0]] = rate
         else:
             missing.append(path)
     if missing and strict:
@@ -100,7 +97,7 @@ def restore(model: nn.Module, strict: bool = True) -> Table:
             f"{type(model).__name__} has no place for the rates of {', '.join(missing)}, which its "
             "configuration keeps: load the class that was saved, or give strict=False"
         )
-    return write(model, places, rates) if places else Table(())
+    return write(model, [knob for path, knob in here.items() if path in rates], rates) if rates else Table(())
 
 
 def remove(model: nn.Module) -> None:
@@ -160,13 +157,9 @@ def _remember(model: nn.Module, rates: dict[str, float]) -> None:
         setattr(config, FIELD, {**kept, "dropout": {**kept.get("dropout", {}), **rates}})
 
 
-def _place(model: nn.Module, path: str) -> Knob | None:
-    """Where to inject what stood at this path, if it was injected."""
-    parent, _, name = path.rpartition(".")
-    try:
-        owner = model.get_submodule(parent)
-    except AttributeError:
-        return None
-    if name != INJECTED or not parent:
-        return None
-    return Knob(path, "hidden", "", None, 0, "injected", owner, "p")
+def empty_places(model: nn.Module) -> Iterator[Knob]:
+    """Where something could be injected."""
+    for block, (stack, layer, layers) in places(model).items():
+        for name in branches(model.get_submodule(block)):
+            owner = model.get_submodule(f"{block}.{name}")
+            yield Knob(f"{block}.{name}.{INJECTED}", "hidden", stack, layer, layers, "injected", owner, "p")

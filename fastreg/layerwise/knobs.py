@@ -65,7 +65,8 @@ class Knob:
     @property
     def rate(self) -> Any:
         """The rate now: a float, or what the module holds instead, such as one for each channel."""
-        return 0.0 if self.kind == "identity" else getattr(self.owner, self.attribute) or 0.0
+        rate = None if self.kind == "identity" else getattr(self.owner, self.attribute)
+        return 0.0 if rate is None else rate
 
     @property
     def position(self) -> int:

@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..schedules import LayerRates, layer_rate
-from .apply import write
+from .apply import empty_places, write
 from .audit import Audit, audit
-from .inject import branches
-from .knobs import INJECTED, ROLES, Knob, places, unwrapped
+from .knobs import ROLES, Knob, unwrapped
 from .table import Table
 
 Rates = LayerRates | Mapping[str, LayerRates]
@@ -134,9 +133,7 @@ def by_role(schedule: Any, roles: str | Sequence[str]) -> dict[str, Any]:
 def rate_of(rates: LayerRates, knob: Knob) -> float:
     """The rate of a knob by its layer."""
     if knob.role == "layerdrop" and (callable(rates) or isinstance(rates, Sequence)):
-        raise ValueError(
-            f"layerdrop is one rate for all layers: give a number for {knob.path}, got {rates!r}"
-        )
+        raise ValueError(f"layerdrop is one rate for all layers: give {knob.path} a number, got {rates!r}")
     if not knob.layers and (callable(rates) or isinstance(rates, Sequence)):
         raise ValueError(f"found no repeated layers around {knob.path}: give a number, got {rates!r}")
     return layer_rate(rates, knob.position, knob.layers)
@@ -170,14 +167,10 @@ def choose(
 def _injectable(model: nn.Module, only: Any, used: set[tuple[str, str]]) -> list[Knob]:
     """Places in stacks without hidden dropout."""
     return [
-        Knob(
-            f"{block}.{name}.{INJECTED}", "hidden", stack, layer, layers, "injected",
-            model.get_submodule(f"{block}.{name}"), "p",
-        )
-        for block, (stack, layer, layers) in places(model).items()
-        if ("hidden", stack) not in used and (only is None or stack.startswith(tuple(only)))
-        for name in branches(model.get_submodule(block))
-    ]  # fmt: skip
+        knob
+        for knob in empty_places(model)
+        if ("hidden", knob.stack) not in used and (only is None or knob.stack.startswith(tuple(only)))
+    ]
 
 
 def _missing(model: nn.Module, found: Audit, role: str, inject: bool, without: Iterable[str]) -> str:

@@ -1,0 +1,226 @@
+"""Every knob of every family is found, and does what the audit says; the model is left as it was."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastreg.nn
+from fastreg.layerwise import ROLES, audit, knobs, set_dropout
+
+LETTERS = {
+    "h": "hidden", "a": "attention", "x": "activation", "e": "embedding", "o": "head", "p": "path",
+    "l": "layerdrop",
+}  # fmt: skip
+
+
+def tunable(model):
+    """The knobs, with modules where an `nn.Identity` only held the place of one."""
+    places = [knob.role for knob in audit(model).knobs if knob.kind == "identity"]
+    if places:
+        set_dropout(model, dict.fromkeys(places, 0.0))
+    return audit(model).knobs
+
+
+def set_all(found, rate, only=None):
+    for knob in found:
+        setattr(knob.owner, knob.attribute, rate if only in (None, knob) else 0.0)
+
+
+def test_roles_and_layers(case):
+    family, model = case
+    found = audit(model)
+    used = [knob for knob in found.knobs if knob.uses != 0]
+    assert not found.reason and not found.unknown
+    assert {knob.role for knob in used} == {LETTERS[letter] for letter in family.roles}
+    sizes = dict.fromkeys((knob.stack, knob.layers) for knob in used if knob.layer is not None)
+    assert tuple(layers for _, layers in sizes) == family.layers
+    for stack, layers in sizes:
+        assert {knob.layer for knob in used if knob.stack == stack} == set(range(layers))
+
+
+def test_at_rates_of_zero_nothing_is_random(case, run):
+    """If a knob were missed, training would differ from evaluation."""
+    _, model = case
+    set_all(audit(model).knobs, 0.0)
+    expected = run(model, training=False)
+    for a, b in zip(run(model, training=True), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_knob_alone_has_an_effect_where_it_is_used(case, run):
+    _, model = case
+    found = tunable(model)
+    expected = run(model, training=False)
+    for knob in found:
+        set_all(found, 0.6, only=knob)
+        same = all(map(torch.equal, run(model, training=True), expected))
+        assert same == (knob.uses == 0), knob.path
+
+
+def test_the_model_is_as_before(family):
+    _, model = family
+    model.train()
+    next(module for module in model.modules() if isinstance(module, nn.Linear)).eval()
+    model.register_buffer("noted", torch.zeros(3))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rates = {knob.path: knob.rate for knob in knobs(model)}
+    flags = [module.training for module in model.modules()]
+    attributes = [dict(vars(module)) for module in model.modules()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    audit(model)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
+    assert [module.training for module in model.modules()] == flags
+    assert {knob.path: knob.rate for knob in knobs(model)} == rates
+    assert [vars(module).keys() for module in model.modules()] == [held.keys() for held in attributes]
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_failing_forward_pass_leaves_no_trace(make):
+    model = make("gpt2")
+    before = {knob.path: knob.rate for knob in knobs(model)}
+    with pytest.raises(IndexError):
+        audit(model, {"input_ids": torch.tensor([[1000]])})
+    assert {knob.path: knob.rate for knob in knobs(model)} == before and not model.training
+    assert torch.nn.modules.module._global_forward_hooks == {}
+
+
+def test_buffers_are_restored():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1))
+    x = torch.randn(8, 4)
+    found = audit(model, x)
+    assert [knob.uses for knob in found.knobs] == [1]
+    assert model[0].num_batches_tracked == 0 and torch.equal(model[0].running_mean, torch.zeros(4))
+
+
+def test_uses_are_counted(make):
+    uses = {knob.path: knob.uses for knob in audit(make("vit")).knobs}
+    assert uses["vit.layers.0.dropout"] == 2
+    uses = {knob.path: knob.uses for knob in audit(make("bart")).knobs}
+    assert uses["model.encoder.layers.0.dropout"] == 2 and uses["model.decoder.layers.0.dropout"] == 3
+
+
+def test_what_is_never_used_is_told(make):
+    """OPT's decoder has a rate that nothing reads."""
+    (unused,) = [knob.path for knob in audit(make("opt")).knobs if knob.uses == 0]
+    assert unused == "model.decoder.dropout"
+
+
+class Own(nn.Module):
+    """Drops at a rate that stands in its code."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.25, self.training)
+
+
+def test_rates_in_the_code_are_told():
+    found = audit(nn.Sequential(nn.Dropout(0.1), Own()), torch.ones(2, 2))
+    assert found.unknown == ((0.25, "1"),)
+    assert "in the code" in str(found)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
+def test_torchs_own_transformer():
+    model = nn.Transformer(16, 2, 2, 2, 32, batch_first=True)
+    roles = {knob.path: (knob.role, knob.layer, knob.uses) for knob in audit(model).knobs}
+    assert roles["encoder.layers.1.self_attn.dropout"] == ("attention", 1, 1)
+    assert roles["decoder.layers.1.multihead_attn.dropout"] == ("attention", 1, 1)
+    assert roles["encoder.layers.0.dropout"] == ("activation", 0, 1)
+    assert roles["decoder.layers.0.dropout3"] == ("hidden", 0, 1)
+    assert len(roles) == 2 * 4 + 2 * 6
+
+
+def test_fastregs_own_transformer():
+    model = fastreg.nn.TransformerWithDropout(32, 16, 2, 2, max_length=16)
+    roles = [knob.role for knob in audit(model).knobs]
+    assert roles == ["embedding"] + 2 * ["attention", "hidden", "activation", "hidden"]
+
+
+class Block(nn.Module):
+    """As timm has it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.drop1, self.drop2 = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.drop_path = path
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        p = self.attn_drop.p if self.training else 0.0
+        x = x + self.drop_path(
+            self.proj_drop(self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=p)))
+        )
+        return x + self.drop_path(self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x))))))
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob=0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        raise AssertionError("the audit takes its place")
+
+
+def test_timms_blocks():
+    model = nn.Sequential(*(Block(path) for path in (nn.Identity(), DropPath(0.1), DropPath(None))))
+    found = audit(model, torch.randn(2, 4, 8))
+    for layer in range(3):
+        roles = {knob.path.split(".")[1]: knob.role for knob in found.knobs if knob.layer == layer}
+        assert roles == {
+            "attn_drop": "attention", "proj_drop": "hidden", "drop1": "activation", "drop2": "hidden",
+            "drop_path": "path",
+        }  # fmt: skip
+    assert [knob.uses for knob in found.knobs if knob.role == "path"] == [2, 2, 2]
+
+
+def test_without_inputs_roles_follow_from_names(make):
+    found = audit(nn.Sequential(*(Block(nn.Identity()) for _ in range(2))))
+    assert "no inputs are known for Sequential: give inputs=" in found.reason and found.reason in str(found)
+    assert {knob.path: knob.uses for knob in found.knobs}["0.proj_drop"] is None
+    roles = {knob.path: knob.role for knob in found.knobs}
+    assert roles["0.attn_drop"] == "attention" and roles["0.drop_path"] == "path"
+    assert set(roles.values()) < set(ROLES)
+
+
+def test_inputs_that_do_not_fit_are_told(make):
+    model = make("gpt2")
+    model.forward = lambda input_ids: 1 / 0
+    assert "made-up inputs did not fit (ZeroDivisionError" in audit(model).reason
+
+
+def test_compiled_models_are_audited(make):
+    model = make("gpt2")
+    compiled = torch.compile(model)
+    assert [knob.path for knob in audit(compiled).knobs] == [knob.path for knob in audit(model).knobs]
+    model.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert all(knob.uses == 1 for knob in audit(model).knobs)
+
+
+def test_flash_attention_counts_where_it_heeds_rates(make, monkeypatch):
+    """Version 3 takes a rate and ignores it."""
+    import transformers
+
+    def attend(module, query, key, value, mask, dropout=0.0, **kwargs):
+        assert dropout == 0
+        return query.transpose(1, 2), None
+
+    for name, uses in (("flash_attention_2", 1), ("flash_attention_3", 0)):
+        model = make("llama")
+        monkeypatch.setitem(transformers.AttentionInterface._global_mapping, name, attend)
+        model.config._attn_implementation_internal = name
+        assert [knob.uses for knob in audit(model).knobs] == [uses] * 3
+
+
+def test_the_report_is_readable(make):
+    assert str(audit(make("llama"))).splitlines() == [
+        f"{'path':42}  role       layer  rate  uses",
+        *(f"model.layers.{i}.self_attn.attention_dropout  attention  {i}      0     1" for i in range(3)),
+    ]
