@@ -65,7 +65,7 @@ def restore(model: nn.Module, strict: bool = True) -> Table:
     does no more than once.
 
     ```python
-    model = fastreg.layerwise.set_dropout(model, ...) and model
+    fastreg.layerwise.set_dropout(model, LinearLayers(0.1, 0.02))
     model.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     fastreg.layerwise.restore(model)
