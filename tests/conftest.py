@@ -144,6 +144,7 @@ def moved(batch: Batch) -> Batch:
         scalars=[scalar.to(DEVICE) for scalar in batch.scalars],
         skip=None if batch.skip is None else batch.skip.to(DEVICE),
         table=multi_tensor.Table(),
+        memory=None,
         uploaded=None,
     )
     for mine, theirs in zip(

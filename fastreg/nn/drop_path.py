@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ class DropPath(Rated):
 
 
 def drop_add_residual(
-    x: Tensor, branch: Callable[[Tensor], Any], drop_prob: float, training: bool = True
+    x: Tensor, branch: Callable[[Tensor], Tensor], drop_prob: float, training: bool = True
 ) -> Tensor:
     """Adds branch(x) to x, but computes it only for the samples that stay: what is dropped costs nothing.
 
@@ -118,4 +117,4 @@ def drop_add_residual(
     batch = len(x)
     kept = max(1, int(batch * (1 - drop_prob)))
     subset = torch.randperm(batch, device=x.device)[:kept]
-    return x.index_add(0, subset, branch(x[subset]).to(x.dtype), alpha=batch / kept)
+    return x.index_add(0, subset, branch(x.index_select(0, subset)).to(x.dtype), alpha=batch / kept)

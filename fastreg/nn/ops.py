@@ -118,7 +118,7 @@ def _forward(
 def _masked(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int]) -> Tensor:
     ones = torch.ones(tuple(noise_shape), dtype=compute_dtype(x.dtype), device=x.device)
     factors = _forward(ones, None, None, seed, thresholds, inner, "identity")
-    return torch.where(factors != 0, x * factors, 0).to(x.dtype).contiguous()
+    return torch.where(factors != 0, x, 0).mul_(factors).contiguous()
 
 
 # What runs them ---------------------------------------------------------------------------------------------
