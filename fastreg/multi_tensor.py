@@ -7,7 +7,6 @@ the step counts and numbers in one small copy from pinned memory.  No step waits
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from array import array
@@ -23,6 +22,7 @@ from torch import Tensor
 from . import backend
 from .chain import Chain
 from .compiled import compiled_norm, compiled_step
+from .device import current, triton_dtype, warp
 from .reference import norm as reference_norm
 from .reference import units as reference_units
 from .reference.random import At
@@ -479,11 +479,6 @@ def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
     }
 
 
-def warp() -> int:
-    """Lanes of a warp."""
-    return 64 if torch.version.hip else 32
-
-
 @functools.cache
 def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], Any]:
     """The chain as `step_kernel` takes it: columns and dtypes for every stage, and the storage."""
@@ -546,21 +541,6 @@ def _device_function(kernel: Any) -> Any:
         return kernel
     module, name = kernel.split(".")
     return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)
-
-
-def triton_dtype(dtype: torch.dtype) -> Any:
-    """The same in Triton."""
-    tl = importlib.import_module("triton.language")
-    return getattr(
-        tl, {"double": "float64", "half": "float16"}.get(name := str(dtype).removeprefix("torch."), name)
-    )
-
-
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
-    return (
-        contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    )
 
 
 @functools.cache

@@ -32,6 +32,7 @@ FLOORS = (
     "compiled",
     "chain",
     "environment",
+    "device",
     "backend",
     "random",
     "blocks",
