@@ -303,13 +303,13 @@ def _droppath(setup: Setup, p: float) -> None:
 def _in_place_of_dropout(setup: Setup, rates: Any, make: Callable[[float], nn.Module]) -> None:
     """Put other modules where a model has dropout behind attention and MLP."""
     from fastreg.layerwise import set_dropout
+    from fastreg.nn.replace import replace
 
     model: Any = setup.model
     for row in set_dropout(model, rates):
         if row.how != "module":
             raise ValueError(f"{row.path} of {type(model).__name__} is no module that could be replaced")
-        parent, _, name = row.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(row.rate).to(model.device))
+        replace(model, model.get_submodule(row.path), make(row.rate))
 
 
 @dataclass(frozen=True)

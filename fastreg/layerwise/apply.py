@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
 from .. import nn as ours
+from ..nn.replace import FUSED, replace
 from .inject import attach, branches, detach
 from .knobs import INJECTED, Knob, knobs, places, unwrapped
 from .table import Row, Table
@@ -18,13 +17,6 @@ FIELD = "fastreg"
 
 ORIGINAL = "_fastreg_original"
 """Of the model: what stood at each path before, a number or a module."""
-
-REPLACED: dict[type[nn.Module], Any] = {
-    nn.Dropout: ours.Dropout,
-    nn.Dropout1d: ours.Dropout1d,
-    nn.Dropout2d: ours.Dropout2d,
-    nn.Dropout3d: ours.Dropout3d,
-}
 
 
 def write(model: nn.Module, found: Iterable[Knob], rates: Mapping[str, float]) -> Table:
@@ -46,7 +38,7 @@ def write(model: nn.Module, found: Iterable[Knob], rates: Mapping[str, float]) -
             knob.owner, knob.kind, knob.called = attach(knob.owner, rate), "module", True
         elif (new := _replacement(knob, rate)) is not None:
             original.setdefault(knob.path, knob.owner)
-            _replace(model, knob.owner, new)
+            replace(model, knob.owner, new)
             knob.owner, knob.attribute = new, "drop_prob" if isinstance(new, ours.DropPath) else "p"
             knob.kind, knob.called = "module", True
         else:
@@ -113,7 +105,7 @@ def remove(model: nn.Module) -> None:
     for path, before in vars(model).pop(ORIGINAL, {}).items():
         knob = here[path]
         if isinstance(before, nn.Module):
-            _replace(model, knob.owner, before)
+            replace(model, knob.owner, before)
         else:
             setattr(knob.owner, knob.attribute, before)
     for module in list(model.modules()):
@@ -128,20 +120,9 @@ def _replacement(knob: Knob, rate: float) -> nn.Module | None:
         return ours.DropPath(rate) if knob.role == "path" else ours.Dropout(rate)
     if knob.kind == "path" and not isinstance(module, ours.DropPath) and hasattr(module, "drop_prob"):
         return ours.DropPath(rate, bool(getattr(module, "scale_by_keep", True)))
-    if knob.kind == "module" and type(module) in REPLACED and not knob.is_number:
-        return REPLACED[type(module)](rate, inplace=module.inplace)
+    if knob.kind == "module" and type(module) in FUSED and not knob.is_number:
+        return FUSED[type(module)](rate, inplace=module.inplace)
     return None
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module where another is, wherever that is, with its hooks."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    new.to(device).train(old.training)
-    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _how(knob: Knob) -> str:

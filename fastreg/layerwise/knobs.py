@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..blocks import stacks
-from ..nn import BiasActDropout, BiasActDropoutAdd, BiasDropoutAdd, DropoutAdd
+from ..nn import BiasActDropout
 from ..nn.dropout import Rated
+from ..nn.fused import Fused
 
 ROLES = ("hidden", "attention", "activation", "embedding", "head", "path", "layerdrop", "adapter")
 """What is dropped: outputs of attention and MLP, attention probabilities, what is between the two linear maps
@@ -30,7 +31,6 @@ of an MLP, embeddings, what comes after the blocks, whole residual branches, who
 INJECTED = "fastreg_dropout"
 """The name of a module that was not there before."""
 
-FUSED = (DropoutAdd, BiasDropoutAdd, BiasActDropout, BiasActDropoutAdd)
 HEADS = ("classif", "head", "pool", "summary", "final", "last", "score")
 
 
@@ -149,7 +149,7 @@ def _all(model: nn.Module) -> Iterator[tuple[str, Any, str, str]]:
 
 def _kind(module: nn.Module, name: str) -> str | None:
     label = type(module).__name__.lower()
-    if isinstance(module, FUSED):
+    if isinstance(module, Fused):
         return "fused"
     if isinstance(module, nn.Identity):
         return "identity" if "drop" in name.lower() else None
@@ -185,7 +185,7 @@ def _named_role(path: str, owner: Any, kind: str, inside: bool) -> str:
         return "activation"
     if not inside:
         return "head" if any(word in path.lower() for word in HEADS) else "embedding"
-    if name == INJECTED or isinstance(owner, FUSED):
+    if name == INJECTED or isinstance(owner, Fused):
         return "hidden"
     if "attention" in label or name.startswith(("attn_", "attention_")) or parent.endswith("attention.self"):
         return "attention"
