@@ -36,13 +36,13 @@ if [ -z "$dry" ]; then
         { echo "no GPU that torch can use; benchmarks/gpu.sh --dry runs without one" >&2; exit 2; }
     unset TRITON_INTERPRET
     tests=(env FASTREG_TEST_DEVICE=cuda "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels
-        tests/nn/test_dropout.py tests/nn/test_fused.py tests/optim/test_gpu.py tests/test_random.py tests/benchmarks/test_audit.py)
-    chosen=(clip+noise+AdamW+EMA SGD-momentum)
+        tests/nn/test_ops.py tests/nn/test_dropout.py tests/nn/test_fused.py tests/optim/test_gpu.py tests/test_random.py tests/benchmarks/test_audit.py)
+    chosen=(clip+noise+AdamW+EMA SGD-momentum dropout)
     suites=(--quick)
 else
     tests=(env FASTREG_TEST_DEVICE=cpu TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider
         tests/kernels/test_norm.py tests/nn/test_drop_path.py tests/optim/test_gpu.py)
-    chosen=(SGD-momentum)
+    chosen=(SGD-momentum dropout)
     suites=(--quick --device cpu --suite norm,host)
 fi
 

@@ -1,6 +1,6 @@
 """Every kernel once over few, odd and misaligned tensors, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN ...]
+    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN or dropout ...]
 
 Without a GPU it runs in Triton's interpreter.  The exit status tells whether results were those of the
 reference, too.
@@ -8,28 +8,50 @@ reference, too.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch.nn import Parameter
 
 import fastreg
+from fastreg.nn import ops, rates
 
 from . import chains
 
 SIZES = (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)
 OFFSETS = (0, 1, 3)
+DROPOUT = "dropout"
+
+
+def drawn(count: int, dtype: torch.dtype, device: str) -> Iterator[list[torch.Tensor]]:
+    """So many tensors of each size and offset."""
+    generator = torch.Generator().manual_seed(0)
+    for size in SIZES:
+        for offset in OFFSETS:  # a view into an allocation: what lies around it belongs to nobody
+            made = [torch.randn(size + offset, generator=generator) for _ in range(count)]
+            yield [t.to(device, dtype)[offset:] for t in made]
+
+
+def dropped(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """Dropout with all that is fused around it, and its gradients."""
+    found = []
+    with fastreg.use_backend(backend):
+        for *given, gradient in drawn(4, dtype, device):
+            x, bias, residual = (t.requires_grad_() for t in given)
+            seed, thresholds = torch.tensor(7, device=device), rates.thresholds(0.3, torch.device(device))
+            y = ops.BiasActDropoutAdd.apply(x, bias, residual, seed, thresholds, 1, "gelu")
+            found += [y.detach(), *torch.autograd.grad(y, (x, bias, residual), gradient)]
+    return [t.cpu().float() for t in found]
 
 
 def trained(chain: str, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     """The weights after two steps."""
-    generator = torch.Generator().manual_seed(0)
     params = []
-    for size in SIZES:
-        for offset in OFFSETS:  # a view into an allocation: what lies around it belongs to nobody
-            weight, gradient = (torch.randn(size + offset, generator=generator) for _ in range(2))
-            params.append(Parameter(weight.to(device, dtype)[offset:]))
-            params[-1].grad = gradient.to(device, dtype)[offset:]
+    for weight, gradient in drawn(2, dtype, device):
+        params.append(Parameter(weight))
+        params[-1].grad = gradient
     optimizer = chains.optimizer(chain, params, lr=0.01, seed=0)
     for group in optimizer.param_groups:
         group["lookahead_k"] = 2  # where there is one, the last step synchronises
@@ -44,10 +66,10 @@ def main(names: list[str]) -> int:
     """Run chains, all of them by default, at all dtypes; 1 if any is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
-    for chain in names or chains.BUDGETS:
+    for chain in names or (*chains.BUDGETS, DROPOUT):
+        run = dropped if chain == DROPOUT else functools.partial(trained, chain)
         for dtype in (torch.float32, torch.bfloat16):
-            found = trained(chain, dtype, device, "triton")
-            expected = trained(chain, dtype, "cpu", "reference")
+            found, expected = run(dtype, device, "triton"), run(dtype, "cpu", "reference")
             # The interpreter truncates to bfloat16, and either may round the other way: one unit, twice.
             bound = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
             off = max(
