@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastreg
-from fastreg.nn.functional import dropout
-from fastreg.nn.fused import bias_act_dropout_add
+from fastreg.nn.functional import bias_act_dropout_add, dropout
 
 from .activation import saved_bytes
 from .steps import DTYPES

@@ -107,12 +107,13 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def unit_squares_there(batch: Batch) -> Tensor:
         return unit_squares(batch) if batch.device.type != "cpu" else unit_squares(moved(batch)).cpu()
 
-    def launch_there(kind, tensors, bias, seed, thresholds, inner, activation, out):
+    def launch_there(x, *others_and_out):
+        *others, out = others_and_out
         if out.device.type != "cpu":
-            return launch(kind, tensors, bias, seed, thresholds, inner, activation, out)
-        given = [t if t is None else t.to(DEVICE) for t in (*tensors, bias, seed, thresholds)]
-        result = torch.empty_like(out, device=DEVICE)
-        launch(kind, tuple(given[:2]), *given[2:], inner, activation, result)
+            return launch(x, *others, out)
+        result = there(out)
+        moved_others = (there(other) if isinstance(other, Tensor) else other for other in others)
+        launch(result if x is out else there(x), *moved_others, result)
         out.copy_(result)
 
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
@@ -128,13 +129,15 @@ def written(batch: Batch) -> list[Tensor]:
     return [*batch.parameters, *(tensor for buffer in batch.buffers for tensor in buffer)]
 
 
-def moved(batch: Batch) -> Batch:
-    """The batch with copies on the device, which lie as far from multiples of 16 bytes as the originals."""
+def there(tensor: Tensor) -> Tensor:
+    """A copy on the device, which lies as far from a multiple of 16 bytes as the original."""
+    skipped = tensor.data_ptr() % 16 // tensor.element_size()
+    store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=DEVICE)
+    return store.as_strided(tensor.shape, tensor.stride(), skipped).copy_(tensor)
 
-    def there(tensor: Tensor) -> Tensor:
-        skipped = tensor.data_ptr() % 16 // tensor.element_size()
-        store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=DEVICE)
-        return store.as_strided(tensor.shape, tensor.stride(), skipped).copy_(tensor)
+
+def moved(batch: Batch) -> Batch:
+    """The batch with copies on the device."""
 
     there_batch = replace(
         batch,

@@ -96,11 +96,7 @@ class AdaptiveDropout(Rated):
 
     @p.setter
     def p(self, value: Rate) -> None:
-        if not isinstance(value, (int, float)):
-            raise ValueError(
-                f"p must be one rate, got {value!r}; fastreg.nn.Dropout takes one for each channel"
-            )
-        Rated.p.fset(self, value)  # type: ignore[attr-defined]
+        Rated.p.fset(self, rates.single(value))  # type: ignore[attr-defined]
 
     @property
     def rates(self) -> Tensor:

@@ -7,42 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import functional, ops
 from .dropout import Rated
-from .rates import checked, thresholds
-
-
-def drop_path(
-    input: Tensor, drop_prob: float = 0.0, training: bool = True, scale_by_keep: bool = True
-) -> Tensor:
-    """Whole samples become 0 with probability `drop_prob`, and the others are scaled by 1 / (1 - drop_prob).
-
-    Args:
-        input: `[batch, ...]`, what a residual branch adds.
-        drop_prob: The rate in [0, 1].
-        training: If not, the input is returned.
-        scale_by_keep: Whether to scale.
-
-    Raises:
-        ValueError: If the rate is out of range.
-
-    Reference:
-        Huang et al. 2016, "Deep networks with stochastic depth".
-    """
-    checked(drop_prob, "drop_prob")
-    if not training or drop_prob == 0:
-        return input
-    return by_threshold(input, thresholds(drop_prob, input.device), scale_by_keep)
-
-
-def by_threshold(input: Tensor, threshold: Tensor, scale_by_keep: bool = True) -> Tensor:
-    """`drop_path` with the rate as an int32 tensor, see `rates.thresholds`."""
-    shape = (*input.shape[:1], *[1] * (input.dim() - 1))
-    if scale_by_keep:
-        return functional.by_thresholds(input, threshold, noise_shape=shape)
-    seed = functional.draw_seed(input.device)
-    factors = ops.dropout(torch.ones(shape, device=input.device), seed, threshold, 1, None)
-    return torch.where(factors != 0, input, 0)
+from .functional import path_by_threshold
+from .rates import single
 
 
 class DropPath(Rated):
@@ -77,13 +44,13 @@ class DropPath(Rated):
 
     @drop_prob.setter
     def drop_prob(self, value: float) -> None:
-        self.p = float(checked(value, "drop_prob"))  # type: ignore[arg-type]
+        self.p = single(value, "drop_prob")
 
     def forward(self, input: Tensor) -> Tensor:
         """`[batch, ...]`, and the same."""
-        if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
+        if self.idle:
             return input
-        return by_threshold(input, self.thresholds, self.scale_by_keep)
+        return path_by_threshold(input, self.thresholds, self.scale_by_keep)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -111,7 +78,7 @@ def drop_add_residual(
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth"; Oquab et al. 2023, "DINOv2", for the subset.
     """
-    checked(drop_prob, "drop_prob")
+    single(drop_prob, "drop_prob")
     if not training or drop_prob == 0 or not len(x):
         return x + branch(x)
     batch = len(x)

@@ -38,6 +38,13 @@ class Rated(nn.Module):
             with torch.no_grad():
                 held.copy_(new) if new.dim() else held.fill_(rates.threshold(float(value)))  # type: ignore[arg-type]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is dropped, as far as the host knows; compiled code asks the thresholds."""
+        if not self.training:
+            return True
+        return not torch.compiler.is_compiling() and isinstance(self._p, (int, float)) and self._p == 0
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if not self.thresholds.is_meta:  # after `to_empty` it would hold anything
@@ -78,7 +85,7 @@ class Dropout(Rated, nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with its elements dropped; as it is when not training."""
-        if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
+        if self.idle:
             return input
         shape: Any = self.noise_shape
         if shape is not None:

@@ -1,4 +1,7 @@
-"""Dropout as functions."""
+"""Dropout as functions, plain and fused, of elements, channels and samples.
+
+Those with rates as thresholds in tensors are what the modules call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.activations import ACTIVATIONS
 from . import ops, rates
 from .rates import Rate
 
@@ -85,6 +89,124 @@ def by_thresholds(
         return out
     ones = torch.ones(tuple(shape), dtype=torch.float32, device=input.device)
     return out, ops.dropout(ones, seed, thresholds, inner, None) != 0
+
+
+def bias_act_dropout_add(
+    x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, p: Rate = 0.5,
+    training: bool = True, activation: str = "identity",
+) -> Tensor:  # fmt: skip
+    """The sum of the residual and of dropout(activation(x + bias)), in one pass.
+
+    Args:
+        x: `[..., features]`, of a floating dtype.
+        bias: `[features]`.
+        residual: Of the shape of x; the result has the wider dtype of both.
+        p: The rate in [0, 1], or one for each feature.
+        training: Whether to drop.
+        activation: `"identity"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`.
+
+    Returns:
+        Of the shape of x.  With an activation it can be differentiated once.
+
+    Raises:
+        TypeError: If x is not of a floating dtype.
+        ValueError: For shapes that do not fit, an unknown activation, and rates out of range.
+    """
+    rates.checked(p)
+    return fused_by_thresholds(
+        x, bias, residual, rates.thresholds(p, x.device) if training else None, activation
+    )
+
+
+def dropout_add(x: Tensor, residual: Tensor, p: Rate = 0.5, training: bool = True) -> Tensor:
+    """The sum of the residual and of dropout(x), see `bias_act_dropout_add`."""
+    return bias_act_dropout_add(x, None, residual, p, training)
+
+
+def bias_dropout_add(
+    x: Tensor, bias: Tensor, residual: Tensor, p: Rate = 0.5, training: bool = True
+) -> Tensor:
+    """The sum of the residual and of dropout(x + bias), see `bias_act_dropout_add`."""
+    return bias_act_dropout_add(x, bias, residual, p, training)
+
+
+def bias_act_dropout(
+    x: Tensor, bias: Tensor, p: Rate = 0.5, training: bool = True, activation: str = "gelu"
+) -> Tensor:
+    """Dropout(activation(x + bias)), see `bias_act_dropout_add`."""
+    return bias_act_dropout_add(x, bias, None, p, training, activation)
+
+
+def fused_by_thresholds(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, thresholds: Tensor | None, activation: str
+) -> Tensor:
+    """`bias_act_dropout_add` with rates as an int32 tensor, see `rates.thresholds`, on the device of x.
+
+    `None` keeps everything, and draws no random number.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"dropout needs a floating dtype, got {x.dtype}")
+    known_activation(activation)
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"bias must have shape {tuple(x.shape[-1:])}, as x has features, got {tuple(bias.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}; "
+            "use .expand_as(x)"
+        )
+    if thresholds is None:
+        seed = torch.zeros((), dtype=torch.int64, device=x.device)
+        thresholds = torch.zeros((), dtype=torch.int32, device=x.device)
+    else:
+        seed = draw_seed(x.device)
+    inner = inner_of(x.shape, thresholds, -1)
+    return ops.BiasActDropoutAdd.apply(x, bias, residual, seed, thresholds, inner, activation)
+
+
+def drop_path(
+    input: Tensor, drop_prob: float = 0.0, training: bool = True, scale_by_keep: bool = True
+) -> Tensor:
+    """Whole samples become 0 with probability `drop_prob`, and the others are scaled by 1 / (1 - drop_prob).
+
+    Args:
+        input: `[batch, ...]`, what a residual branch adds.
+        drop_prob: The rate in [0, 1].
+        training: If not, the input is returned.
+        scale_by_keep: Whether to scale.
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth".
+    """
+    rates.single(drop_prob, "drop_prob")
+    if not training or drop_prob == 0:
+        return input
+    return path_by_threshold(input, rates.thresholds(drop_prob, input.device), scale_by_keep)
+
+
+def path_by_threshold(input: Tensor, threshold: Tensor, scale_by_keep: bool = True) -> Tensor:
+    """`drop_path` with the rate as an int32 tensor, see `rates.thresholds`."""
+    shape = (*input.shape[:1], *[1] * (input.dim() - 1))
+    if scale_by_keep:
+        return by_thresholds(input, threshold, noise_shape=shape)
+    seed = draw_seed(input.device)
+    factors = ops.dropout(torch.ones(shape, device=input.device), seed, threshold, 1, None)
+    return torch.where(factors != 0, input, 0)
+
+
+def known_activation(name: str) -> str:
+    """The name.
+
+    Raises:
+        ValueError: If there is no such activation.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {name!r}")
+    return name
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -18,82 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference.activations import ACTIVATIONS
-from . import ops, rates
+from . import functional
 from .dropout import Rated
-from .functional import draw_seed, inner_of
 from .rates import Rate
-
-
-def bias_act_dropout_add(
-    x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, p: Rate = 0.5,
-    training: bool = True, activation: str = "identity",
-) -> Tensor:  # fmt: skip
-    """The sum of the residual and of dropout(activation(x + bias)), in one pass.
-
-    Args:
-        x: `[..., features]`, of a floating dtype.
-        bias: `[features]`.
-        residual: Of the shape of x; the result has the wider dtype of both.
-        p: The rate in [0, 1], or one for each feature.
-        training: Whether to drop.
-        activation: `"identity"`, `"relu"`, `"gelu"`, `"gelu_tanh"` or `"silu"`.
-
-    Returns:
-        Of the shape of x.  With an activation it can be differentiated once.
-
-    Raises:
-        TypeError: If x is not of a floating dtype.
-        ValueError: For shapes that do not fit, an unknown activation, and rates out of range.
-    """
-    rates.checked(p)
-    return fused(x, bias, residual, rates.thresholds(p, x.device) if training else None, activation)
-
-
-def dropout_add(x: Tensor, residual: Tensor, p: Rate = 0.5, training: bool = True) -> Tensor:
-    """The sum of the residual and of dropout(x), see `bias_act_dropout_add`."""
-    return bias_act_dropout_add(x, None, residual, p, training)
-
-
-def bias_dropout_add(
-    x: Tensor, bias: Tensor, residual: Tensor, p: Rate = 0.5, training: bool = True
-) -> Tensor:
-    """The sum of the residual and of dropout(x + bias), see `bias_act_dropout_add`."""
-    return bias_act_dropout_add(x, bias, residual, p, training)
-
-
-def bias_act_dropout(
-    x: Tensor, bias: Tensor, p: Rate = 0.5, training: bool = True, activation: str = "gelu"
-) -> Tensor:
-    """Dropout(activation(x + bias)), see `bias_act_dropout_add`."""
-    return bias_act_dropout_add(x, bias, None, p, training, activation)
-
-
-def fused(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, thresholds: Tensor | None, activation: str
-) -> Tensor:
-    """`bias_act_dropout_add` with rates as an int32 tensor, see `rates.thresholds`, on the device of x.
-
-    `None` keeps everything, and draws no random number.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"dropout needs a floating dtype, got {x.dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    if bias is not None and bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias must have the {x.shape[-1:]} features of x, got shape {tuple(bias.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}; "
-            "use .expand_as(x)"
-        )
-    if thresholds is None:
-        seed = torch.zeros((), dtype=torch.int64, device=x.device)
-        thresholds = torch.zeros((), dtype=torch.int32, device=x.device)
-    else:
-        seed = draw_seed(x.device)
-    inner = inner_of(x.shape, thresholds, -1)
-    return ops.BiasActDropoutAdd.apply(x, bias, residual, seed, thresholds, inner, activation)
 
 
 class Fused(Rated):
@@ -102,7 +29,7 @@ class Fused(Rated):
     Args:
         features: Size of the bias, drawn as `nn.Linear` with as many inputs draws it; `None`: there is none.
         p: The rate in [0, 1], or one for each feature.
-        activation: See `bias_act_dropout_add`.
+        activation: See `functional.bias_act_dropout_add`.
         factory: `device` and `dtype` of the bias.
 
     Raises:
@@ -111,12 +38,8 @@ class Fused(Rated):
 
     def __init__(self, features: int | None, p: Rate, activation: str = "identity", **factory: Any) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
-            )
         self.p = p
-        self.features, self.activation = features, activation
+        self.features, self.activation = features, functional.known_activation(activation)
         self.bias = None if features is None else nn.Parameter(torch.empty(features, **factory))
         self.reset_parameters()
 
@@ -128,7 +51,7 @@ class Fused(Rated):
 
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         thresholds = self.thresholds if self.training else None
-        return fused(x, self.bias, residual, thresholds, self.activation)
+        return functional.fused_by_thresholds(x, self.bias, residual, thresholds, self.activation)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -173,7 +96,15 @@ class BiasDropoutAdd(Fused):
         return self._fused(x, residual)
 
 
-class BiasActDropout(Fused):
+class _BiasAct(Fused):
+    def __init__(
+        self, features: int, p: Rate = 0.5, activation: str = "gelu", *, device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(features, p, activation, device=device, dtype=dtype)
+
+
+class BiasActDropout(_BiasAct):
     """Dropout(activation(x + bias)), in one pass: between `nn.Linear(..., bias=False)` and the next.
 
     Args:
@@ -184,18 +115,12 @@ class BiasActDropout(Fused):
         dtype: Of the bias.
     """
 
-    def __init__(
-        self, features: int, p: Rate = 0.5, activation: str = "gelu", *, device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(features, p, activation, device=device, dtype=dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """`[..., features]`, and the same."""
         return self._fused(x, None)
 
 
-class BiasActDropoutAdd(BiasActDropout):
+class BiasActDropoutAdd(_BiasAct):
     """The sum of the residual and of dropout(activation(x + bias)), in one pass.
 
     Args:
@@ -206,6 +131,6 @@ class BiasActDropoutAdd(BiasActDropout):
         dtype: Of the bias.
     """
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[..., features]` twice, and the same."""
         return self._fused(x, residual)

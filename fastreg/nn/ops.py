@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backend
 from ..compiled import LENGTH, compile_ahead
-from ..multi_tensor import current, triton_dtype, warp
+from ..device import current, triton_dtype, warp
 from ..reference import dropout as reference
 from ..reference.random import At
 from ..reference.step import compute_dtype
@@ -92,8 +92,7 @@ def bias_act_dropout_backward(
     activation: str,
 ) -> Tensor:  # fmt: skip
     """The gradient by x."""
-    tensors = gradient.contiguous(), x.contiguous()
-    return _run("dropout_backward", tensors, bias, seed, thresholds, inner, activation, x.dtype)
+    return _run(x, bias, None, gradient, seed, thresholds, inner, activation, x.dtype)
 
 
 @bias_act_dropout_backward.register_fake
@@ -111,8 +110,7 @@ def _forward(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
     activation: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    tensors = x.contiguous(), None if residual is None else residual.contiguous()
-    return _run("dropout", tensors, bias, seed, thresholds, inner, activation, _result(x, residual), out)
+    return _run(x, bias, residual, None, seed, thresholds, inner, activation, _result(x, residual), out)
 
 
 def _masked(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int]) -> Tensor:
@@ -125,87 +123,85 @@ def _masked(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape
 
 
 def _run(
-    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
-    inner: int, activation: str, dtype: torch.dtype, out: Tensor | None = None,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor,
+    thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A function of `reference.dropout`, by the backend's way.
+    """`reference.dropout`, or with a gradient `reference.dropout_backward`, by the backend's way.
 
     Args:
-        kind: "dropout", with x and residual; "dropout_backward", with gradient and x.
-        tensors: These, contiguous.
+        x: Any shape.
         bias: `[columns]`, if there is one.
+        residual: Of the shape of x, if there is one.
+        gradient: Of the shape of x, of the result, in the backward pass.
         seed: int64, 0-d.
         thresholds: int32, 0-d or `[channels]`.
         inner: Elements that follow each other in a channel.
         activation: Of `reference.activations`.
         dtype: Of the result.
-        out: Where it goes; may be the first of the tensors.
+        out: Where it goes, contiguous; may be x.
     """
-    like = next(tensor for tensor in tensors if tensor is not None)
-    name = backend.resolve(like.device, like.numel())
-    if name == "compiled" and like.numel() > 1:
-        result = _run_compiled(kind, tensors, bias, seed, thresholds, inner, activation, dtype)
+    x = x.contiguous()
+    bias, residual, gradient = (t if t is None else t.contiguous() for t in (bias, residual, gradient))
+    name = backend.resolve(x.device, x.numel())
+    if name == "compiled" and x.numel() > 1:
+        given = [x, bias, residual, gradient]
+        result = _run_compiled(given, seed, thresholds, inner, activation, dtype)
         if result is not None:
-            return result.view(like.shape) if out is None else out.copy_(result.view(like.shape))
+            return result.view(x.shape) if out is None else out.copy_(result.view(x.shape))
     if out is None:
-        out = torch.empty_like(like, dtype=dtype)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if name == "triton":
-        launch(kind, tensors, bias, seed, thresholds, inner, activation, out)
+        launch(x, bias, residual, gradient, seed, thresholds, inner, activation, out)
         return out
-    flat = [tensor if tensor is None else tensor.view(-1) for tensor in tensors]
     known = int(seed) if seed.device.type == "cpu" else seed  # integers are worked on faster
-    for first in range(0, like.numel(), CHUNK):
-        part = [tensor if tensor is None else tensor[first : first + CHUNK] for tensor in flat]
-        found = _plain(kind, part, bias, known, thresholds, first, inner, activation, dtype)
+    for first in range(0, x.numel(), CHUNK):
+        part, beside, g = (
+            t if t is None else t.view(-1)[first : first + CHUNK] for t in (x, residual, gradient)
+        )
+        found = _plain(part, bias, beside, g, known, thresholds, first, inner, activation, dtype)
         out.view(-1)[first : first + CHUNK].copy_(found)
     return out
 
 
 def _plain(
-    kind: str, tensors: Sequence[Tensor | None], bias: Tensor | None, seed: Tensor | int, thresholds: Tensor,
-    first: int, inner: int | Tensor, activation: str, dtype: torch.dtype,
+    x: Any, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor | int,
+    thresholds: Tensor, first: int, inner: int | Tensor, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """For a run of elements that starts at `first`, a multiple of 8."""
-    count = next(len(tensor) for tensor in tensors if tensor is not None)
-    own = None if bias is None else reference.spread(bias, 1, first, count)
+    own = None if bias is None else reference.spread(bias, 1, first, len(x))
     if thresholds.dim():
-        thresholds = reference.spread(thresholds, inner, first, count)
+        thresholds = reference.spread(thresholds, inner, first, len(x))
     at = At(first, 0, 0, 0)
-    if kind == "dropout":
-        x, residual = tensors
-        return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)  # type: ignore[arg-type]
-    gradient, x = tensors
-    return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)  # type: ignore[arg-type]
+    if gradient is None:
+        return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)
+    return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)
 
 
 def _run_compiled(
-    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
-    inner: int, activation: str, dtype: torch.dtype,
+    given: list[Tensor | None], seed: Tensor, thresholds: Tensor, inner: int, activation: str,
+    dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
     """The same with the compiled form, flat; `None` where it cannot be compiled."""
-    given = [*tensors, bias]
-    dtypes = tuple(tensor if tensor is None else tensor.dtype for tensor in given)
+    dtypes = tuple(t if t is None else t.dtype for t in given)
+    threads = torch.get_num_threads()
     try:
-        fused = _compiled(
-            kind, dtypes, bool(thresholds.dim()), activation, dtype, seed.device, torch.get_num_threads()
-        )
+        fused = _compiled(dtypes, bool(thresholds.dim()), activation, dtype, seed.device, threads)
     except Exception as error:
         backend.cannot_compile(error)
         return None
-    steps = torch.tensor(inner, device=seed.device)
-    return fused([tensor.view(-1) for tensor in given if tensor is not None], seed, thresholds, steps)
+    flat = [t.view(-1) for t in given if t is not None]
+    return fused(flat, seed, thresholds, torch.tensor(inner, device=seed.device))
 
 
 @functools.cache
 def _compiled(
-    kind: str, dtypes: tuple[torch.dtype | None, ...], channels: bool, activation: str, dtype: torch.dtype,
+    dtypes: tuple[torch.dtype | None, ...], channels: bool, activation: str, dtype: torch.dtype,
     device: torch.device, threads: int,
 ) -> Callable[..., Tensor]:  # fmt: skip
     """The reference compiled for these dtypes and any size.
 
     Args:
-        kind: See `_run`.
-        dtypes: Of its tensors and the bias; `None` for those that are not there.
+        dtypes: Of x, bias, residual and gradient; `None` for those that are not there.
         channels: Whether every channel has its own threshold.
         activation: See `_run`.
         dtype: Of the result.
@@ -213,31 +209,29 @@ def _compiled(
         threads: `torch.get_num_threads()`, which Inductor builds in.
     """
 
-    def body(given: list[Tensor], seed: Tensor, thresholds: Tensor, inner: Tensor) -> Tensor:
-        left = iter(given)
-        *tensors, bias = [held if held is None else next(left) for held in dtypes]
-        return _plain(kind, tensors, bias, seed, thresholds, 0, inner, activation, dtype)
+    def body(flat: list[Tensor], seed: Tensor, thresholds: Tensor, inner: Tensor) -> Tensor:
+        left = iter(flat)
+        x, bias, residual, gradient = (held if held is None else next(left) for held in dtypes)
+        return _plain(x, bias, residual, gradient, seed, thresholds, 0, inner, activation, dtype)
 
-    sizes = [*[LENGTH] * (len(dtypes) - 1), 769]
-    given = [
+    flat = [
         torch.zeros(size, dtype=held, device=device)
-        for size, held in zip(sizes, dtypes, strict=True)
+        for size, held in zip((LENGTH, 769, LENGTH, LENGTH), dtypes, strict=True)
         if held is not None
     ]
     seed, inner = torch.zeros((), dtype=torch.int64, device=device), torch.tensor(1, device=device)
     thresholds = torch.zeros(773 if channels else (), dtype=torch.int32, device=device)
-    return compile_ahead(body, (given, seed, thresholds, inner))
+    return compile_ahead(body, (flat, seed, thresholds, inner))
 
 
 def launch(
-    kind: str, tensors: tuple[Tensor | None, ...], bias: Tensor | None, seed: Tensor, thresholds: Tensor,
-    inner: int, activation: str, out: Tensor,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor,
+    thresholds: Tensor, inner: int, activation: str, out: Tensor,
 ) -> None:  # fmt: skip
-    """Fill `out` with a kernel; the arguments are those of `_run`."""
+    """Fill `out` with the kernel; the arguments are those of `_run`, contiguous."""
     if not out.numel():
         return
     kernels = importlib.import_module("fastreg_kernels.dropout")
-    x, residual, gradient = (*tensors, None) if kind == "dropout" else (tensors[1], None, tensors[0])
     with current(out.device):
         kernels.dropout_kernel[(-(-out.numel() // BLOCK),)](
             x, bias, residual, gradient, out, seed, thresholds, out.numel(), inner,
@@ -248,7 +242,7 @@ def launch(
 def constants(
     bias: Tensor | None, thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype, lanes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernels, for warps of so many lanes."""
+    """The compile-time arguments of the kernel, for warps of so many lanes."""
     tl = importlib.import_module("triton.language")
     return {
         "ACTIVATION": activation,
@@ -288,35 +282,45 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """The same to the gradient."""
-        seed, thresholds = ctx.saved_tensors
-        return Dropout.apply(gradient, seed, thresholds, ctx.inner, ctx.noise_shape), None, None, None, None
+        return Dropout.apply(gradient, *ctx.saved_tensors, ctx.inner, ctx.noise_shape), None, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, thresholds: Tensor, inner: int,
-        noise_shape: Sequence[int] | None,
-    ) -> tuple[Tensor, int]:  # fmt: skip
-        """One mask for all where the seed is one for all, as with `randomness="same"`."""
-        of_x, of_seed, of_thresholds, *_ = in_dims
-        if of_seed is None and of_thresholds is None:
-            x = x.movedim(of_x, 0)
-            shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
-            return Dropout.apply(x, seed, thresholds, inner, shape), 0
-        given = [
-            _each(*each, info.batch_size)
-            for each in ((x, of_x), (seed, of_seed), (thresholds, of_thresholds))
-        ]
-        return torch.stack([Dropout.apply(*own, inner, noise_shape) for own in zip(*given, strict=True)]), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """See `_one_mask_or_many`."""
+        return _one_mask_or_many(Dropout, info, in_dims, *inputs)
 
 
 class ForwardDropout(Dropout):
-    """With forward-mode derivatives, which Dynamo does not take."""
+    """With forward-mode derivatives of all that it does, which Dynamo does not take."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The same to the gradient."""
+        found = ForwardDropout.apply(gradient, *ctx.saved_tensors, ctx.inner, ctx.noise_shape)
+        return found, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         """The same to the tangent."""
-        seed, thresholds = ctx.saved_tensors
-        return ForwardDropout.apply(tangent, seed, thresholds, ctx.inner, ctx.noise_shape)
+        return ForwardDropout.apply(tangent, *ctx.saved_tensors, ctx.inner, ctx.noise_shape)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """See `_one_mask_or_many`."""
+        return _one_mask_or_many(ForwardDropout, info, in_dims, *inputs)
+
+
+def _one_mask_or_many(
+    function: Any, info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, thresholds: Tensor,
+    inner: int, noise_shape: Sequence[int] | None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """One mask for all where the seed is one for all, as with `randomness="same"`."""
+    of_x, of_seed, of_thresholds, *_ = in_dims
+    if of_seed is not None or of_thresholds is not None:
+        return _one_by_one(function, info, in_dims, (x, seed, thresholds, inner, noise_shape))
+    x = x.movedim(of_x, 0)
+    shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
+    return function.apply(x, seed, thresholds, inner, shape), 0
 
 
 class InplaceDropout(torch.autograd.Function):
@@ -368,8 +372,7 @@ class BiasActDropoutAdd(torch.autograd.Function):
                 g = _BiasActDropoutBackward.apply(gradient, x, bias, *mask, ctx.inner, ctx.activation)
         if ctx.needs_input_grad[1]:
             assert g is not None
-            rows = g.reshape(-1, g.shape[-1])
-            b = rows.sum(0, dtype=torch.promote_types(of_bias, torch.float32)).to(of_bias)
+            b = g[None].flatten(0, -2).sum(0, dtype=torch.promote_types(of_bias, torch.float32)).to(of_bias)
         if ctx.needs_input_grad[2]:
             r = gradient.to(of_residual)
         return g if ctx.needs_input_grad[0] else None, b, r, None, None, None, None
@@ -413,5 +416,5 @@ def _one_by_one(
     return torch.stack([function.apply(*own) for own in zip(*given, strict=True)]), 0
 
 
-def _each(value: Any, dim: int | None, count: int) -> Sequence[Any]:
-    return [value] * count if dim is None else value.unbind(dim)
+def _each(value: Any, dim: Any, count: int) -> Sequence[Any]:
+    return value.unbind(dim) if isinstance(value, Tensor) and dim is not None else [value] * count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from . import functional
@@ -30,7 +29,7 @@ class _Spatial(Rated):
         rank = input.dim()
         if rank not in self._ranks:
             self._torch(input.new_empty([0] * rank), training=False)  # warns or raises, in its own words
-        if not self.training or (not torch.compiler.is_compiling() and self._p == 0):
+        if self.idle:
             return input
         masked = 2 if rank == self._dims + 2 or self._dims == 2 else 1  # batch and channels, or channels
         return functional.by_thresholds(

@@ -145,7 +145,7 @@ def test_a_new_rate():
     module(x)
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
-    with pytest.raises(ValueError, match="p must be one rate"):
+    with pytest.raises(TypeError, match="p must be one rate"):
         module.p = [0.1] * 8
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastreg.nn import DropPath, drop_add_residual, functional
-from fastreg.nn.drop_path import drop_path
+from fastreg.nn.functional import drop_path
 
 
 def seeded(function, *args, **options):

@@ -1,0 +1,34 @@
+"""Activation functions and their derivatives, as the kernel of dropout applies them."""
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.nn import ops, rates
+from fastreg.reference.activations import ACTIVATIONS
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "identity"])
+@pytest.mark.parametrize(
+    "backend, dtype", [("triton", torch.float32), ("triton", torch.float64), ("reference", torch.float64)]
+)
+def test_functions_and_derivatives(activation, backend, dtype):
+    """Against autograd of torch's own function in float64, over all that matters."""
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4, -1e4])
+    x = torch.cat((torch.linspace(-14, 14, 5001), ends)).to(dtype)
+    exact = x.double().requires_grad_()
+    oracle = {
+        "relu": torch.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    }[activation]  # fmt: skip
+    truth = oracle(exact)
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
+    none = rates.thresholds(0.0)
+    seed = torch.tensor(0)
+    with fastreg.use_backend(backend):
+        y = ops.bias_act_dropout_add(x, None, None, seed, none, 1, activation)
+        d = ops.bias_act_dropout_backward(torch.ones_like(x), x, None, seed, none, 1, activation)
+    unit = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else 4)  # in float64 the oracle rounds too
+    # Tails are a difference from 1, with its rounding, times x.
+    assert ((y - truth).abs() <= 2 * unit * exact.abs().clamp(min=1)).all()
+    assert ((d - slope).abs() <= 8 * unit).all()
