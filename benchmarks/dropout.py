@@ -57,9 +57,8 @@ class PassCase(Case):
     baseline: str = "torch"
 
     def __post_init__(self) -> None:
-        self.name = (
-            f"{self.what}, {self.elements / 2**20:.0f}M elements, {self.storage}, forward and backward"
-        )
+        size = f"{self.elements / 2**20:.0f}M {self.storage}"
+        self.name = f"{self.what}, {size}, both passes"
         # Read and written; and for the gradient; a residual passes it on as it is.
         passes = 2 + 2 if self.what == "dropout" else 3 + 3
         self.bytes = self.elements * DTYPES[self.storage].itemsize * passes
