@@ -22,6 +22,8 @@ FLOORS = (
     "fastreg",  # the public names
     "hf",
     "recipe",
+    "sections",
+    "callbacks",
     "privacy",
     "optim",
     "layerwise",

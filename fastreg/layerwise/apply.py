@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -111,6 +111,23 @@ def remove(model: nn.Module) -> None:
     for module in list(model.modules()):
         detach(module)
     vars(getattr(model, "config", model)).pop(FIELD, None)
+
+
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """What undoes all that is set from now on, and nothing that was set before."""
+    model = unwrapped(model)
+    changed = vars(model).get(ORIGINAL, {})
+    before = {
+        knob.path: knob.rate for knob in knobs(model) if knob.path in changed or knob.path.endswith(INJECTED)
+    }
+
+    def undo() -> None:
+        remove(model)
+        if before:
+            here = {knob.path: knob for knob in [*empty_places(model), *knobs(model)]}
+            write(model, [here[path] for path in before], before)
+
+    return undo
 
 
 def _replacement(knob: Knob, rate: float) -> nn.Module | None:

@@ -1,0 +1,218 @@
+"""What accompanies an optimizer in training: passes over a batch, rates that change, noise that is attached.
+
+`Regularization.apply` makes them.  A loop needs two lines:
+
+```python
+optimizer, callbacks = recipe.apply(model, lr=1e-3, steps=1000)
+for batch in data:
+    callbacks.training_step(lambda: model(**batch).loss, optimizer)  # all passes, step, zero_grad
+    callbacks.step()                                                 # rates of the next step
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .batch_norm import frozen_running_stats
+
+if TYPE_CHECKING:
+    import torch
+
+Evaluate = Callable[[], Tensor]
+"""Evaluates the model on a batch and returns the loss, with its graph."""
+Gradients = Callable[[], Tensor]
+"""Evaluates the model on a batch, adds to the gradients and returns the loss, without a graph."""
+Watch = contextlib.AbstractContextManager[Any]
+"""Entered around all that the optimizer does, several times a step."""
+
+
+class Callback:
+    """The protocol; what a callback has no use for does nothing.
+
+    Attributes:
+        name: Its key in the `state_dict` of `Callbacks`.
+    """
+
+    name = "callback"
+
+    def step(self, step: int | None = None) -> None:
+        """After every step of the optimizer.
+
+        Args:
+            step: How many steps there were; by default one more than at the latest call.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take it over."""
+
+    def remove(self) -> None:
+        """Leave the model as it was before; more than once is the same as once."""
+
+    def around_loss(self, loss: Evaluate) -> Evaluate:
+        """What to compute instead of the loss."""
+        return loss
+
+    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+        """What to do instead of one forward and one backward pass."""
+        return gradients
+
+    def accumulate(self) -> None:
+        """The gradients of a micro-batch are there, and the step comes after those of others."""
+
+
+class Callbacks(list[Callback]):
+    """Callbacks as one; passes of the later ones are around those of the earlier ones."""
+
+    def step(self, step: int | None = None) -> None:
+        """After every step of the optimizer.
+
+        Args:
+            step: How many steps there were; by default one more than at the latest call.
+
+        Raises:
+            RuntimeError: If a regularizer needs passes of its own, and `training_step` or `gradients` has not
+                made them.
+        """
+        for callback in self:
+            callback.step(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, by the names of callbacks."""
+        return {callback.name: callback.state_dict() for callback in self}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take it over.
+
+        Raises:
+            ValueError: If it is of other callbacks.
+        """
+        names = [callback.name for callback in self]
+        if sorted(names) != sorted(state_dict):
+            raise ValueError(
+                f"the state is of the callbacks {', '.join(sorted(state_dict)) or 'none'}; these are "
+                f"{', '.join(sorted(names)) or 'none'}: apply the recipe that it was saved with"
+            )
+        for callback in self:
+            callback.load_state_dict(state_dict[callback.name])
+
+    def remove(self) -> None:
+        """Leave the model as it was before."""
+        for callback in reversed(self):
+            callback.remove()
+
+    def gradients(
+        self, loss: Evaluate, *, backward: Callable[[Tensor], Any] | None = None, accumulate: bool = False,
+        watch: Watch | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Make all passes over a batch, and leave the gradients for `optimizer.step()`.
+
+        Args:
+            loss: Evaluates the model on the batch, with gradients; called once for each pass.
+            backward: How a loss is differentiated, `Tensor.backward` by default; such as
+                `accelerator.backward`.
+            accumulate: Whether this is a micro-batch that others follow before the step.
+            watch: Entered around what the optimizer does here (the perturbation of SAM).
+
+        Returns:
+            The loss at the weights themselves, without a graph.
+        """
+        for callback in self:
+            loss = callback.around_loss(loss)
+
+        def once() -> Tensor:
+            value = loss()
+            (backward or Tensor.backward)(value)
+            return value.detach()
+
+        gradients: Gradients = once
+        for callback in self:
+            gradients = callback.around_gradients(gradients, watch or contextlib.nullcontext())
+        value = gradients()
+        if accumulate:
+            for callback in self:
+                callback.accumulate()
+        return value
+
+    def training_step(
+        self, loss: Evaluate, optimizer: torch.optim.Optimizer, *, watch: Watch | None = None
+    ) -> Tensor:
+        """A whole step: all passes over the batch, the step of the optimizer, and gradients cleared.
+
+        Args:
+            loss: Evaluates the model on the batch, with gradients; called once for each pass.
+            optimizer: What steps.
+            watch: Entered around all that the optimizer does; for timing.
+
+        Returns:
+            The loss at the weights themselves, without a graph.
+        """
+        watch = watch or contextlib.nullcontext()
+        value = self.gradients(loss, watch=watch)
+        with watch:
+            optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+
+class Passes(Callback):
+    """Base of those that make passes of their own: they tell when they are left out."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._made = name, False
+
+    def step(self, step: int | None = None) -> None:
+        """Nothing but a check.
+
+        Raises:
+            RuntimeError: If the passes of this step have not been made.
+        """
+        if not self._made:
+            raise RuntimeError(
+                f"{self.name} needs passes of its own, and this step was made without them: use "
+                "callbacks.training_step(loss, optimizer), or callbacks.gradients(loss) instead of "
+                "loss.backward()"
+            )
+        self._made = False
+
+
+class SharpnessAware(Passes):
+    """A second pass where `fastreg.SAM` has taken the weights.
+
+    Args:
+        optimizer: A `fastreg.SAM`.
+        model: Its model, of which BatchNorm sees the first pass only.
+    """
+
+    def __init__(self, optimizer: Any, model: nn.Module) -> None:
+        super().__init__("sam")
+        self._optimizer, self._model = optimizer, model
+
+    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+        """Perturb by the first gradients, and leave the second ones; only one pass where none is due."""
+
+        def twice() -> Tensor:
+            self._made = True
+            value = gradients()
+            if self._optimizer.due:
+                with watch:
+                    self._optimizer.first_step()
+                self._optimizer.zero_grad()
+                with frozen_running_stats(self._model):
+                    gradients()
+            return value
+
+        return twice
+
+    def accumulate(self) -> None:
+        """Bring the weights back and keep the gradients."""
+        if self._optimizer.perturbed:
+            self._optimizer.accumulate()
