@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference.dropout import LEVELS
 from . import functional, rates
 from .dropout import Rated
+from .elementwise import draw_seed, transformed
 from .rates import Rate
 
 IMPORTANCES = ("activation", "activation_gradient")
@@ -120,8 +121,8 @@ class AdaptiveDropout(Rated):
             raise ValueError(
                 f"expected {self.features} features in dimension {self.dim}, got shape {tuple(input.shape)}"
             )
-        seed, levels = functional.draw_seed(input.device), self._next_levels()
-        watched = torch.compiler.is_compiling() or not functional.transformed()
+        seed, levels = draw_seed(input.device), self._next_levels()
+        watched = torch.compiler.is_compiling() or not transformed()
         if watched:
             repeated = self.seeds == seed
             again = repeated.any()

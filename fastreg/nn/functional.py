@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference.activations import ACTIVATIONS
 from . import ops, rates
+from .elementwise import draw_seed, transformed
 from .rates import Rate
 
 
@@ -209,11 +210,6 @@ def known_activation(name: str) -> str:
     return name
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator, on the device: int64, 0-d."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-
-
 def inner_of(shape: Sequence[int], thresholds: Tensor, dim: int) -> int:
     """How many elements follow each other in a channel.
 
@@ -234,8 +230,3 @@ def inner_of(shape: Sequence[int], thresholds: Tensor, dim: int) -> int:
     for size in list(shape)[dim % len(shape) + 1 :]:
         inner *= size
     return inner
-
-
-def transformed() -> bool:
-    """Whether `torch.func` is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None

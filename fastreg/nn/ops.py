@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..compiled import LENGTH, compile_ahead
 from ..device import current, triton_dtype, warp
 from ..reference import dropout as reference
 from ..reference.random import At
 from ..reference.step import compute_dtype
+from . import elementwise
+from .elementwise import Parts, one_by_one
 
-CHUNK = 2**17
-"""Elements the reference works on at a time: its integers stay in the cache, and what a call of torch costs
-is spread over many (4 M elements take 48 ms, in chunks of 2¹⁵ 74)."""
 BLOCK, WARPS, PER_THREAD = 16384, 4, 16
 """With a fourth of the elements, what a program does before the first would cost each 1.3 instructions
 more."""
@@ -142,25 +140,24 @@ def _run(
     """
     x = x.contiguous()
     bias, residual, gradient = (t if t is None else t.contiguous() for t in (bias, residual, gradient))
-    name = backend.resolve(x.device, x.numel())
-    if name == "compiled" and x.numel() > 1:
-        given = [x, bias, residual, gradient]
-        result = _run_compiled(given, seed, thresholds, inner, activation, dtype)
-        if result is not None:
-            return result.view(x.shape) if out is None else out.copy_(result.view(x.shape))
-    if out is None:
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if name == "triton":
+    known = elementwise.known_seed(seed)
+
+    def plain(parts: Parts, first: int) -> Tensor:
+        part, beside, g = parts
+        return _plain(part, bias, beside, g, known, thresholds, first, inner, activation, dtype)
+
+    def compiled() -> Callable[[], Tensor]:
+        held = x, bias, residual, gradient
+        dtypes = tuple(t if t is None else t.dtype for t in held)
+        threads = torch.get_num_threads()
+        fused = _compiled(dtypes, bool(thresholds.dim()), activation, dtype, seed.device, threads)
+        flat = [t.view(-1) for t in held if t is not None]
+        return functools.partial(fused, flat, seed, thresholds, torch.tensor(inner, device=seed.device))
+
+    def fill(out: Tensor) -> None:
         launch(x, bias, residual, gradient, seed, thresholds, inner, activation, out)
-        return out
-    known = int(seed) if seed.device.type == "cpu" else seed  # integers are worked on faster
-    for first in range(0, x.numel(), CHUNK):
-        part, beside, g = (
-            t if t is None else t.view(-1)[first : first + CHUNK] for t in (x, residual, gradient)
-        )
-        found = _plain(part, bias, beside, g, known, thresholds, first, inner, activation, dtype)
-        out.view(-1)[first : first + CHUNK].copy_(found)
-    return out
+
+    return elementwise.run((x, residual, gradient), dtype, out, plain, compiled, fill)
 
 
 def _plain(
@@ -175,22 +172,6 @@ def _plain(
     if gradient is None:
         return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)
     return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)
-
-
-def _run_compiled(
-    given: list[Tensor | None], seed: Tensor, thresholds: Tensor, inner: int, activation: str,
-    dtype: torch.dtype,
-) -> Tensor | None:  # fmt: skip
-    """The same with the compiled form, flat; `None` where it cannot be compiled."""
-    dtypes = tuple(t if t is None else t.dtype for t in given)
-    threads = torch.get_num_threads()
-    try:
-        fused = _compiled(dtypes, bool(thresholds.dim()), activation, dtype, seed.device, threads)
-    except Exception as error:
-        backend.cannot_compile(error)
-        return None
-    flat = [t.view(-1) for t in given if t is not None]
-    return fused(flat, seed, thresholds, torch.tensor(inner, device=seed.device))
 
 
 @functools.cache
@@ -317,7 +298,7 @@ def _one_mask_or_many(
     """One mask for all where the seed is one for all, as with `randomness="same"`."""
     of_x, of_seed, of_thresholds, *_ = in_dims
     if of_seed is not None or of_thresholds is not None:
-        return _one_by_one(function, info, in_dims, (x, seed, thresholds, inner, noise_shape))
+        return one_by_one(function, info, in_dims, (x, seed, thresholds, inner, noise_shape))
     x = x.movedim(of_x, 0)
     shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
     return function.apply(x, seed, thresholds, inner, shape), 0
@@ -380,7 +361,7 @@ class BiasActDropoutAdd(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         """Each sample on its own."""
-        return _one_by_one(BiasActDropoutAdd, info, in_dims, inputs)
+        return one_by_one(BiasActDropoutAdd, info, in_dims, inputs)
 
 
 class _BiasActDropoutBackward(torch.autograd.Function):
@@ -406,15 +387,4 @@ class _BiasActDropoutBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_BiasActDropoutBackward, info, in_dims, inputs)
-
-
-def _one_by_one(
-    function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    given = [_each(*each, info.batch_size) for each in zip(inputs, in_dims, strict=True)]
-    return torch.stack([function.apply(*own) for own in zip(*given, strict=True)]), 0
-
-
-def _each(value: Any, dim: Any, count: int) -> Sequence[Any]:
-    return value.unbind(dim) if isinstance(value, Tensor) and dim is not None else [value] * count
+        return one_by_one(_BiasActDropoutBackward, info, in_dims, inputs)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastreg
-from fastreg.nn import Dropout, functional, ops, rates
+from fastreg.nn import Dropout, elementwise, functional, ops, rates
 
 SEEDS = [0, 7, 2**31 + 5, 2**40 + 3, -1, -(2**62)]
 SIZES = [*range(1, 18), 4095, 4096, 4097, 8192 + 2048 + 9]
@@ -60,7 +60,7 @@ def test_the_same_mask_for_every_block(block, per_thread, monkeypatch):
 
 def test_the_same_mask_for_every_chunk(monkeypatch):
     expected = mask(5, 0.4, 9000)
-    monkeypatch.setattr(ops, "CHUNK", 64)
+    monkeypatch.setattr(elementwise, "CHUNK", 64)
     assert torch.equal(mask(5, 0.4, 9000), expected)
 
 

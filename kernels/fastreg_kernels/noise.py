@@ -1,0 +1,98 @@
+"""Noise on activations: one pass over memory, and the same noise wherever it is asked for.
+
+The scale of the noise is read from memory, one for all or one for each row: no value compiles anew.
+"""
+
+import triton
+import triton.language as tl
+
+from .dropout import within
+from .random import At, interleave, join4, normal, uniform
+
+
+@triton.jit
+def symmetric(seed, at, like):
+    """Uniform in (-1, 1), odd multiples of 2⁻²⁴: the sum is exact, and so is the mean of 0."""
+    return 2.0 * uniform(seed, at, like) + -0.999999940395355224609375
+
+
+@triton.jit
+def spread(group, like, VECTOR: tl.constexpr):
+    """A value for each group of so many contiguous elements → one for each element, within a thread."""
+    four = join4(group, group, group, group)
+    if VECTOR == 8:
+        return interleave(four, four, like)
+    else:
+        return tl.reshape(four, like.shape)
+
+
+@triton.jit
+def row_scales(
+    scales, inner, start, s, like, inside, limit,
+    GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    first = start // inner
+    base = start % inner
+    if GROUPED:  # groups do not straddle rows: one load and one division for each
+        offsets = VECTOR * tl.arange(0, like.shape[0] // VECTOR)
+        row = first + (base.to(INDEX) + (s - start).to(INDEX) + offsets) // inner.to(INDEX)
+        return spread(tl.load(scales + row, mask=s + offsets < limit, other=0).to(COMPUTE), like, VECTOR)
+    else:
+        row = first + within(base, start, s, like, INDEX) // inner.to(INDEX)
+        return tl.load(scales + row, mask=inside, other=0).to(COMPUTE)
+
+
+@triton.jit
+def noise_block(
+    x, out, key, scales, scale, inner, start, s, offsets, limit,
+    KIND: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    inside = offsets < limit
+    y = tl.load(x + offsets, mask=inside).to(COMPUTE)
+    if ROWS:
+        scale = row_scales(scales, inner, start, s, y, inside, limit, GROUPED, VECTOR, INDEX, COMPUTE)
+    at = At(s, 0, 0, VECTOR)
+    if KIND == "uniform":
+        z = symmetric(key, at, y).to(COMPUTE)
+    else:
+        z = normal(key, at, y).to(COMPUTE)
+    if KIND == "multiplicative":
+        noisy = y * (1 + scale * z)
+    else:
+        noisy = y + scale * z
+    y = tl.where(scale == 0, y, noisy)
+    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "inner"])
+def noise_kernel(
+    x, out, seed, scales, n, inner,
+    KIND: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Noise of a KIND on n elements in memory order.
+
+    seed     int64[1]
+    scales   [1], or with ROWS [n / inner]     element i has that of row i / inner
+    GROUPED                                    whether inner is a multiple of VECTOR
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    key = tl.load(seed)
+    if ROWS:
+        scale = 0.0
+    else:
+        scale = tl.load(scales).to(COMPUTE)
+    # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
+    stop = tl.minimum(n, start + BLOCK)
+    wide = stop // 16 * 16
+    for s in range(start, wide, CHUNK):
+        noise_block(
+            x, out, key, scales, scale, inner, start, s, s + tl.arange(0, CHUNK), wide,
+            KIND, ROWS, GROUPED, VECTOR, INDEX, COMPUTE,
+        )  # fmt: skip
+    for s in range(wide, stop, 16):
+        noise_block(
+            x, out, key, scales, scale, inner, start, s, s + tl.arange(0, 16), stop,
+            KIND, ROWS, GROUPED, VECTOR, INDEX, COMPUTE,
+        )  # fmt: skip
