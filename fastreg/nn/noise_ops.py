@@ -22,7 +22,7 @@ from ..reference.step import compute_dtype
 from . import elementwise
 from .elementwise import Parts, one_by_one
 
-BLOCK, WARPS, PER_THREAD = 8192, 4, 8
+BLOCK, WARPS, PER_THREAD = 16384, 4, 16
 
 
 @torch.library.custom_op("fastreg::noise", mutates_args=())

@@ -9,16 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import At, normal, uniform
+from .random import At, bits16, normal
 from .step import compute_dtype
 
 KINDS = ("additive", "multiplicative", "uniform")
 """x + scale · N(0, 1), x · (1 + scale · N(0, 1)), and x + scale · U(-1, 1)."""
 
+ROUNDS = 7
+"""Of Philox, as for masks: see `dropout`."""
+
 
 def symmetric(seed: Tensor | int, at: At, like: Tensor) -> Tensor:
-    """Uniform in (-1, 1), odd multiples of 2⁻²⁴, one for every element of the flat tensor `like`."""
-    return 2.0 * uniform(seed, at, like) + (2.0**-24 - 1.0)
+    """Uniform in (-1, 1), odd multiples of 2⁻¹⁶, float32, one for every element of the flat tensor `like`."""
+    return bits16(seed, at, like, ROUNDS).float() * 2.0**-15 + (2.0**-16 - 1.0)
 
 
 def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: At, kind: str) -> Tensor:
@@ -33,6 +36,7 @@ def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: At, kind: str) -> Te
     """
     compute = compute_dtype(x.dtype)
     h, scale = x.to(compute), scale.to(compute)
-    z = (symmetric if kind == "uniform" else normal)(seed, at, x).to(compute)
+    z = symmetric(seed, at, x) if kind == "uniform" else normal(seed, at, x, ROUNDS)
+    z = z.to(compute)
     noisy = h * (1 + scale * z) if kind == "multiplicative" else h + scale * z
     return torch.where(scale == 0, h, noisy).to(x.dtype)

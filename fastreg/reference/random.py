@@ -129,11 +129,25 @@ def _box_muller(radius: Tensor, extra: Tensor, angle: Tensor) -> tuple[Tensor, T
     return r * _sin_pi(h), r * _sin_pi(g)
 
 
-def normal(key: int | Tensor, at: At, like: Tensor) -> Tensor:
+def normal(key: int | Tensor, at: At, like: Tensor, rounds: int = 10) -> Tensor:
     """Standard normals, float32, one for every element of the flat tensor `like`; |z| up to 9.42.
 
     Box–Muller (1958): the radius from 64 bits, the angle from 32, both functions from polynomials, so that
     no library function can differ between backends.
     """
-    a, b, c, d = words(key, at, like.numel(), 4, 10, like.device)
+    a, b, c, d = words(key, at, like.numel(), 4, rounds, like.device)
     return _in_order((*_box_muller(a, d, b), *_box_muller(c, b, d)), at, like.numel())
+
+
+def laplace(key: int | Tensor, at: At, like: Tensor) -> Tensor:
+    """Of the Laplace distribution with scale 2, float32, one for every element of the flat tensor `like`.
+
+    A word is the size, -2 ln(word 2⁻³²), and its last bit, which hardly changes that, the sign.
+    """
+    drawn = words(key, at, like.numel(), 4, 10, like.device)
+    values = (
+        torch.where((word & 1) == 1, -size, size)
+        for word in drawn
+        for size in (_minus_two_log(word, torch.zeros_like(word)),)
+    )
+    return _in_order(tuple(values), at, like.numel())

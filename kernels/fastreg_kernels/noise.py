@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from .dropout import within
-from .random import At, interleave, join4, normal, uniform
+from .random import At, bits16, interleave, join4, normal
 
 
 @triton.jit
-def symmetric(seed, at, like):
-    """Uniform in (-1, 1), odd multiples of 2⁻²⁴: the sum is exact, and so is the mean of 0."""
-    return 2.0 * uniform(seed, at, like) + -0.999999940395355224609375
+def symmetric(key, at, like):
+    """Uniform in (-1, 1), odd multiples of 2⁻¹⁶: the sum is exact, and so is the mean of 0."""
+    whole = bits16(key, at, like, 7).to(tl.int32, bitcast=True).to(tl.float32)
+    return whole * 3.0517578125e-05 + -0.9999847412109375
 
 
 @triton.jit
@@ -52,11 +53,10 @@ def noise_block(
     y = tl.load(x + offsets, mask=inside).to(COMPUTE)
     if ROWS:
         scale = row_scales(scales, inner, start, s, y, inside, limit, GROUPED, VECTOR, INDEX, COMPUTE)
-    at = At(s, 0, 0, VECTOR)
     if KIND == "uniform":
-        z = symmetric(key, at, y).to(COMPUTE)
+        z = symmetric(key, At(s, 0, 0, VECTOR), y).to(COMPUTE)
     else:
-        z = normal(key, at, y).to(COMPUTE)
+        z = normal(key, At(s, 0, 0, VECTOR), y, 7).to(COMPUTE)
     if KIND == "multiplicative":
         noisy = y * (1 + scale * z)
     else:

@@ -146,15 +146,15 @@ def box_muller(radius, extra, angle):
 
 
 @triton.jit
-def normal_words(key, at, h):
-    a, b, c, d = words(key, h, at, 10)
+def normal_words(key, at, h, ROUNDS: tl.constexpr):
+    a, b, c, d = words(key, h, at, ROUNDS)
     x, y = box_muller(a, d, b)
     z, w = box_muller(c, b, d)
     return join4(x, y, z, w)
 
 
 @triton.jit
-def normal(key, at, like):
+def normal(key, at, like, ROUNDS: tl.constexpr = 10):
     """Standard normals, one for every element of the block `like`; |z| up to 9.42.
 
     Box–Muller with a 64-bit radius and polynomials instead of libm: no local memory, and the same bits
@@ -162,7 +162,30 @@ def normal(key, at, like):
     """
     if at.vector == 8:
         h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
-        return interleave(normal_words(key, at, h), normal_words(key, at, h + 1), like)
+        return interleave(normal_words(key, at, h, ROUNDS), normal_words(key, at, h + 1, ROUNDS), like)
     else:
         h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
-        return tl.reshape(normal_words(key, at, h), like.shape)
+        return tl.reshape(normal_words(key, at, h, ROUNDS), like.shape)
+
+
+@triton.jit
+def laplace_word(word):
+    size = minus_two_log(word, word * 0).to(tl.uint32, bitcast=True)
+    return (size | (word << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def laplace_words(key, at, h):
+    a, b, c, d = words(key, h, at, 10)
+    return join4(laplace_word(a), laplace_word(b), laplace_word(c), laplace_word(d))
+
+
+@triton.jit
+def laplace(key, at, like):
+    """Of the Laplace distribution with scale 2, one for every element of the block `like`."""
+    if at.vector == 8:
+        h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
+        return interleave(laplace_words(key, at, h), laplace_words(key, at, h + 1), like)
+    else:
+        h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
+        return tl.reshape(laplace_words(key, at, h), like.shape)
