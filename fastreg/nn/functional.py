@@ -1,4 +1,4 @@
-"""Dropout as functions, plain and fused, of elements, channels and samples.
+"""Dropout as functions, plain and fused, of elements, channels and samples; and noise.
 
 Those with rates as thresholds in tensors are what the modules call.
 """
@@ -14,6 +14,9 @@ from torch import Tensor
 from ..reference.activations import ACTIVATIONS
 from . import ops, rates
 from .elementwise import draw_seed, transformed
+from .noise_functional import gaussian_noise as gaussian_noise
+from .noise_functional import token_noise as token_noise
+from .noise_functional import uniform_noise as uniform_noise
 from .rates import Rate
 
 

@@ -1,0 +1,311 @@
+"""NEFTune: noise on the embeddings of tokens, as Hugging Face adds it, and as the paper does."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise_functional as functional
+from .attached import Attached
+from .noise import Leveled
+
+LENGTHS = ("padded", "true")
+GENERATORS = ("torch", "counter")
+
+
+class EmbeddingNoise(Leveled):
+    """Noise on embeddings while training: x + alpha / √(L d) · U(-1, 1) for L tokens in d numbers.
+
+    With `length="padded"`, L is the length of the batch, and padding gets noise as well: so does the Trainer
+    of transformers.  With `length="true"`, L is the number of tokens of each sample and padding stays as it
+    is: so does the paper.  With `std`, the noise is Gaussian and of that size instead.
+
+    Random numbers come from either generator; `torch.manual_seed` rules both.
+    `"torch"` draws as the Trainer's own hook does, `torch.zeros_like(x).uniform_(-m, m)`, so that the results
+    are the same bits under one seed (in eager mode: compiled, torch draws from another stream, for both).
+    `"counter"` is one fused pass, which is faster and has the same numbers on every device.
+
+    Args:
+        alpha: Size of the noise, >= 0; 5, 10 and 15 in the paper.
+        std: Standard deviation of Gaussian noise instead, >= 0.
+        length: `"padded"` or `"true"`.
+        generator: `"torch"` or `"counter"`; by default torch's for padded lengths without `std`, where it is
+            what the Trainer draws, else the counter.
+
+    Raises:
+        ValueError: If alpha or std is out of range, or for another length or generator.
+
+    Shape:
+        `[batch, length, d]` or `[length, d]`, and the same.
+
+    Reference:
+        Jain et al. 2024, "NEFTune: Noisy embeddings improve instruction finetuning".
+    """
+
+    def __init__(
+        self, alpha: float = 5.0, *, std: float | None = None, length: str = "padded",
+        generator: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if length not in LENGTHS:
+            raise ValueError(f"length must be 'padded' or 'true', got {length!r}")
+        if generator not in (None, *GENERATORS):
+            raise ValueError(f"generator must be 'torch' or 'counter', got {generator!r}")
+        as_trainer = length == "padded" and std is None
+        if generator == "torch" and not as_trainer:
+            raise ValueError(
+                "generator='torch' is for what the Trainer draws: length='padded' and no std, got "
+                f"{length=}, {std=}; leave generator out"
+            )
+        self.length, self.gaussian = length, std is not None
+        self.generator = generator or ("torch" if as_trainer else "counter")
+        if std is None:
+            self.alpha = alpha
+        else:
+            self.std = std
+
+    @property
+    def alpha(self) -> float | None:
+        """Size of the noise; `None` where `std` says it."""
+        return None if self.gaussian else self._level
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        if self.gaussian:
+            raise AttributeError("this noise has a std, not an alpha")
+        self._set(value, "alpha")
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation; `None` where `alpha` says the size."""
+        return self._level if self.gaussian else None
+
+    @std.setter
+    def std(self, value: float) -> None:
+        if not self.gaussian:
+            raise AttributeError("this noise has an alpha, not a std")
+        self._set(value, "std")
+
+    def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The embeddings with noise; as they are when not training.
+
+        Args:
+            input: Embeddings.
+            attention_mask: `[batch, length]`, 0 where there is padding; `None`: no padding.  Only for
+                `length="true"`.
+
+        Raises:
+            TypeError: If the input is not of a floating dtype.
+            ValueError: If the mask has another shape, or the input fewer than 2 dimensions.
+        """
+        if self.idle:
+            return input
+        if input.dim() < 2:
+            raise ValueError(f"embeddings must have shape (batch, length, d), got {tuple(input.shape)}")
+        if self.generator == "torch":
+            return self._as_trainer(input)
+        kind = "additive" if self.gaussian else "uniform"
+        level = self.level
+        if self.length == "padded" or attention_mask is None:
+            if not self.gaussian:
+                level = level * (input.shape[-2] * input.shape[-1]) ** -0.5
+            return functional.by_scale(input, level, kind)
+        if attention_mask.shape != input.shape[:-1]:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(input.shape[:-1])}, as the embeddings "
+                f"{tuple(input.shape)} have positions, got {tuple(attention_mask.shape)}; length='padded' "
+                "needs no mask"
+            )
+        held = (attention_mask != 0).to(level.dtype)
+        if not self.gaussian:
+            held = held * torch.rsqrt(held.sum(-1, keepdim=True).clamp(min=1) * input.shape[-1])
+        return functional.by_scale(input, (level * held).reshape(-1), kind, input.shape[-1])
+
+    def _as_trainer(self, x: Tensor) -> Tensor:
+        count = x.shape[-2] * x.shape[-1]
+        if torch.compiler.is_compiling():  # a number would be compiled in
+            noise = torch.rand(x.shape, dtype=torch.float32, device=x.device)
+            return (x + (2 * noise - 1) * (self.level * count**-0.5)).to(x.dtype)
+        magnitude = float(self._level / torch.sqrt(torch.tensor(count)))
+        return x + torch.zeros_like(x).uniform_(-magnitude, magnitude)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        level = f"std={self.std}" if self.gaussian else f"alpha={self.alpha}"
+        return f"{level}, length={self.length!r}, generator={self.generator!r}"
+
+
+class AttachedEmbeddingNoise(Attached):
+    """What `attach_embedding_noise` returns.
+
+    Attributes:
+        noise: The module that adds the noise, not registered in the model.
+        embedding: Whose output it is.
+    """
+
+    def __init__(self, model: nn.Module, embedding: nn.Module, noise: EmbeddingNoise) -> None:
+        super().__init__()
+        self.noise, self.embedding = noise, embedding
+        self._mask: Any = None
+        self._position: int | None = None
+        self._alone = model is embedding
+        self._hooks = [embedding.register_forward_hook(self._add)]
+        if noise.length == "true" and not self._alone:
+            self._position = _position_of_mask(model)
+            self._hooks += [
+                model.register_forward_pre_hook(self._take_mask, with_kwargs=True),
+                model.register_forward_hook(self._drop_mask, always_call=True),
+            ]
+
+    @property
+    def alpha(self) -> float | None:
+        """See `EmbeddingNoise`; may be set at any time."""
+        return self.noise.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.noise.alpha = value
+
+    @property
+    def std(self) -> float | None:
+        """See `EmbeddingNoise`; may be set at any time."""
+        return self.noise.std
+
+    @std.setter
+    def std(self, value: float) -> None:
+        self.noise.std = value
+
+    def _silence(self) -> None:
+        self.noise._set(0.0, "level")
+
+    def _take_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and self._position is not None and len(args) > self._position:
+            mask = args[self._position]
+        self._mask = mask
+
+    def _drop_mask(self, *_: Any) -> None:
+        self._mask = None
+
+    def _add(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not embedding.training:
+            return output
+        _refuse_twice(embedding)
+        mask = self._mask
+        if self._alone and self.noise.length == "true":
+            mask = args[0] != embedding.padding_idx
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(
+                f"length='true' needs attention_mask as a tensor [batch, length], got {type(mask).__name__}"
+            )
+        if not torch.compiler.is_compiling() and self.noise.level.device != output.device:
+            self.noise.to(output.device)
+        return self.noise(output, mask)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.noise.extra_repr()})"
+
+
+def attach_embedding_noise(
+    model: nn.Module, alpha: float = 5.0, *, std: float | None = None, length: str = "padded",
+    generator: str | None = None,
+) -> AttachedEmbeddingNoise:  # fmt: skip
+    """Adds noise to the token embeddings of a model while it trains: NEFTune, by a hook.
+
+    ```python
+    noise = attach_embedding_noise(model)  # what TrainingArguments(neftune_noise_alpha=5) does, bit for bit
+    noise = attach_embedding_noise(model, length="true")  # as in the paper
+    ...
+    noise.remove()  # or: with attach_embedding_noise(model):
+    ```
+
+    The weights and their gradients are what they are without it, and so is evaluation.  `length="true"`
+    takes the padding from the `attention_mask` that the model is called with; without one, all tokens count.
+    What is called with `inputs_embeds` gets no noise.  Attach before the first call of a compiled model.
+
+    Args:
+        model: A model of transformers, wrapped by PEFT or not, or any with `get_input_embeddings()`; or an
+            `nn.Embedding`, of which `length="true"` takes tokens equal to its `padding_idx` for padding.
+        alpha: Size of the noise, see `EmbeddingNoise`.
+        std: Standard deviation of Gaussian noise instead.
+        length: `"padded"` or `"true"`.
+        generator: See `EmbeddingNoise`.
+
+    Returns:
+        What removes it again; its `alpha` or `std` may be set between steps, and compiles nothing anew.
+
+    Raises:
+        RuntimeError: If the embeddings have noise already, ours or the Trainer's; the Trainer's is noticed
+            in the forward pass, too.
+        TypeError: If the model does not tell its embeddings.
+        ValueError: For values out of range, and if `length="true"` cannot know what padding is.
+
+    Reference:
+        Jain et al. 2024, "NEFTune: Noisy embeddings improve instruction finetuning".
+    """
+    noise = EmbeddingNoise(alpha, std=std, length=length, generator=generator)
+    embedding = input_embeddings(model)
+    _refuse_twice(embedding)
+    for hook in embedding._forward_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, AttachedEmbeddingNoise):
+            raise RuntimeError(f"the embeddings have noise already: {other!r}; call remove() on it first")
+    if length == "true":
+        if model is embedding and getattr(embedding, "padding_idx", None) is None:
+            raise ValueError(
+                "length='true' needs to know padding: give the model instead of its embedding, or an "
+                "embedding with a padding_idx"
+            )
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                "length='true' is for models with one sequence, and this one has an encoder and a decoder; "
+                "use length='padded'"
+            )
+    weight = next(embedding.parameters(), None)
+    if weight is not None:
+        noise.to(weight.device)
+    return AttachedEmbeddingNoise(model, embedding, noise)
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The token embeddings of a model, which may be wrapped by PEFT.
+
+    Raises:
+        TypeError: If it does not tell them.
+    """
+    if isinstance(model, nn.Embedding):
+        return model
+    inner: Any = model
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    found = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} does not tell its embeddings by get_input_embeddings(); give the "
+            "nn.Embedding itself"
+        )
+    return found
+
+
+def _refuse_twice(embedding: nn.Module) -> None:
+    if hasattr(embedding, "neftune_noise_alpha"):
+        raise RuntimeError(
+            f"the embeddings have the NEFTune noise of transformers, neftune_noise_alpha="
+            f"{embedding.neftune_noise_alpha}: leave it out of TrainingArguments, or do not attach another"
+        )
+
+
+def _position_of_mask(model: nn.Module) -> int | None:
+    """Which positional argument of the model its attention mask is, where that is known."""
+    wrapped: Any = model
+    models = [wrapped]
+    if hasattr(wrapped, "get_base_model"):
+        models.append(wrapped.get_base_model())
+    for each in models:
+        names = list(inspect.signature(each.forward).parameters)
+        if "attention_mask" in names:
+            return names.index("attention_mask")
+    return None
