@@ -25,9 +25,11 @@ from fastreg import multi_tensor
 from fastreg.chain import Chain
 from fastreg.cli import document
 from fastreg.nn import ops
+from fastreg.privacy import per_sample
 from fastreg.reference.activations import ACTIVATIONS
 from fastreg_kernels import dropout as dropout_kernels
 from fastreg_kernels import norm as norm_kernels
+from fastreg_kernels import per_sample as per_sample_kernels
 from fastreg_kernels import step as step_kernels
 from fastreg_kernels import units as unit_kernels
 
@@ -59,6 +61,7 @@ class Entry:
         writes: Bytes written per element.
         budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
         gathers: Loads per element that are not wide: of what a unit shares, out of the cache.
+        options: How it is compiled.
     """
 
     name: str
@@ -68,7 +71,8 @@ class Entry:
     reads: int = 0
     writes: int = 0
     budget: float | None = None
-    gathers: int = 0
+    gathers: float = 0
+    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": multi_tensor.WARPS})
 
     @property
     def bytes(self) -> int:
@@ -134,8 +138,10 @@ def step_entry(
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
         "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
     }  # fmt: skip
-    gathers = len(chain.units)
-    return Entry(name, step_kernels.step_kernel, arguments, constants, *moved(chain, dtypes), budget, gathers)
+    return Entry(
+        name, step_kernels.step_kernel, arguments, constants, *moved(chain, dtypes), budget,
+        gathers=len(chain.units), options=multi_tensor.options(chain.stages),
+    )  # fmt: skip
 
 
 def norm_entry(
@@ -150,7 +156,8 @@ def norm_entry(
         "work": "*i32", "partial": "*fp64", "stages": stages[: of.of(chain)], "storage": storage,
     }  # fmt: skip
     reads = dtypes[1].itemsize if reads is None else reads
-    return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget)
+    options = multi_tensor.options(chain.stages[: of.of(chain)])
+    return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget, options=options)
 
 
 # Instructions per element on sm_90 of norms of what stages make of the gradient, for each of the storages.
@@ -159,6 +166,7 @@ MEASURED = {
     "momentum norm, SGD-momentum-decay": (12.5, 14, 15, 16.7),
     "momentum norm, AdamW": (10, 10.3, 11.5, 10.4),
     "adaptive norm": (11, None, 12, None),
+    "noised norm": (61, 61, 61, 61),
 }
 
 
@@ -168,6 +176,8 @@ def _measured(shipped: Shipped) -> tuple[str, multi_tensor.Measurand | None, int
     if "MSAM" in parts:
         of = multi_tensor.Measurand(momentum=True)
         return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
+    if {"dp", "clip"} <= set(parts):
+        return "noised norm", multi_tensor.Measurand(stages=1), shipped.dtypes[1].itemsize
     if shipped.name == "ASAM climb":
         return "adaptive norm", multi_tensor.Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
     return "", None, 0
@@ -198,7 +208,48 @@ def entries(target: str) -> list[Entry]:
         sums = {**arguments, "out": f"*{units['COMPUTE']}"}
         listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
     listed.append(Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants))
+    listed += per_sample_entries(warp)
     return listed + dropout_entries(warp)
+
+
+PER_SAMPLE = {"fp32": (6, 21.5), "bf16": (5, 22.5)}
+"""Instructions per element on sm_90 of norms and sum of gradients that are held per sample; a program's own
+share of the sum counts as if there were one sample."""
+
+
+def per_sample_entries(warp: int) -> list[Entry]:
+    """Clipping of gradients that are held per sample; bytes are those of one sample."""
+
+    def arguments(held: str) -> dict[str, Any]:
+        return {"table": "*i64", "work": "*i32", held: "*fp64", "samples": "i32"}
+
+    listed = []
+    for storage, budgets in PER_SAMPLE.items():
+        dtype = STORAGES[storage][0]
+        norm, total = per_sample_kernels.per_sample_norm_kernel, per_sample_kernels.per_sample_sum_kernel
+        constants = (
+            per_sample.norm_constants(dtype, warp),
+            per_sample.sum_constants(dtype, torch.float32, False, warp),
+        )
+        listed += [
+            Entry(
+                f"per-sample norm {storage}", norm, arguments("partial"), constants[0], dtype.itemsize, 0,
+                budgets[0],
+            ),
+            Entry(  # a factor for all that a thread has of a sample
+                f"per-sample sum {storage}", total, arguments("factors"), constants[1], dtype.itemsize, 0,
+                budgets[1], gathers=1 / multi_tensor.PER_THREAD,
+            ),
+        ]  # fmt: skip
+    finish = {
+        "partial": "*fp64", "segments": "*i64", "limits": "*fp64", "norms": "*fp64", "factors": "*fp64",
+        "samples": "i32",
+    }  # fmt: skip
+    constants = {"BLOCK": multi_tensor.PARTIALS}
+    return [
+        *listed,
+        Entry("per-sample factors", per_sample_kernels.per_sample_factor_kernel, finish, constants),
+    ]
 
 
 DROPOUT = {
@@ -271,7 +322,7 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
 def compile_entry(entry: Entry, target: str) -> Any:
     """Compile an entry point for a target."""
     source = ASTSource(entry.kernel, *signature(entry))
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": multi_tensor.WARPS})
+    return triton.compile(source, target=TARGETS[target], options=entry.options)
 
 
 def audit(entry: Entry, target: str) -> Report:

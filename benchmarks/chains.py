@@ -16,6 +16,7 @@ from fastreg.chain import Chain
 from fastreg.optim.averaging import Averaging
 from fastreg.optim.buckets import Variant
 from fastreg.optim.passes import Pass
+from fastreg.privacy.noise import Noise, PrivateNoise
 
 MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.999, 0.05, 5, 0.5
 
@@ -91,6 +92,9 @@ BUDGETS = {
     "MSAM+SGD-momentum": (15.5, 34.5, 33.5, 27),
     "MSAM+SGD-momentum-decay": (15.5, 34.5, 33.5, 27),
     "MSAM+AdamW": (32, 52.5, 51, 44),
+    "dp+AdamW": (84, 103.5, 103, 97.5),
+    "dp+SGD-momentum": (67.5, 86, 84.5, 79.5),
+    "dp+clip+AdamW": (85, 104.5, 104, 98.5),
 }
 
 # Passes of their own, for weights in float32 and in bfloat16.
@@ -166,6 +170,7 @@ def optimizer(
         "Lookahead": fastreg.SlowWeights(K, ALPHA),
         "pullback": fastreg.SlowWeights(K, ALPHA, "pullback"),
         "MSAM": fastreg.MSAM(rho),
+        "dp": PrivateNoise(Noise()),
     }
     make, settings = OPTIMIZERS[rule(name)]
     parts = name.split("+")
@@ -207,7 +212,8 @@ def at(name: str, storage: str, budget: float = float("inf"), **options: Any) ->
     group = made.param_groups[0]
     always = (True,) * len(base._periodic)
     chain = base.chain(group, dtype, Variant(always, backup=made is not base))
-    return Shipped(name, storage, chain, (dtype, dtype, *_held(base, chain, parameter)), budget)
+    summed = torch.float32 if "dp" in name.split("+") else dtype  # sums of clipped gradients
+    return Shipped(name, storage, chain, (dtype, summed, *_held(base, chain, parameter)), budget)
 
 
 def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:

@@ -46,6 +46,7 @@ class Stage:
         numbers: How many numbers it takes, which may change with every step.
         units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
         momentum: Whether it returns the pair (update, momentum) as its update.
+        exact: Whether a GPU must not fuse its multiply-adds, so that it rounds as the reference does.
     """
 
     kernel: Any
@@ -56,6 +57,7 @@ class Stage:
     numbers: int = 0
     units: tuple[str, ...] = ()
     momentum: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)

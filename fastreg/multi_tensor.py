@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .chain import Chain
+from .chain import Chain, Stage
 from .compiled import compiled_norm, compiled_step
 from .device import current, triton_dtype, warp
 from .reference import norm as reference_norm
@@ -130,11 +130,13 @@ class Measurand(NamedTuple):
         stages: How many stages run before.
         momentum: Measure the momentum instead, as the stage that returns it hands it on.
         largest: Measure max |u| instead of √Σ u².
+        absolute: The total is Σ |u| instead of Σ u²; there is no norm then.
     """
 
     stages: int = 0
     momentum: bool = False
     largest: bool = False
+    absolute: bool = False
 
     def of(self, chain: Chain) -> int:
         """How many stages of a chain run before."""
@@ -262,15 +264,19 @@ def _partial_norms_there(batch: Batch, of: Measurand) -> Tensor:
     """Partial sums, or the largest of each, by the reference or its compiled form."""
     stages, chain = of.of(batch.chain), batch.chain
     if not stages:
-        return reference_norm.partial_norms(map(flat, batch.gradients), of.largest, batch.device)
+        return reference_norm.partial_norms(
+            map(flat, batch.gradients), of.largest, batch.device, of.absolute
+        )
 
     def plain(*arguments: Any) -> Tensor:
         _, u = run_stages(stages, False, chain, *arguments)
-        parts = reference_norm.partial_norms([u[1] if of.momentum else u], of.largest, batch.device)
+        u = u[1] if of.momentum else u
+        parts = reference_norm.partial_norms([u], of.largest, batch.device, of.absolute)
         return parts.amax() if of.largest else parts.sum()
 
     runs = list(_operands(batch, True))
-    found = _run_operands(batch, runs, compiled_norm, (chain, stages, of.momentum, of.largest), plain)
+    what = chain, stages, of.momentum, of.largest, of.absolute
+    found = _run_operands(batch, runs, compiled_norm, what, plain)
     scalar = scalar_dtype(batch.device)
     return torch.stack(found).to(scalar) if found else torch.zeros(1, dtype=scalar, device=batch.device)
 
@@ -331,10 +337,7 @@ class Table:
         self.rows = self.upload(_host(columns, torch.int64).T.contiguous(), batch.device)
         if sizes != self.counts:
             self.counts = sizes
-            blocks = _host([-(-count // BLOCK) for count in self.counts], torch.int64)
-            tensor = torch.arange(len(blocks), device="cpu").repeat_interleave(blocks)
-            block = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
-            self.work = self.upload(torch.stack((tensor, block), 1).int(), batch.device)
+            self.work = self.upload(work_list([-(-count // BLOCK) for count in sizes]), batch.device)
 
     def units_of(self, batch: Batch) -> list[Tensor]:
         """For each name of `chain.units`, an element for each unit of each parameter."""
@@ -342,10 +345,7 @@ class Table:
             total = sum(place.number for place in batch.places)
             dtype = compute_dtype(batch.parameters[0].dtype)
             self.units = [torch.ones(total, dtype=dtype, device=batch.device) for _ in batch.chain.units]
-            counts = _host([place.number for place in batch.places], torch.int64)
-            tensor = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
-            unit = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-            self.unit_work = self.upload(torch.stack((tensor, unit), 1).int(), batch.device)
+            self.unit_work = self.upload(work_list([place.number for place in batch.places]), batch.device)
         return self.units
 
     def upload(self, host: Tensor, device: torch.device) -> Tensor:
@@ -356,6 +356,14 @@ class Table:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.captured.append(pinned)  # a replay reads it again
         return pinned.to(device, non_blocking=True)
+
+
+def work_list(counts: list[int]) -> Tensor:
+    """For each program (tensor, which of its programs), int32, where tensors have so many."""
+    programs = _host(counts, torch.int64)
+    tensor = torch.arange(len(counts), device="cpu").repeat_interleave(programs)
+    within = torch.arange(len(tensor), device="cpu") - (programs.cumsum(0) - programs)[tensor]
+    return torch.stack((tensor, within), 1).int()
 
 
 class Uploaded(NamedTuple):
@@ -403,7 +411,7 @@ def _run_triton(batch: Batch) -> None:
         kernels.step_kernel[(len(batch.table.work),)](
             batch.table.rows, changing.gradients, changing.steps, changing.numbers, batch.table.work,
             _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
-            **step_constants(batch.chain, batch.dtypes, warp()), num_warps=WARPS,
+            **step_constants(batch.chain, batch.dtypes, warp()), **options(batch.chain.stages),
         )  # fmt: skip
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
@@ -413,12 +421,14 @@ def _partial_norms(batch: Batch, of: Measurand) -> Tensor:
     changing, table = _begin(batch), batch.table
     partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
     stages, storage = device_chain(batch.chain, batch.dtypes)
+    before = of.of(batch.chain)
     if len(partial):
         with current(batch.device):
             kernels.norm_kernel[(len(partial),)](
                 table.rows, changing.gradients, changing.steps, changing.numbers, table.work, partial,
-                stages[: of.of(batch.chain)], storage,
-                **norm_constants(batch.chain, batch.dtypes, of, warp()), num_warps=WARPS,
+                stages[:before], storage,
+                **norm_constants(batch.chain, batch.dtypes, of, warp()),
+                **options(batch.chain.stages[:before]),
             )  # fmt: skip
     return partial
 
@@ -445,6 +455,12 @@ def _finish(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     return out
 
 
+def options(stages: Sequence[Stage]) -> dict[str, Any]:
+    """How a kernel that runs these stages is compiled."""
+    exact = any(stage.exact for stage in stages)
+    return {"num_warps": WARPS, **({"enable_fp_fusion": False} if exact else {})}
+
+
 @functools.cache
 def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
     """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of this size."""
@@ -464,7 +480,8 @@ def norm_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand,
     """The compile-time arguments of `norm_kernel`."""
     constants = step_constants(chain, dtypes, warp)
     random = any(stage.words for stage in chain.stages[: of.of(chain)])
-    return {**constants, "RANDOM": random, "LARGEST": of.largest, "MOMENTUM": of.momentum}
+    measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
+    return {**constants, "RANDOM": random, **measured}
 
 
 def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:

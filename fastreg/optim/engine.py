@@ -18,7 +18,7 @@ from .counts import Verdict
 from .measurement import Measurement
 from .msam import MSAM
 from .passes import Pass
-from .piece import Piece
+from .piece import Phase, Piece
 from .regularizers import ClipNorm
 from .rounding import Rounding
 from .rules import Descend, Maximize
@@ -85,6 +85,10 @@ class Engine(Pass):
         own = (Maximize(), self._measurement, *decays, rule, Rounding(bf16))
         self._assemble((*own, *regularizers, descend), seed)
         amp.silence()
+
+    def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
+        super()._assemble(pieces, seed)
+        self._measurement.behind = sum(piece.phase < Phase.CLIP for piece in self._pieces)
 
     def _forget(self) -> None:
         super()._forget()
@@ -344,9 +348,15 @@ class Engine(Pass):
         """
         if any(type(other) is type(piece) for other in self._pieces):
             raise ValueError(f"{type(piece).__name__!r} is given more than once")
+        if isinstance(piece, ClipNorm):
+            self._measurement._clip = piece
         self._assemble((*self._pieces, piece), self._seed)
         for group in self.param_groups:
             self._completed(group)
+
+    def _remove(self, piece: Piece) -> None:
+        """Take a piece out again."""
+        self._assemble((other for other in self._pieces if other is not piece), self._seed)
 
 
 def _own(group: dict[str, Any]) -> dict[str, Any]:

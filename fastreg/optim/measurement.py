@@ -30,6 +30,9 @@ class Measurement(Piece):
         clip: The `ClipNorm` of the optimizer, if it has one.
         needed: Whether another piece reads the norm.
         nonfinite: What to do about gradients that are not finite, `"propagate"`, `"skip"` or `"raise"`.
+
+    Attributes:
+        behind: How many stages come before: gradients are measured as these leave them.
     """
 
     phase = Phase.CLIP
@@ -38,6 +41,7 @@ class Measurement(Piece):
     def __init__(self, clip: Any, needed: bool, nonfinite: str) -> None:
         self._clip, self._needed, self._guards = clip, needed, nonfinite != "propagate"
         self.scaling = Scaling()
+        self.behind = 0
         self._results: dict[torch.device, Tensor] = {}
         self._limits: dict[torch.device, tuple[float, Tensor]] = {}
 
@@ -78,7 +82,7 @@ class Measurement(Piece):
 
     def _measured(self, work: Work) -> Tensor:
         largest = bool(self._clip) and self._clip.norm_type == math.inf
-        return measured(work, self._limit, Measurand(largest=largest))
+        return measured(work, self._limit, Measurand(self.behind, largest=largest))
 
     def skip(self, device: torch.device) -> Tensor | None:
         """What the scaler found, or what the norm tells."""

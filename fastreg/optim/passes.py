@@ -11,7 +11,7 @@ anew as soon as any parameter, state tensor, dtype, chain or backend differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
@@ -59,6 +59,8 @@ class Pass(torch.optim.Optimizer):
     _state_dtype: torch.dtype | None = None
     _reads_backups = False
     """Whether weights come from `BACKUP` wherever a state has one."""
+    _gradient_of: Callable[[Tensor], Tensor | None] = _gradient
+    """Where the gradient of a parameter is."""
 
     def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
         """Put the pieces together.
@@ -106,7 +108,8 @@ class Pass(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             parameters += group["params"]
             groups += [index] * len(group["params"])
-        return Operands(parameters, list(map(_gradient, parameters)), groups, list(range(len(parameters))))
+        gradients = list(map(self._gradient_of, parameters))
+        return Operands(parameters, gradients, groups, list(range(len(parameters))))
 
     @torch.no_grad()
     def _run(self) -> dict[torch.device, Tensor] | None:

@@ -24,6 +24,7 @@ from .placement import Shards
 class Phase(IntEnum):
     """The order of stages; the order in which regularizers are given matters only inside a phase."""
 
+    PRIVACY = -1
     CLIP = 0
     NOISE = 1
     PENALTY = 2

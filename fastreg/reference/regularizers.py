@@ -34,6 +34,23 @@ def relative_noise(p: Tensor, u: Tensor, at: At, size: Tensor, key: Tensor, std:
     return p, u + std * (size * normal(key, at, u)), ()
 
 
+def private_noise(
+    p: Tensor, u: Tensor, at: At, key: Tensor, std: Tensor, share: Tensor, low: Tensor, high: Tensor
+) -> Result:
+    """u ← (u + std · N(0, 1)) · share: the sum of clipped gradients made private  (Abadi et al. 2016).
+
+    The step that the noise depends on is a count of its own, low + 2¹⁶ · high: neither may exceed 2¹⁶ - 1,
+    which float32 holds exactly.
+    """
+    count = (high.long() << 16) | low.long()
+    return p, (u + std * normal(key, At(at.first, at.skip, at.stream, count), u)) * share, ()
+
+
+def replaced(p: Tensor, u: Tensor, at: At) -> Result:
+    """p ← u: where the gradient itself is what is written."""
+    return u, u, ()
+
+
 def l2_decay(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
     """u ← u + rate · p before the update rule, the gradient of rate/2 · ‖p‖²."""
     return p, u + rate * p, ()

@@ -6,7 +6,7 @@ The form of a stage is told in `rules`.
 import triton
 import triton.language as tl
 
-from .random import normal
+from .random import At, normal
 
 
 @triton.jit
@@ -33,6 +33,18 @@ def gradient_noise(p, u, at, key, std):
 @triton.jit
 def relative_noise(p, u, at, size, key, std):
     return p, u + std * (size * normal(key, at, u)), ()
+
+
+@triton.jit
+def private_noise(p, u, at, key, std, share, low, high):
+    count = (high.to(tl.uint32) << 16) | low.to(tl.uint32)
+    z = normal(key, At(at.first, at.stream, count, at.vector), u)
+    return p, (u + std * z) * share, ()
+
+
+@triton.jit
+def replaced(p, u, at):
+    return u, u, ()
 
 
 @triton.jit

@@ -1,0 +1,129 @@
+"""Clipping of gradients that are held per sample: their norms, the factors, the sum of what is clipped.
+
+Rows are samples.  Every row is read once for its norm and once for the sum; sums run in a fixed order,
+without atomics, so that they come out the same every time.
+"""
+
+import triton
+import triton.language as tl
+
+from .step import at_address
+
+# Columns of the table.
+SAMPLES = tl.constexpr(0)  # address of [samples, length]
+LENGTH = tl.constexpr(1)  # elements of a row
+SUM = tl.constexpr(2)  # address of [length]
+SEGMENT = tl.constexpr(3)  # whose factors are its own: 0 where all share theirs
+COLUMNS = tl.constexpr(4)
+
+
+@triton.jit
+def squares(row, dtype: tl.constexpr, offsets, mask, WIDE: tl.constexpr):
+    g = tl.load(at_address(row, dtype, offsets, WIDE), mask=mask, other=0).to(tl.float64)
+    return g * g
+
+
+@triton.jit
+def per_sample_norm_kernel(
+    table, work, partial, samples, G: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """partial[program, sample] = Σ g² over one block of one row.
+
+    In float64: a norm that came out too small would let a sample count for more than it may, and squares of
+    large gradients overflow float32.
+
+    table    int64[tensors, COLUMNS]
+    work     int32[programs, 2]        (tensor, block)
+    partial  float64[programs, samples]
+    """
+    pid = tl.program_id(0)
+    sample = tl.program_id(1)
+    header = table + tl.load(work + 2 * pid).to(tl.int64) * COLUMNS
+    start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
+    length = tl.load(header + LENGTH)
+    row = tl.load(header + SAMPLES) + sample.to(tl.int64) * length * (G.primitive_bitwidth // 8)
+    stop = tl.minimum(length, start + BLOCK)
+    wide = tl.where(row % 16 == 0, stop // 16 * 16, start)
+    total = tl.zeros([CHUNK], tl.float64)
+    for s in range(start, wide, CHUNK):
+        offsets = s + tl.arange(0, CHUNK)
+        total += squares(row, G, offsets, offsets < wide, True)
+    rest = tl.zeros([128], tl.float64)
+    for s in range(wide, stop, 128):
+        offsets = s + tl.arange(0, 128)
+        rest += squares(row, G, offsets, offsets < stop, False)
+    tl.store(partial + pid.to(tl.int64) * samples + sample, tl.sum(total) + tl.sum(rest))
+
+
+@triton.jit
+def per_sample_factor_kernel(partial, segments, limits, norms, factors, samples, BLOCK: tl.constexpr):
+    """Norms and factors of every sample in every segment, from the partial sums.
+
+    partial   float64[programs, samples]
+    segments  int64[segments, 2]           which programs: first, and the one after the last
+    limits    float64[segments]            largest norms
+    norms     float64[segments, samples]
+    factors   float64[segments, samples]   0 where the norm is not finite, or too large for float32 to divide by
+    """
+    segment = tl.program_id(0)
+    sample = tl.program_id(1)
+    start = tl.load(segments + 2 * segment)
+    stop = tl.load(segments + 2 * segment + 1)
+    total = tl.zeros([BLOCK], tl.float64)
+    for s in range(start, stop, BLOCK):
+        rows = s + tl.arange(0, BLOCK)
+        total += tl.load(partial + rows * samples + sample, mask=rows < stop, other=0.0)
+    norm = tl.sqrt(tl.sum(total))
+    factor = tl.minimum(tl.load(limits + segment) / (norm + 1e-6), 1.0)
+    place = segment.to(tl.int64) * samples + sample
+    tl.store(norms + place, norm)
+    counts = (norm < float("inf")) & (factor >= 1.1754943508222875e-38)
+    tl.store(factors + place, tl.where(counts, factor, 0.0))
+
+
+@triton.jit
+def sum_block(
+    rows, sum, factors, samples, stride, offsets, mask, G: tl.constexpr, S: tl.constexpr,
+    COMPUTE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros(offsets.shape, COMPUTE)
+    if ACCUMULATE:
+        total = tl.load(at_address(sum, S, offsets, WIDE), mask=mask).to(COMPUTE)
+    row = rows
+    for sample in range(samples):
+        factor = tl.load(factors + sample).to(COMPUTE)
+        g = tl.load(at_address(row, G, offsets, WIDE), mask=mask).to(COMPUTE)
+        total += factor * tl.where(factor > 0, g, 0.0)
+        row += stride
+    tl.store(at_address(sum, S, offsets, WIDE), total.to(S), mask=mask)
+
+
+@triton.jit
+def per_sample_sum_kernel(
+    table, work, factors, samples, G: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """sum = Σ factor · g over the samples, on top of what is there if ACCUMULATE.
+
+    A sample with a factor of 0 is left out, whatever it holds: 0 · NaN is not 0.
+
+    table    int64[tensors, COLUMNS]
+    work     int32[programs, 2]            (tensor, chunk)
+    factors  float64[segments, samples]
+    """
+    pid = tl.program_id(0)
+    header = table + tl.load(work + 2 * pid).to(tl.int64) * COLUMNS
+    start = tl.load(work + 2 * pid + 1).to(tl.int64) * CHUNK
+    length = tl.load(header + LENGTH)
+    rows = tl.load(header + SAMPLES)
+    sum = tl.load(header + SUM)
+    own = factors + tl.load(header + SEGMENT) * samples
+    stride = length * (G.primitive_bitwidth // 8)
+    stop = tl.minimum(length, start + CHUNK)
+    wide = tl.where((rows | sum | stride) % 16 == 0, stop // 16 * 16, start)
+    if wide > start:
+        offsets = start + tl.arange(0, CHUNK)
+        sum_block(rows, sum, own, samples, stride, offsets, offsets < wide, G, S, COMPUTE, ACCUMULATE, True)
+    for s in range(wide, stop, 128):
+        offsets = s + tl.arange(0, 128)
+        sum_block(rows, sum, own, samples, stride, offsets, offsets < stop, G, S, COMPUTE, ACCUMULATE, False)

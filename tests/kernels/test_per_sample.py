@@ -1,0 +1,143 @@
+"""Clipping of gradients that are held per sample: kernels against the reference, and against plain loops."""
+
+import math
+import os
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.privacy.per_sample import clip_and_sum
+
+DEVICE = os.environ.get("FASTREG_TEST_DEVICE", "cpu")
+SHAPES = [(9, 31), (127,), (), (0,), (4096 + 17,), (16, 64)]
+BACKENDS = ["reference", "triton"]
+TINY = 2.0**-20
+
+
+def draw(samples=5, dtypes=(torch.float32,), scale=1.0):
+    generator = torch.Generator().manual_seed(samples)
+    return [
+        (scale * torch.randn(samples, *shape, generator=generator)).to(DEVICE, dtypes[i % len(dtypes)])
+        for i, shape in enumerate(SHAPES)
+    ]
+
+
+def sums(samples):
+    wide = {torch.float64: torch.float64}
+    return [torch.zeros(g.shape[1:], dtype=wide.get(g.dtype, torch.float32), device=DEVICE) for g in samples]
+
+
+def loop(samples, max_norms):
+    """One sample at a time, in double."""
+    out = [torch.zeros(g.shape[1:], dtype=torch.float64, device=DEVICE) for g in samples]
+    for own in zip(*(g.double().unbind() for g in samples), strict=True):
+        norms = [float(g.norm()) for g in own]
+        if len(max_norms) == 1:
+            norms = [math.hypot(*norms)]
+        factors = [min(c / (norm + 1e-6), 1.0) for c, norm in zip(max_norms, norms, strict=True)]
+        for i, g in enumerate(own):
+            out[i] += factors[i % len(factors)] * g
+    return out
+
+
+def clip(backend, samples, max_norms, out=None, accumulate=False):
+    out = sums(samples) if out is None else out
+    with fastreg.use_backend(backend):
+        found = clip_and_sum(samples, out, max_norms, accumulate)
+    return out, found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32,),
+        (torch.bfloat16,),
+        (torch.float16,),
+        (torch.float64,),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
+def test_equals_a_loop_over_samples(backend, dtypes, max_norms, close):
+    samples = draw(dtypes=dtypes)
+    out, found = clip(backend, samples, max_norms)
+    close(out, [expected.to(g.dtype) for expected, g in zip(loop(samples, max_norms), out, strict=True)])
+    assert found.norms.shape == found.factors.shape == (len(max_norms), 5)
+
+
+@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
+def test_kernels_equal_the_reference(max_norms, close):
+    samples = draw(7)
+    out, found = clip("triton", samples, max_norms)
+    expected, reference = clip("reference", samples, max_norms)
+    close(out, expected)
+    torch.testing.assert_close(found, reference, rtol=1e-13, atol=0)
+
+
+def test_kernels_give_the_same_bits_every_time():
+    samples = draw(7)
+    assert all(map(torch.equal, clip("triton", samples, [1.0])[0], clip("triton", samples, [1.0])[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulates(backend, close):
+    samples = draw(6)
+    whole, _ = clip(backend, samples, [2.0])
+    out, _ = clip(backend, [g[:4] for g in samples], [2.0])
+    clip(backend, [g[4:] for g in samples], [2.0], out, accumulate=True)
+    close(out, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overwrites_what_is_there(backend):
+    """The buffer of the sums is not assumed to hold zeros."""
+    samples = draw(3)
+    out, _ = clip(backend, samples, [2.0], [torch.full_like(g, math.nan) for g in sums(samples)])
+    assert all(map(torch.equal, out, clip(backend, samples, [2.0])[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples(backend):
+    samples = draw(0)
+    out, found = clip(backend, samples, [2.0], [torch.ones_like(g) for g in sums(samples)])
+    assert all(not g.any() for g in out) and found.norms.shape == (1, 0)
+    clip(backend, samples, [2.0], out := [torch.ones_like(g) for g in out], accumulate=True)
+    assert all(bool((g == 1).all()) for g in out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
+def test_samples_that_are_not_finite_count_for_nothing(backend, bad, max_norms, close):
+    """Flat: nothing of the sample is left; per layer, where each is a mechanism of its own: nothing there."""
+    samples = draw(5)
+    samples[0][2, 3, 4] = bad
+    out, found = clip(backend, samples, max_norms)
+    without = [g[[0, 1, 3, 4]] for g in samples]
+    expected, _ = clip(backend, without, max_norms)
+    close(out if len(max_norms) == 1 else out[:1], expected if len(max_norms) == 1 else expected[:1])
+    assert found.factors[0].tolist().count(0.0) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e19, 1e30, 5e37])
+def test_no_sample_is_longer_than_it_may_be(backend, scale):
+    """Measured in double: its clipped norm exceeds C by less than a millionth.
+
+    A norm so large that float32 has no factor for it counts for nothing.
+    """
+    out, _ = clip(backend, draw(1, scale=scale), [0.7])
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in out))
+    assert norm <= 0.7 * (1 + TINY)
+    assert norm > 0.69 if 1 <= scale <= 1e30 else norm < 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_in_any_layout(backend, close):
+    samples = draw(4)
+    odd = [torch.stack([g, g], -1)[..., 0] for g in samples]  # every second element, at odd addresses
+    assert not odd[0].is_contiguous()
+    close(clip(backend, odd, [2.0])[0], clip(backend, samples, [2.0])[0])
