@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     PRIVACY = 3
     DROPOUT = 4
     PERTURBATION = 5
+    WEIGHT_NOISE = 6
 
 
 @functools.cache

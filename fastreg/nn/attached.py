@@ -142,8 +142,8 @@ def attach_activation_noise(
 
     Args:
         model: The model.
-        pattern: What the dotted name must match: a string with `*`, `?` and `[...]` (`*` matches dots, too), or
-            a compiled regular expression, which must match all of it; or a class of modules, or several.
+        pattern: What the dotted name must match: a string with `*`, `?` and `[...]` (`*` matches dots, too),
+            or a compiled regular expression, which must match all of it; or one or several module classes.
         std: See `ActivationNoise`.
         kind: Likewise.
 

@@ -11,9 +11,10 @@ from .piece import Phase, Piece
 from .regularizers import L1, L2SP, AdaptiveClip, ClipNorm, ClipValue, GradientNoise
 from .sam import SAM
 from .sgd import SGD
+from .weight_noise import WeightNoise
 
 __all__ = [
     "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
     "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
-    "get_ema_multi_avg_fn", "param_groups",
+    "WeightNoise", "get_ema_multi_avg_fn", "param_groups",
 ]  # fmt: skip

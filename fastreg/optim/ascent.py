@@ -1,6 +1,6 @@
-"""SAM's perturbation as a pass of its own: weights climb, and their backups bring them back.
+"""Perturbations as passes of their own: weights leave, and their backups bring them back.
 
-climb    read weight and gradient; write the perturbed weight and the backup: 16 bytes in float32
+climb    read weight and gradient (of SAM); write the perturbed weight and the backup: 16 bytes in float32
 restore  read the backup, write the weight; a fastreg optimizer reads the backup in its own pass instead
 """
 
@@ -39,7 +39,9 @@ class Mode:
         self.unless = {}
 
 
-class _Climbing(Piece):
+class Leaving(Piece):
+    """Base of pieces that perturb."""
+
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
 
@@ -48,7 +50,7 @@ class _Climbing(Piece):
         return not self._mode.restoring
 
 
-class _Adaptive(_Climbing):
+class _Adaptive(Leaving):
     """Scales gradients by the weights where a group is `adaptive`."""
 
     phase = Phase.PENALTY
@@ -63,7 +65,7 @@ class _Adaptive(_Climbing):
         return (1.0, float(group["eta"])) if group["adaptive"] else (0.0, 1.0)
 
 
-class _Perturb(_Climbing):
+class _Perturb(Leaving):
     """Adds ρ times the direction of the gradients."""
 
     phase = Phase.RULE
@@ -150,8 +152,67 @@ class _Restore(Piece):
         return self._mode.unless.get(device)
 
 
-class Ascent(Pass):
-    """The pass over parameter groups with `rho`, `adaptive` and `eta` that belong to another optimizer.
+class Excursion(Pass):
+    """Base of what perturbs weights, and brings them back bit for bit.
+
+    A subclass says by `_leaving` whom it perturbs.
+    """
+
+    _mode: Mode
+
+    def _equip(self, mode: Mode, leaving: Iterable[Piece], rounding: str, seed: int | None) -> None:
+        """Put the pieces together: those that perturb, and what brings weights back.
+
+        Args:
+            mode: What they look at.
+            leaving: The pieces that perturb.
+            rounding: `"stochastic"` or `"nearest"`, of perturbed 16-bit weights.
+            seed: Base of the random numbers.
+        """
+        self._mode = mode
+        self._assemble((*leaving, _Rounding(rounding, mode), _Restore(mode)), seed)
+
+    _KEPT = (*Pass._KEPT, "_mode")
+
+    def climb(self) -> list[Tensor]:
+        """Perturb.
+
+        Returns:
+            Whose weights are in their backups now.
+        """
+        self._mode.restoring, self._mode.unless = False, {}
+        self._run()
+        return self._operands().parameters
+
+    def restore(self, parameters: Iterable[Tensor], unless: dict[torch.device, Tensor] | None = None) -> None:
+        """Bring weights back from their backups.
+
+        Args:
+            parameters: Whose.
+            unless: For a device, `[1]`: not 0 if they are to stay as they are.
+        """
+        self._mode.only = set(map(id, parameters))
+        if self._mode.only:
+            self._mode.restoring, self._mode.unless = True, unless or {}
+            self._run()
+
+    def _leaving(self, every: Operands) -> Operands:
+        raise NotImplementedError
+
+    def _operands(self) -> Operands:
+        every = self._every()
+        if not self._mode.restoring:
+            return self._leaving(every)
+        wanted = [id(p) in (self._mode.only or ()) for p in every.parameters]
+        return every._replace(gradients=list(every.parameters)).only(wanted)
+
+    def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Any = None) -> Any:
+        """What is done this time: perturbing and restoring exclude each other."""
+        return super().chain(group, dtype, variant or self._variant(0, 0, False))
+
+
+class Ascent(Excursion):
+    """SAM's pass over parameter groups with `rho`, `adaptive` and `eta` that belong to another optimizer.
 
     Args:
         groups: The groups.
@@ -159,13 +220,12 @@ class Ascent(Pass):
     """
 
     def __init__(self, groups: list[dict[str, Any]], rounding: str) -> None:
-        self._mode = Mode()
-        self._perturb = _Perturb(self._mode)
-        pieces = (_Adaptive(self._mode), self._perturb, _Rounding(rounding, self._mode), _Restore(self._mode))
-        self._assemble(pieces, seed=0)
+        mode = Mode()
+        self._perturb = _Perturb(mode)
+        self._equip(mode, (_Adaptive(mode), self._perturb), rounding, seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": groups})
 
-    _KEPT = (*Pass._KEPT, "_mode", "_perturb")
+    _KEPT = (*Excursion._KEPT, "_perturb")
 
     @property
     def bad(self) -> Tensor | None:
@@ -183,34 +243,12 @@ class Ascent(Pass):
         Returns:
             Whose weights are in their backups now.
         """
-        self._mode.restoring, self._mode.unless = False, {}
         self._mode.adaptive = any(group["adaptive"] and group["rho"] for group in self.param_groups)
         self._perturb.result = None
-        self._run()
-        return self._operands().parameters
+        return super().climb()
 
-    def restore(self, parameters: Iterable[Tensor], unless: dict[torch.device, Tensor] | None = None) -> None:
-        """Bring weights back from their backups.
-
-        Args:
-            parameters: Whose.
-            unless: For a device, `[1]`: not 0 if they are to stay as they are.
-        """
-        self._mode.only = set(map(id, parameters))
-        if self._mode.only:
-            self._mode.restoring, self._mode.unless = True, unless or {}
-            self._run()
-
-    def _operands(self) -> Operands:
-        every = self._every()
-        if self._mode.restoring:
-            wanted = [id(p) in (self._mode.only or ()) for p in every.parameters]
-            return every._replace(gradients=list(every.parameters)).only(wanted)
+    def _leaving(self, every: Operands) -> Operands:
         rho = [bool(group["rho"]) for group in self.param_groups]
         return every.only(
             g is not None and rho[i] for g, i in zip(every.gradients, every.groups, strict=True)
         )
-
-    def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Any = None) -> Any:
-        """What is done this time: climbing and restoring exclude each other."""
-        return super().chain(group, dtype, variant or self._variant(0, 0, False))

@@ -1,11 +1,11 @@
-"""Sharpness-aware minimization: what is done to the weight before the second backward pass."""
+"""What is done to the weight before a backward pass: sharpness-aware minimization, and noise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .random import At
+from .random import At, normal
 from .rules import Result
 
 
@@ -31,3 +31,11 @@ def perturb_adaptive(
 def perturb_momentum(p: Tensor, u: Tensor, at: At, size: Tensor) -> Result:
     """p ← p - ρ · v / ‖v‖ with the momentum v as u and size = ρ / ‖v‖  (Becker et al. 2024)."""
     return p - size * u, u, ()
+
+
+def noise(
+    p: Tensor, u: Tensor, at: At, backup: Tensor, key: Tensor, absolute: Tensor, relative: Tensor
+) -> Result:
+    """backup ← p, p ← p + σ · N(0, 1) with σ = absolute + relative · |p|."""
+    noisy = p + (relative * p.abs() + absolute) * normal(key, at, p)
+    return noisy, u, (torch.where(absolute < 0, noisy, p),)  # selected, as in `perturb`

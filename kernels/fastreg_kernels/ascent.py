@@ -1,10 +1,12 @@
-"""Sharpness-aware minimization: what is done to the weight before the second backward pass.
+"""What is done to the weight before a backward pass: sharpness-aware minimization, and noise.
 
 The form of a stage is told in `rules`.
 """
 
 import triton
 import triton.language as tl
+
+from .random import normal
 
 
 @triton.jit
@@ -25,3 +27,8 @@ def perturb_adaptive(p, u, at, backup, size, factor, offset, rho):
 @triton.jit
 def perturb_momentum(p, u, at, size):
     return p - size * u, u, ()
+
+
+@triton.jit
+def noise(p, u, at, backup, key, absolute, relative):
+    return p + (relative * tl.abs(p) + absolute) * normal(key, at, p), u, (p,)

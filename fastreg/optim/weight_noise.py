@@ -1,0 +1,205 @@
+"""Noise on weights for the length of a forward and a backward pass.
+
+perturb  read the weight; write it with noise, and its backup: 12 bytes a parameter in float32, one launch
+restore  read the backup, write the weight: 8 bytes, another
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chain import Stage
+from ..random import Purpose, key
+from ..reference import ascent as reference
+from . import placement
+from .ascent import Excursion, Leaving, Mode
+from .passes import Operands
+from .piece import Phase
+from .ranges import checked
+from .state import BACKUP
+
+
+class _Noise(Leaving):
+    """Adds noise to the weight."""
+
+    phase = Phase.RULE
+    _stage = Stage("ascent.noise", reference.noise, (BACKUP,), words=("key",), numbers=2)
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Always the same."""
+        return self._stage
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """Of 1 and of |p|."""
+        std = checked("std", group["std"], 0)
+        return (0.0, std) if group["relative"] else (std, 0.0)
+
+    def words(self, seed: int) -> tuple[int, ...]:
+        """The key."""
+        return (key(seed, Purpose.WEIGHT_NOISE),)
+
+
+class _Noising(Excursion):
+    """The pass over all parameters, with gradients or without."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], rounding: str, seed: int | None) -> None:
+        mode = Mode()
+        self._equip(mode, (_Noise(mode),), rounding, seed)
+        super().__init__(params, defaults)
+
+    def _leaving(self, every: Operands) -> Operands:
+        return every._replace(gradients=list(every.parameters))  # of which the stage reads nothing
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All of them."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+class WeightNoise:
+    """Adds Gaussian noise to all weights while gradients are computed: w + std · N(0, 1), and takes it away.
+
+    ```python
+    noise = fastreg.WeightNoise(model.parameters(), std=0.01)
+    for x, y in data:
+        with noise.perturbed():
+            loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+
+    The weights come back bit for bit, also after an exception; `data_ptr()` never changes, and parameters
+    without gradients take part.  All of them are perturbed in one launch.  Step the optimizer when they are
+    back: what it does before is lost.  The backups take the memory of the weights, once.
+
+    Each perturbation has noise of its own, a function of the seed, how many there were before, the position
+    of the parameter and the element index: the same on every backend and for every sharding.
+
+    Args:
+        params: Parameters, named parameters or groups, as for any torch optimizer; groups may have a `std`
+            and `relative` of their own.
+        std: Standard deviation, in units of the weights or as a share of each; ≥ 0.  A key of the groups.
+        relative: Whether the noise of each weight is `std · |w|`, a relative error, which no scale of the
+            weights changes and which leaves zeros alone.
+        rounding: Of perturbed 16-bit weights, `"stochastic"` or `"nearest"`, see `SAM`.
+        seed: Of the noise; by default from `torch.initial_seed()`.  Replicas of a model (DDP) may well
+            have different ones, and then average over their noise.
+
+    Raises:
+        TypeError: If a parameter is not of a floating dtype.
+        ValueError: For values out of range.
+
+    Reference:
+        Graves 2011, "Practical variational inference for neural networks"; An 1996, "The effects of adding
+        noise during backpropagation training on a generalization performance".
+    """
+
+    def __init__(
+        self, params: Any, std: float, relative: bool = False, rounding: str = "stochastic", *,
+        seed: int | None = None,
+    ) -> None:  # fmt: skip
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
+        defaults = {"std": checked("std", std, 0), "relative": bool(relative)}
+        self._pass = _Noising(params, defaults, rounding, seed)
+        for group in self.param_groups:
+            checked("std", group["std"], 0)
+        for p in self._pass.parameters:
+            if not (p.is_floating_point() or p.is_complex()):
+                raise TypeError(f"weights must be of a floating dtype, got {p.dtype}")
+        self._perturbed = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, whose `std` may be changed at any time."""
+        return self._pass.param_groups
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of the first group; setting it sets that of all."""
+        return self.param_groups[0]["std"]
+
+    @std.setter
+    def std(self, value: float) -> None:
+        value = checked("std", value, 0)
+        for group in self.param_groups:
+            group["std"] = value
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise, which checkpoints hold."""
+        return self._pass.seed
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights have noise now."""
+        return self._perturbed
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Within the block, the weights have noise.
+
+        Raises:
+            RuntimeError: If they have already.
+        """
+        self.perturb()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Add noise to the weights, until `restore`.
+
+        Raises:
+            RuntimeError: If they have it already.
+        """
+        if self._perturbed:
+            raise RuntimeError("the weights are perturbed already: call restore() first")
+        self._pass.climb()
+        self._perturbed = True
+        placement.reshard(self._pass.parameters)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the weights back as they were; does nothing where they are back."""
+        if self._perturbed:
+            self._pass.restore(self._pass.parameters)
+            self._perturbed = False
+            placement.reshard(self._pass.parameters)  # what FSDP2 has gathered of them may be in use still
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed and count, from which a resumed run goes on with the same noise.
+
+        Raises:
+            RuntimeError: While the weights are perturbed: a checkpoint of them would hold the noise.
+        """
+        self._refuse_perturbed("state_dict")
+        counts = (state["step"] for state in self._pass.state.values())
+        return {"seed": self.seed, "step": int(next(counts, 0))}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            RuntimeError: While the weights are perturbed.
+        """
+        self._refuse_perturbed("load_state_dict")
+        key(state_dict["seed"], Purpose.WEIGHT_NOISE)  # refuses a seed that does not fit
+        self._pass._seed = int(state_dict["seed"])
+        for p in self._pass.parameters:
+            self._pass.state[p]["step"] = torch.tensor(float(state_dict["step"]), device="cpu")
+
+    def _refuse_perturbed(self, name: str) -> None:
+        if self._perturbed:
+            raise RuntimeError(f"{name}() while the weights are perturbed: call restore() first")
+
+    def __repr__(self) -> str:
+        groups = [(group["std"], group["relative"]) for group in self.param_groups]
+        return f"{type(self).__name__}((std, relative)={groups}, seed={self.seed})"
