@@ -104,7 +104,7 @@ class Callbacks(list[Callback]):
         for callback in self:
             callback.load_state_dict(state_dict[callback.name])
 
-    def remove(self) -> None:
+    def remove(self) -> None:  # type: ignore[override]  # what they do, not one of the list
         """Leave the model as it was before."""
         for callback in reversed(self):
             callback.remove()
@@ -168,6 +168,7 @@ class Passes(Callback):
 
     def __init__(self, name: str) -> None:
         self.name, self._made = name, False
+        self._last: int | None = None
 
     def step(self, step: int | None = None) -> None:
         """Nothing but a check.
@@ -175,16 +176,17 @@ class Passes(Callback):
         Raises:
             RuntimeError: If the passes of this step have not been made.
         """
-        if not self._made:
+        began = step is not None and self._last in (None, step)  # before the first step of this process
+        if not self._made and not began:
             raise RuntimeError(
                 f"{self.name} needs passes of its own, and this step was made without them: use "
                 "callbacks.training_step(loss, optimizer), or callbacks.gradients(loss) instead of "
                 "loss.backward()"
             )
-        self._made = False
+        self._made, self._last = False, (self._last or 0) + 1 if step is None else step
 
 
-class SharpnessAware(Passes):
+class SharpnessAware(Callback):
     """A second pass where `fastreg.SAM` has taken the weights.
 
     Args:
@@ -192,15 +194,15 @@ class SharpnessAware(Passes):
         model: Its model, of which BatchNorm sees the first pass only.
     """
 
+    name = "sam"
+
     def __init__(self, optimizer: Any, model: nn.Module) -> None:
-        super().__init__("sam")
         self._optimizer, self._model = optimizer, model
 
     def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
         """Perturb by the first gradients, and leave the second ones; only one pass where none is due."""
 
         def twice() -> Tensor:
-            self._made = True
             value = gradients()
             if self._optimizer.due:
                 with watch:

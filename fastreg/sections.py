@@ -1,166 +1,10 @@
-"""What a recipe may say: its sections, their keys, how values are read, and the commented template."""
+"""What a recipe may say: its sections and their settings."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-Read = Callable[[str, Any], Any]
-"""Makes a value of what was given under a name, or raises ValueError."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """One setting of a section."""
-
-    read: Read
-    example: Any
-    text: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """One regularizer, as a recipe has it: on, with settings, or off.
-
-    Args:
-        text: What it does.
-        keys: Its settings.
-        short: The setting that a bare value stands for.
-        many: Whether a list of such is possible.
-    """
-
-    text: str
-    keys: dict[str, Key]
-    short: str
-    many: bool = False
-
-    def read(self, name: str, value: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
-        """The settings in their own types; `None` where it is off.
-
-        Args:
-            name: For errors.
-            value: Settings by name; a bare value for the most important one; `True` for the defaults;
-                `None` or `False` for off; a list of such where several are possible.
-
-        Raises:
-            ValueError: For unknown settings and values that cannot be read.
-        """
-        if value is None or value is False:
-            return None
-        if value is True:
-            return {}
-        if isinstance(value, Mapping):
-            return {
-                key: self._known(name, key).read(f"{name}.{key}", item)
-                for key, item in value.items()
-                if item is not None
-            }
-        if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
-            return [self.read(f"{name}[{i}]", item) or {} for i, item in enumerate(value)]  # type: ignore[misc]
-        return {self.short: self.keys[self.short].read(name, value)}
-
-    def _known(self, name: str, key: Any) -> Key:
-        if key not in self.keys:
-            raise ValueError(unknown(f"{name}: unknown setting", key, self.keys))
-        return self.keys[key]
-
-
-def unknown(start: str, name: Any, known: Iterable[str]) -> str:
-    """A message about a name that there is not, with the most similar one that there is."""
-    known = list(known)
-    similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"{start} {name!r}; " + (f"did you mean {similar[0]!r}? " if similar else "") + (
-        f"There are {', '.join(known)}" if known else "There are none"
-    )  # fmt: skip
-
-
-def number(name: str, value: Any) -> float:
-    """A float; YAML takes 1e-3 for text."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    raise ValueError(f"{name} must be a number, got {value!r}")
-
-
-def whole(name: str, value: Any) -> int:
-    """An integer."""
-    given = number(name, value)
-    if given != given or given in (float("inf"), float("-inf")) or int(given) != given:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(given)
-
-
-def duration(name: str, value: Any) -> int | float:
-    """Steps as an integer, or a share of the run as a float up to 1."""
-    given = number(name, value)
-    share = isinstance(value, float) or (isinstance(value, str) and not value.strip().lstrip("+-").isdigit())
-    if share and 0 <= given <= 1:
-        return given
-    if given < 0 or given == float("inf") or int(given) != given:
-        raise ValueError(
-            f"{name} must be a whole number of steps, or a share of the run between 0.0 and 1.0, got {value!r}"
-        )
-    return int(given)
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return value
-
-
-def text(name: str, value: Any) -> str:
-    """A name."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {value!r}")
-    return value
-
-
-def one_of(*choices: Any) -> Read:
-    """One of these."""
-
-    def read(name: str, value: Any) -> Any:
-        for choice in choices:
-            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
-                return choice
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-    return read
-
-
-def numbers(name: str, value: Any) -> list[float]:
-    """A list of numbers."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list of numbers, got {value!r}")
-    return [number(f"{name}[{i}]", item) for i, item in enumerate(value)]
-
-
-def names(name: str, value: Any) -> list[str]:
-    """A list of names, or one."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, Sequence) or not given:
-        raise ValueError(f"{name} must be a name or a list of names, got {value!r}")
-    return [text(f"{name}[{i}]", item) for i, item in enumerate(given)]
-
-
-def either(*reads: Read) -> Read:
-    """The first that can read it; the last one's complaint."""
-
-    def read(name: str, value: Any) -> Any:
-        for attempt in reads[:-1]:
-            try:
-                return attempt(name, value)
-            except ValueError:
-                continue
-        return reads[-1](name, value)
-
-    return read
-
+from .fields import Key, Section, duration, either, flag, ids, names, number, numbers, one_of, text, whole
 
 ANNEALING = Section(
     "How the rate changes with the step: a factor of it, or the rate itself where none is given.",
@@ -182,6 +26,8 @@ def annealing(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must be settings such as {{schedule: linear, end: 0.0}}, got {value!r}")
     return read
 
+
+FALLING = {"schedule": "linear", "start": 1.0, "end": 0.0, "steps": 1.0}
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
 
@@ -219,7 +65,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "lr_decay": Section(
         "Earlier layers learn slower.",
-        {"rate": Key(number, 0.9, "factor of the learning rate from each layer to the one before, in (0, 1]")},
+        {"rate": Key(number, 0.9, "of the learning rate, from each layer to the one before, in (0, 1]")},
         "rate",
     ),
     "dropout": Section(
@@ -230,8 +76,7 @@ SECTIONS: dict[str, Section] = {
                           "linear: base + layer * increase; path: from 0 to rate; or a list, one for each"),
             "base": Key(number, 0.1, "of the first layer"),
             "increase": Key(number, 0.02, "from layer to layer"),
-            "annealing": Key(annealing, {"schedule": "linear", "start": 1.0, "end": 0.0, "steps": 1.0},
-                             "changes with the step"),
+            "annealing": Key(annealing, FALLING, "a factor that changes with the step, or the rate itself"),
             "roles": Key(names, ["hidden"],
                          "hidden, attention, activation, embedding, head, path, layerdrop, adapter"),
             "inject": Key(flag, True, "adds it behind attention and MLP of models that have none"),
@@ -259,13 +104,64 @@ SECTIONS: dict[str, Section] = {
         },
         "std",
     ),
+    "embedding_noise": Section(
+        "Noise on token embeddings (NEFTune).",
+        {
+            "alpha": Key(number, 5.0, "size of the uniform noise; 5, 10 or 15"),
+            "std": Key(number, 0.01, "standard deviation of Gaussian noise instead"),
+            "length": Key(one_of("padded", "true"), "padded", "padded, as transformers; true: without padding"),
+            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
+        },
+        "alpha",
+    ),
+    "activation_noise": Section(
+        "Gaussian noise on activations.",
+        {
+            "std": Key(number, 0.05, "standard deviation, or a share of the activation"),
+            "pattern": Key(text, "'*.mlp'", "names of modules; default: attention and MLP of every layer"),
+            "kind": Key(one_of("additive", "multiplicative"), "additive", "additive or multiplicative"),
+            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
+        },
+        "std",
+    ),
+    "token_noise": Section(
+        "Input tokens are replaced by random ones; labels stay.",
+        {
+            "rate": Key(number, 0.05, "in [0, 1]"),
+            "special_tokens": Key(ids, [0], "that stay; default: those of the model's configuration"),
+            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
+        },
+        "rate",
+    ),
+    "weight_noise": Section(
+        "Gaussian noise on weights while gradients are computed.",
+        {
+            "std": Key(number, 0.01, "standard deviation, or a share of the weight"),
+            "relative": Key(flag, True, "whether std is a share"),
+            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
+        },
+        "std",
+    ),
+    "adversarial": Section(
+        "A second pass with embeddings moved to raise the loss.",
+        {
+            "method": Key(one_of("fgm"), "fgm", "fgm"),
+            "epsilon": Key(number, 1.0, "how far, in the L2 norm"),
+        },
+        "method",
+    ),
+    "r_drop": Section(
+        "Two passes with different dropout that should agree.",
+        {"alpha": Key(number, 1.0, "weight of their divergence; 1 to 5")},
+        "alpha",
+    ),
     "sam": Section(
         "Sharpness-aware minimization: a second backward pass, uphill.",
         {
             "rho": Key(number, 0.05, "radius"),
             "adaptive": Key(one_of(False, True, "weights"), False,
-                            "true: in units of the weights (ASAM, a rho ten times as large); weights: but not "
-                            "for biases and norms"),
+                            "true: in units of the weights (ASAM; rho 10 times as large); "
+                            "weights: without biases"),
             "eta": Key(number, 0.01, "of adaptive"),
             "interval": Key(whole, 1, "perturbs every so many steps"),
             "start_step": Key(duration, 0, "steps before the first, or as 0.1 a share of the run"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from . import contenders
+from . import choice, contenders
 from .usage import UsageError, count, device, folder, non_negative, positive, require, whole
 
 if TYPE_CHECKING:
-    from .training import Record
+    from .results import Record
+    from .resume import RunFile
 
 DESCRIPTION = """\
 Train a causal language model on text with several regularizers side by side: the same initial weights, the
@@ -18,17 +19,26 @@ regularizer, curves as PNG and everything as JSON. With no arguments, a small GP
 text in about three minutes on a laptop, and overfits."""
 
 
+class Given(argparse.Action):
+    """Stores a value, and its name among those that were given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store both."""
+        setattr(namespace, self.dest, values)
+        namespace.given = [*getattr(namespace, "given", ()), self.dest]
+
+
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "compare", help="train with several regularizers side by side: which helps, what does it cost",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contenders (combine with +, set the strength with =, as in clip=0.5+ema):\n"
-        + "\n".join("  " + line for line in contenders.listing().splitlines()),
+        + "\n".join("  " + line for line in choice.listing().splitlines()),
     )  # fmt: skip
 
     def add(flag: str, metavar: str, text: str, **options: Any) -> None:
-        parser.add_argument(flag, metavar=metavar, help=text, **options)
+        parser.add_argument(flag, metavar=metavar, help=text, action=Given, **options)
 
     add(
         "--with",
@@ -36,6 +46,13 @@ def add_parser(commands: Any) -> None:
         "contenders, comma-separated (%(default)s)",
         dest="contenders",
         default=contenders.DEFAULT,
+    )
+    add(
+        "--recipe",
+        "FILE",
+        "more contenders, each a recipe in YAML (see fastreg recipe) called after its file",
+        nargs="+",
+        default=[],
     )
     parser.add_argument("--list", action="store_true", help="list the contenders and exit")
     add(
@@ -59,9 +76,17 @@ def add_parser(commands: Any) -> None:
     )
     add("--eval-every", "N", "steps between points of the curves (%(default)s)", type=count, default=25)
     add("--seed", "N", "seed of weights, batches and noise (%(default)s)", type=whole, default=0)
+    add(
+        "--seeds",
+        "N",
+        "train each contender with this many seeds, --seed and those after it (%(default)s)",
+        type=count,
+        default=1,
+    )
     add("--device", "NAME", "such as cpu or cuda:1 (cuda where there is one)")
     add("--out", "DIR", "folder for the results (runs/compare-DATE-TIME)")
-    parser.set_defaults(run=run)
+    add("--resume", "DIR", "go on with the interrupted run in this folder, with the same results")
+    parser.set_defaults(run=run, given=())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,9 +102,15 @@ def run(args: argparse.Namespace) -> int:
         UsageError: For input that cannot be used; nothing has been trained then.
     """
     if args.list:
-        print(contenders.listing())
+        print(choice.listing())
         return 0
-    chosen = contenders.parse(args.contenders)
+    if args.resume is not None:
+        require("compare", "cli", "matplotlib", "rich", "transformers")
+        from .resume import RunFile
+
+        kept = RunFile.read(args.resume)
+        kept.restore(args)
+    chosen = choice.choose(args.contenders, args.recipe)
     if args.block_size < 2:
         raise UsageError(
             f"--block-size must be >= 2, got {args.block_size}: each token is predicted from those before it"
@@ -92,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     import transformers
     from rich.console import Console
 
-    from . import figure, report, text, training
+    from . import figure, report, results, resume, text, training, verdicts
+    from .measure import PeakMemory
 
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
@@ -103,52 +135,75 @@ def run(args: argparse.Namespace) -> int:
         task = text.load(args)
     for contender in chosen:  # refuse bad strengths before the first minute of training, not after it
         try:
-            training.set_up(contender, task.model, args)
+            training.Run(contender, task, args, args.seed)
         except ValueError as error:
-            raise UsageError(f"--with {contender.label}: {error}") from None
+            raise UsageError(f"{contender.option} {contender.label}: {error}") from None
     try:
         heading = report.heading(task, args)
     except RuntimeError as error:
         raise UsageError(f"FASTREG_BACKEND: {error}") from None
-    out = folder(args.out, "compare")
+    trained = resume.arguments(args, task, chosen)
+    if args.resume is not None:
+        kept.check(trained)
+    else:
+        kept = resume.RunFile.begun(folder(args.out, "compare"), trained)
+    out = kept.path.parent
     console.print(heading, highlight=False, soft_wrap=True)
-    records: list[Record] = []
-    interrupted = _train_all(chosen, task, args, records, console)
-    report.write_json(out / "compare.json", records, task, args, interrupted)
-    figure.draw(out / "compare.png", records, report.headline(records))
-    report.show(console, records, training.PeakMemory(args.device).method)
+    interrupted = _train_all(chosen, task, args, kept, console)
+    found = results.by_label(kept.records)
+    report.write_json(out / "compare.json", found, task, args, interrupted)
+    figure.draw(out / "compare.png", found, verdicts.headline(found))
+    report.show(console, found, PeakMemory(args.device).method)
     console.print(
         f"\n[bold]{out / 'compare.png'}[/]  {out / 'compare.json'}", highlight=False, soft_wrap=True
     )
     if interrupted:
-        console.print("interrupted: what was done until then is kept", highlight=False)
+        console.print(
+            f"interrupted: what was done until then is kept; fastreg compare --resume {out} goes on",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 130 if interrupted else 0
 
 
-def _train_all(chosen: Any, task: Any, args: argparse.Namespace, records: list[Record], console: Any) -> bool:
-    """Train one after the other with progress bars; whether Ctrl-C ended it."""
+def _train_all(chosen: Any, task: Any, args: argparse.Namespace, kept: RunFile, console: Any) -> bool:
+    """Train one after the other with progress bars, from where it was; whether Ctrl-C ended it."""
     from rich import progress
 
-    from .training import Record, train
+    from .results import Record
+    from .training import train
 
     columns = (
         progress.TextColumn("{task.description}"), progress.BarColumn(28), progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[losses]}"),
     )  # fmt: skip
-    width = max(len(contender.label) for contender in chosen)
+    runs = [(contender, args.seed + i) for i in range(args.seeds) for contender in chosen]
+    names = [c.label + (f" (seed {seed})" if args.seeds > 1 else "") for c, seed in runs]
+    width = max(map(len, names))
+    records = kept.records
+    done = sum(record.finished for record in records)
+    kept.write(records, kept.state)
     with progress.Progress(*columns, console=console) as bars:
-        for contender in chosen:
-            bar = bars.add_task(contender.label.ljust(width), total=args.steps, losses="")
-            records.append(Record(contender.label, contender.summary))
+        for name, (contender, seed) in list(zip(names, runs, strict=True))[done:]:
+            state, kept.state = kept.state, None
+            if state is None:
+                records.append(Record(contender.label, contender.summary, seed))
+            begun = 0 if state is None else records[-1].steps[-1]
+            bar = bars.add_task(name.ljust(width), total=args.steps, completed=begun, losses="")
 
             def advance(record: Record, step: int, bar: Any = bar) -> None:
                 losses = f"train {record.train[-1]:.2f}  validation {record.validation[-1]:.2f}"
                 bars.update(bar, completed=step, losses=losses)
 
+            def save(state: dict[str, Any]) -> None:
+                kept.write(records, state)
+
             try:
-                train(contender, task, args, records[-1], advance)
+                train(contender, task, args, records[-1], advance, save, state)
+                kept.write(records)
             except KeyboardInterrupt:
                 if not records[-1].steps:
                     records.pop()
                 return True
+    kept.remove()
     return False

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .training import Record
+from .results import Result
 
 # Okabe & Ito, then Tol's muted: told apart with any colour vision. What the others are measured against is
 # black and grey.
@@ -23,12 +23,12 @@ SPARE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT = "#222222", "#dddddd"
 
 
-def draw(path: Path, records: list[Record], headline: tuple[str, str]) -> None:
+def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
     """Draw validation and training curves, each named where it ends.
 
     Args:
         path: The PNG to write.
-        records: What was trained.
+        results: What was trained.
         headline: Two lines above the panels.
     """
     width, left_edge = 11, 0.05
@@ -36,15 +36,15 @@ def draw(path: Path, records: list[Record], headline: tuple[str, str]) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     # Beside each panel there is room for the longest name with its loss, in inches.
-    names = 0.09 * min(max([len(f"{record.label} 0.00") for record in records] or [10]), 30)
+    names = 0.09 * min(max([len(f"{result.label} 0.00") for result in results] or [10]), 30)
     right_edge, gap = 1 - (names + 0.15) / width, names + 0.6
     panel = ((right_edge - left_edge) * width - gap) / 2
     figure.subplots_adjust(left=left_edge, right=right_edge, top=0.76, bottom=0.1, wspace=gap / panel)
     figure.text(0.02, 0.945, headline[0], fontsize=14, fontweight="bold", color=INK, va="center")
     figure.text(0.02, 0.885, headline[1], fontsize=12, color=INK, va="center")
-    colours = _colours([record.label for record in records])
-    _panel(left, "Validation loss", records, [record.validation for record in records], colours, dots=True)
-    _panel(right, "Training loss", records, [record.train for record in records], colours, dots=False)
+    colours = _colours([result.label for result in results])
+    _panel(left, "Validation loss", results, [result.validation for result in results], colours, dots=True)
+    _panel(right, "Training loss", results, [result.train for result in results], colours, dots=False)
     figure.savefig(path)
 
 
@@ -56,7 +56,7 @@ def _colours(labels: list[str]) -> list[str]:
 
 
 def _panel(
-    axes: Any, title: str, records: list[Record], curves: list[list[float]], colours: list[str], dots: bool
+    axes: Any, title: str, results: list[Result], curves: list[list[float]], colours: list[str], dots: bool
 ) -> None:  # fmt: skip
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -64,38 +64,38 @@ def _panel(
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(length=0, labelsize=10, labelcolor="#555555")
     axes.set_xlabel("step", fontsize=10, color="#555555", loc="right")
-    if not records:
+    if not results:
         return
-    last = max(max(record.steps[-1] for record in records), 1)
-    low, high = _range(records, curves, last)
+    last = max(max(result.steps[-1] for result in results), 1)
+    low, high = _range(results, curves, last)
     axes.set_xlim(0, last)
     axes.set_ylim(low, high)
     order = {"plain": 2, "torch": 3}  # where they coincide, torch shows as dashes on plain
     ends = []
-    for record, curve, colour in zip(records, curves, colours, strict=True):
+    for result, curve, colour in zip(results, curves, colours, strict=True):
         axes.plot(
-            record.steps, curve, color=colour, linewidth=2.6 if record.label == "plain" else 1.9,
-            linestyle=(0, (2, 2)) if record.label == "torch" else "-", zorder=order.get(record.label, 4),
+            result.steps, curve, color=colour, linewidth=2.6 if result.label == "plain" else 1.9,
+            linestyle=(0, (2, 2)) if result.label == "torch" else "-", zorder=order.get(result.label, 4),
             solid_capstyle="round", marker="o" if len(curve) == 1 else None,
         )  # fmt: skip
-        if dots and low <= curve[record.best] <= high:
-            lowest = record.steps[record.best], curve[record.best]
+        if dots and low <= curve[result.best] <= high:
+            lowest = result.steps[result.best], curve[result.best]
             axes.plot(
                 *lowest, "o", color=colour, markersize=6, markeredgecolor="white", zorder=5, clip_on=False
             )
         if math.isfinite(curve[-1]):
-            ends.append((curve[-1], record.steps[-1], f"{record.label} {curve[-1]:.2f}", colour))
+            ends.append((curve[-1], result.steps[-1], f"{result.label} {curve[-1]:.2f}", colour))
     _name_ends(axes, ends, last, low, high)
     if dots:
         axes.set_title("\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10)
 
 
-def _range(records: list[Record], curves: list[list[float]], last: int) -> tuple[float, float]:
+def _range(results: list[Result], curves: list[list[float]], last: int) -> tuple[float, float]:
     """All that happens after the first fall of the loss."""
     points = [
         (step, y)
-        for record, curve in zip(records, curves, strict=True)
-        for step, y in zip(record.steps, curve, strict=True)
+        for result, curve in zip(results, curves, strict=True)
+        for step, y in zip(result.steps, curve, strict=True)
         if math.isfinite(y)
     ]
     late = [y for step, y in points if step >= 0.15 * last] or [y for _, y in points] or [0.0, 1.0]

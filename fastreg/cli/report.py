@@ -1,4 +1,4 @@
-"""What `fastreg compare` says at the end: a table, a verdict for each contender, and everything as JSON."""
+"""What `fastreg compare` says before and after: a heading, a table, and everything as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import math
 import platform
 import time
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,114 +14,15 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from .. import backend
 from . import document
 from .measure import PeakMemory
+from .results import QUANTILE, Record, Result, quantile
 from .text import Task
-from .training import QUANTILE, Record, quantile
-
-SLIGHT = 0.005
-"""Differences below this share of the baseline's loss are never called one."""
-
-
-SLIGHT_TIME = 0.05
-"""Differences below this share of the baseline's step time are within what a busy machine adds."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a contender helped; `outcome` is helped, hurt, no clear difference, diverged or stopped."""
-
-    label: str
-    outcome: str
-    sentence: str
-    gain: float = 0.0
-
-
-def baseline(records: list[Record]) -> Record:
-    """What the others are compared with: plain, else torch, else the first."""
-    named = {record.label: record for record in records}
-    return named.get("plain") or named.get("torch") or records[0]
-
-
-def verdicts(records: list[Record]) -> list[Verdict]:
-    """One for each contender but the baseline."""
-    if not records:
-        return []
-    base = baseline(records)
-    return [_verdict(record, base) for record in records if record is not base]
-
-
-def _verdict(record: Record, base: Record) -> Verdict:
-    for which in (record, base):
-        if not which.finished:
-            return Verdict(
-                record.label, "stopped", f"no verdict: {which.label} was stopped at step {which.steps[-1]}"
-            )
-        if which.diverged:
-            return Verdict(
-                record.label, "diverged", f"no verdict: {which.label} diverged by step {which.steps[-1]}"
-            )
-    loss, reference = record.losses[1], base.losses[1]
-    gain, best_gain = reference - loss, base.validation[base.best] - record.validation[record.best]
-    clear = max(2 * math.hypot(scatter(record), scatter(base)), SLIGHT * reference)
-    cost = _cost(record, base)
-    if abs(gain) < clear:
-        sentence = f"val loss {loss:.2f} against {reference:.2f}, within the scatter of ±{clear:.2f}; {cost}"
-        return Verdict(record.label, "no clear difference", sentence, gain)
-    way = "below" if gain > 0 else "above"
-    sentence = f"val loss {loss:.2f}, {abs(gain):.2f} ({abs(gain) / reference:.0%}) {way} {base.label}"
-    if gain > 0:
-        ahead = (
-            "ahead at the best step, too"
-            if best_gain > clear
-            else f"no better than stopping {base.label} early"
-        )
-        sentence += (
-            f"; {ahead} ({record.validation[record.best]:.2f} against {base.validation[base.best]:.2f})"
-        )
-    return Verdict(record.label, "helped" if gain > 0 else "hurt", f"{sentence}; {cost}", gain)
-
-
-def scatter(record: Record) -> float:
-    """Standard deviation of the second half of the validation curve around a smooth one.
-
-    From second differences, which a linear trend leaves at zero and independent noise at √6 times its own.
-    """
-    tail = record.validation[len(record.validation) // 2 :]
-    bends = [a - 2 * b + c for a, b, c in zip(tail, tail[1:], tail[2:], strict=False)]
-    return math.sqrt(sum(bend * bend for bend in bends) / (6 * len(bends))) if bends else 0.0
-
-
-def _cost(record: Record, base: Record) -> str:
-    more = record.step_time - base.step_time
-    if abs(more) < SLIGHT_TIME * base.step_time:
-        return f"step time about the same ({more / base.step_time:+.0%})"
-    return f"{1e3 * more:+.1f} ms per step ({more / base.step_time:+.0%})"
-
-
-def headline(records: list[Record]) -> tuple[str, str]:
-    """The finding in two lines: what happens to the baseline, and what helps."""
-    if not records:
-        return "", ""
-    base = baseline(records)
-    last, best = base.validation[-1], base.validation[base.best]
-    if last - best > max(2 * scatter(base), SLIGHT * best):
-        first = (
-            f"{base.label} overfits: its validation loss turns at step {base.steps[base.best]} "
-            f"and rises from {best:.2f} to {last:.2f}"
-        )
-    else:
-        verb = "ends" if base.finished else "was stopped"
-        first = f"{base.label} {verb} at a validation loss of {last:.2f}"
-    minus = "\N{MINUS SIGN}"
-    helpers = sorted(
-        (verdict for verdict in verdicts(records) if verdict.outcome == "helped"), key=lambda v: -v.gain
-    )
-    second = "helped: " + ", ".join(f"{v.label} {minus}{v.gain:.2f}" for v in helpers) if helpers else ""
-    return first, second
+from .verdicts import baseline, headline, verdicts
 
 
 def heading(task: Task, args: argparse.Namespace) -> str:
@@ -130,60 +30,72 @@ def heading(task: Task, args: argparse.Namespace) -> str:
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     shares = f"{len(task.train):,} tokens to train, {task.validation.numel():,} to validate"
     batch = f"{args.batch_size} x {args.block_size} tokens"
+    last = f" to {args.seed + args.seeds - 1}" if args.seeds > 1 else ""
     return (
         f"[bold]{escape(task.model_name)}[/] ({parameters:,} parameters)\n"
         f"{escape(task.text_name)}: {shares}\n"
-        f"{args.steps} steps of {batch}, lr {args.lr:g}, seed {args.seed}; "
+        f"{args.steps} steps of {batch}, lr {args.lr:g}, seed {args.seed}{last}; "
         f"{_device_name(args.device)}, fastreg backend {backend_name(task, args)}\n"
     )
 
 
-def show(console: Console, records: list[Record], memory: str) -> None:
+def show(console: Console, results: list[Result], memory: str) -> None:
     """Print the table and the verdicts."""
-    if not records:
+    if not results:
         return
-    console.print(_table(records))
-    notes = [f"* stopped, losses of step {record.steps[-1]}" for record in records if not record.finished]
+    table = _table(results)
+    # Wider than a narrow terminal, rather than without the names of contenders.
+    wide = Measurement.get(console, console.options.update(max_width=300), table).maximum
+    console.print(table, width=max(wide, console.width), crop=False, overflow="ignore")
+    notes = [f"* stopped, losses of step {result.steps[-1]}" for result in results if not result.finished]
+    if any(len(result.runs) > 1 for result in results):
+        notes.append("means over seeds ± standard deviations")
+    if (most := max(len(result.runs) for result in results)) > min(len(result.runs) for result in results):
+        fewer = (f"{r.label} {len(r.runs)}" for r in results if len(r.runs) < most)
+        notes.append(f"{most} seeds, but of {', '.join(fewer)}")
     notes += ["losses in nats per token", f"times of undisturbed steps ({QUANTILE:.0%} quantile)", memory]
     console.print("; ".join(notes) + "\n", style="dim", highlight=False)
-    console.print(f"[bold]{headline(records)[0]}[/]", highlight=False)
+    console.print(f"[bold]{headline(results)[0]}[/]", highlight=False)
     colours = {"helped": "green", "hurt": "red", "diverged": "red"}
     lines = Table.grid(padding=(0, 2))
     lines.add_column(overflow="fold")
     lines.add_column(no_wrap=True)
-    for verdict in verdicts(records):
+    for verdict in verdicts(results):
         outcome = f"[{colours.get(verdict.outcome, 'default')}]{verdict.outcome}[/]"
-        lines.add_row(verdict.label, outcome, verdict.sentence)
+        lines.add_row(escape(verdict.label), outcome, escape(verdict.sentence))
     console.print(lines, highlight=False)
 
 
-def _table(records: list[Record]) -> Table:
+def _table(results: list[Result]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
     titles = "train\nloss,val\nloss,gap\n,lowest val\n(at step),step\ntime,optimizer\nshare,peak\nmemory"
     for title in titles.split(","):
         table.add_column(title, justify="right", no_wrap=True)
-    best = min(records, key=lambda record: math.inf if record.diverged else record.losses[1])
-    for record in records:
-        loss = f"{record.losses[1]:.3f}"
+    best = min(results, key=lambda result: math.inf if result.diverged else result.losses[1])
+    for result in results:
+        train, loss = (
+            f"{mean:.3f}" + (f" ±{spread:.3f}" if result.deviations else "")
+            for mean, spread in zip(result.losses, result.deviations or (0.0, 0.0), strict=True)
+        )
         table.add_row(
-            record.label + ("" if record.finished else "*"),
-            f"{record.losses[0]:.3f}",
-            f"[bold green]{loss}[/]" if record is best else loss,
-            f"{record.gap:.2f}",
-            f"{record.validation[record.best]:.3f} ({record.steps[record.best]})",
-            f"{1e3 * record.step_time:.1f} ms",
-            f"{record.optimizer_time / record.step_time:.1%}",
-            f"{record.peak_memory / 2**20:,.0f} MiB" if record.peak_memory else "?",
+            escape(result.label) + ("" if result.finished else "*"),
+            train,
+            f"[bold green]{loss}[/]" if result is best else loss,
+            f"{result.gap:.2f}",
+            f"{result.validation[result.best]:.3f} ({result.steps[result.best]})",
+            f"{1e3 * result.step_time:.1f} ms",
+            f"{result.optimizer_time / result.step_time:.1%}",
+            f"{result.peak_memory / 2**20:,.0f} MiB" if result.peak_memory else "?",
         )
     return table
 
 
 def write_json(
-    path: Path, records: list[Record], task: Task, args: argparse.Namespace, interrupted: bool
+    path: Path, results: list[Result], task: Task, args: argparse.Namespace, interrupted: bool
 ) -> None:
     """Write configuration, versions, device, curves, table and verdicts."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "list")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "list", "given")}
     contents = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "interrupted": interrupted,
@@ -206,35 +118,52 @@ def write_json(
             "time": f"seconds, {QUANTILE:.0%} quantile over the steps",
             "peak_memory": "bytes",
         },
-        "baseline": baseline(records).label if records else None,
-        "contenders": [_entry(record) for record in records],
+        "baseline": baseline(results).label if results else None,
+        "contenders": [_entry(result) for result in results],
         "verdicts": {
             verdict.label: {"outcome": verdict.outcome, "sentence": verdict.sentence}
-            for verdict in verdicts(records)
+            for verdict in verdicts(results)
         },
     }
     document.write(path, contents)
 
 
-def _entry(record: Record) -> dict[str, Any]:
+def _entry(result: Result) -> dict[str, Any]:
+    """A contender: means over its runs, then each of them."""
+    train, validation = result.deviations or (None, None)
     return {
-        "label": record.label,
-        "summary": record.summary,
+        "label": result.label,
+        "summary": result.summary,
+        "finished": result.finished,
+        "train_loss": result.losses[0],
+        "validation_loss": result.losses[1],
+        "train_loss_std": train,
+        "validation_loss_std": validation,
+        "gap": result.gap,
+        "best_validation_loss": result.validation[result.best],
+        "best_step": result.steps[result.best],
+        "step_time": result.step_time,
+        "optimizer_time": result.optimizer_time,
+        "optimizer_share": result.optimizer_time / result.step_time,
+        "peak_memory": result.peak_memory,
+        "seconds": sum(record.seconds for record in result.records),
+        "curves": {"step": result.steps, "train": result.train, "validation": result.validation},
+        "step_time_quantiles": {
+            f"{q:.0%}": quantile(result.times("step_times"), q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
+        },
+        "runs": [_run(record) for record in result.records],
+    }
+
+
+def _run(record: Record) -> dict[str, Any]:
+    return {
+        "seed": record.seed,
         "finished": record.finished,
         "train_loss": record.losses[0],
         "validation_loss": record.losses[1],
-        "gap": record.gap,
-        "best_validation_loss": record.validation[record.best],
-        "best_step": record.steps[record.best],
-        "step_time": record.step_time,
-        "optimizer_time": record.optimizer_time,
-        "optimizer_share": record.optimizer_time / record.step_time,
         "peak_memory": record.peak_memory,
         "seconds": record.seconds,
         "curves": {"step": record.steps, "train": record.train, "validation": record.validation},
-        "step_time_quantiles": {
-            f"{q:.0%}": quantile(record.step_times, q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
-        },
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,11 @@ class Task:
     train: Tensor  # tokens
     validation: Tensor  # windows x block size
     block_size: int
+    build: Callable[[int], torch.nn.Module] | None = None  # with weights of a seed; none if pre-trained
+
+    def initial(self, seed: int) -> torch.nn.Module:
+        """A fresh model, the same for all contenders."""
+        return copy.deepcopy(self.model) if self.build is None else self.build(seed)
 
     @property
     def train_windows(self) -> Tensor:
@@ -46,16 +53,17 @@ def load(args: argparse.Namespace) -> Task:
     text, name = _read(args.text) if args.text else (_embedded(), "Python's language reference")
     if args.model is None:
         tokens = torch.tensor(list(text.encode()), dtype=torch.long)
-        model, model_name = (
-            _small_gpt2(args.block_size, args.seed),
-            f"GPT-2, {LAYERS} layers of width {WIDTH}, from scratch",
-        )
+        build = partial(_small_gpt2, args.block_size)
+        model = build(args.seed)
+        model_name = f"GPT-2, {LAYERS} layers of width {WIDTH}, from scratch"
     else:
+        build = None
         model, tokens = _pretrained(args.model, text)
         model_name = args.model
         _check(model, tokens, args)
     train, validation = _split(tokens, args)
-    return Task(model, model_name, name, train, _windows(validation, args.block_size), args.block_size)
+    windows = _windows(validation, args.block_size)
+    return Task(model, model_name, name, train, windows, args.block_size, build)
 
 
 def loss(model: torch.nn.Module, tokens: Tensor) -> Tensor:

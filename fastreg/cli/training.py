@@ -3,100 +3,101 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..callbacks import Callbacks
 from . import text
-from .contenders import Contender, Setup
 from .measure import PeakMemory, Stopwatch
+from .results import Record
+from .setup import Setup
 
 CURVE_WINDOWS = 256
 """Windows of each share, evenly spread, behind a point of the curves; the final losses take all of them."""
 
-QUANTILE = 0.1
-"""Times are told as this quantile over the steps, not as their median: on a CPU shared with other programs
-medians of the same optimizer, minutes apart, differed by 20 %, this quantile by 4 %."""
+
+PARTS = ("model", "optimizer", "schedule", "callbacks")
+"""Of a run, what has a state."""
 
 
-@dataclass
-class Record:
-    """What a run has given so far; losses in nats per token, times in seconds."""
+class Run:
+    """A model in training: a fresh copy, its optimizer and what accompanies it, as a contender wants them.
 
-    label: str
-    summary: str
-    steps: list[int] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    whole: tuple[float, float] | None = None  # training and validation loss at the end, on all windows
-    step_times: list[float] = field(default_factory=list)
-    optimizer_times: list[float] = field(default_factory=list)
-    peak_memory: int | None = None
-    seconds: float = 0.0
-    finished: bool = False
-
-    @property
-    def best(self) -> int:
-        """Index of the lowest validation loss."""
-        return min(range(len(self.validation)), key=lambda i: _or_inf(self.validation[i]))
-
-    @property
-    def losses(self) -> tuple[float, float]:
-        """Training and validation loss at the end, or at the latest evaluation."""
-        return self.whole or (self.train[-1], self.validation[-1])
-
-    @property
-    def gap(self) -> float:
-        """Validation loss above training loss."""
-        return self.losses[1] - self.losses[0]
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss is no longer a number."""
-        return not math.isfinite(self.validation[-1])
-
-    @property
-    def step_time(self) -> float:
-        """Time of an undisturbed training step."""
-        return quantile(self.step_times)
-
-    @property
-    def optimizer_time(self) -> float:
-        """Time of the optimizer in an undisturbed training step."""
-        return quantile(self.optimizer_times)
-
-
-def quantile(times: list[float], q: float = QUANTILE) -> float:
-    """The quantile of some times; NaN of none."""
-    return sorted(times)[int(q * (len(times) - 1))] if times else math.nan
-
-
-def set_up(
-    contender: Contender, model: torch.nn.Module, args: argparse.Namespace
-) -> tuple[Setup, torch.optim.Optimizer]:
-    """A fresh copy of the model and its optimizer, as the contender wants them.
+    Args:
+        contender: What to train with.
+        task: Model and text.
+        args: The arguments of `fastreg compare`, `device` being a `torch.device`.
+        seed: Of weights, batches and noise.
 
     Raises:
         ValueError: If the library refuses a strength.
     """
-    torch.manual_seed(args.seed)
-    setup = Setup(copy.deepcopy(model).to(args.device), args.lr, args.weight_decay, args.seed, args.steps)
-    contender.apply(setup)
-    return setup, setup.optimizer(setup)
+
+    optimizer: Any
+    callbacks: Callbacks
+
+    def __init__(self, contender: Any, task: text.Task, args: argparse.Namespace, seed: int) -> None:
+        self.model = task.initial(seed).to(args.device)
+        torch.manual_seed(seed)
+        setup = Setup(self.model, args.lr, args.weight_decay, seed, args.steps)
+        contender.apply(setup)
+        self.optimizer, self.callbacks = setup.make(setup)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(args.warmup, 1))
+        )
+        self._devices = [args.device] if args.device.type == "cuda" else []
+
+    def step(self, batch: Tensor, watch: Stopwatch) -> None:
+        """One training step; what runs under `watch` counts as the optimizer's share of it."""
+        self.callbacks.training_step(partial(text.loss, self.model, batch), self.optimizer, watch=watch)
+
+    def after_step(self) -> None:
+        """Set learning rate and rates of the next step."""
+        self.schedule.step()
+        self.callbacks.step()
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within, parameters hold the first average there is: EMA, SWA, slow weights, what MSAM perturbs."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        on_devices = [torch.cuda.get_rng_state(device) for device in self._devices]
+        return {**state, "random": [torch.get_rng_state(), *on_devices]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["random"][0])
+        for device, random in zip(self._devices, state["random"][1:], strict=True):
+            torch.cuda.set_rng_state(random, device)
 
 
 def train(
-    contender: Contender,
+    contender: Any,
     task: text.Task,
     args: argparse.Namespace,
     record: Record,
     progress: Callable[[Record, int], None],
+    save: Callable[[dict[str, Any]], None],
+    state: dict[str, Any] | None = None,
 ) -> None:
     """Train a contender and fill its record on the way, so that an interruption keeps what there is.
 
@@ -104,25 +105,24 @@ def train(
         contender: What to train with.
         task: Model and text.
         args: The arguments of `fastreg compare`, `device` being a `torch.device`.
-        record: Filled in place.
+        record: Filled in place; its seed is that of the run.
         progress: Called after every step with the record and the steps done.
+        save: Called with the state after every evaluation but the last.
+        state: What an interrupted run has saved, with its record: goes on from there.
     """
-    began = time.perf_counter()
+    began, before = time.perf_counter(), (record.seconds, record.peak_memory or 0)
     memory = PeakMemory(args.device)
     memory.reset()
-    setup, optimizer = set_up(contender, task.model, args)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(args.warmup, 1))
-    )
+    run = Run(contender, task, args, record.seed)
     tokens, train_windows = task.train.to(args.device), task.train_windows.to(args.device)
     validation_windows = task.validation.to(args.device)
     block = torch.arange(task.block_size, device=args.device)
 
     def losses(limit: int | None) -> tuple[float, float]:
-        with setup.evaluation(optimizer):
+        with run.evaluation():
             return (
-                _mean_loss(setup.model, train_windows, 4 * args.batch_size, limit),
-                _mean_loss(setup.model, validation_windows, 4 * args.batch_size, limit),
+                _mean_loss(run.model, train_windows, 4 * args.batch_size, limit),
+                _mean_loss(run.model, validation_windows, 4 * args.batch_size, limit),
             )
 
     def evaluate() -> None:
@@ -130,21 +130,29 @@ def train(
         record.steps.append(step)
         record.train.append(point[0])
         record.validation.append(point[1])
+        if step < args.steps and not record.diverged:
+            note()
+            save(run.state())
+
+    def note() -> None:
+        peak = memory.bytes()
+        record.peak_memory = None if peak is None else max(peak, before[1])
+        record.seconds = before[0] + time.perf_counter() - began
 
     step = 0
     whole, part = Stopwatch(args.device), Stopwatch(args.device)
     try:
-        evaluate()
-        setup.model.train()
-        for step, starts in enumerate(
-            task.batches(args.steps, args.batch_size, args.seed).to(args.device), start=1
-        ):
-            batch = tokens[starts[:, None] + block]
+        if state is None:
+            evaluate()
+        else:
+            run.load(state)
+        run.model.train()
+        starts = task.batches(args.steps, args.batch_size, record.seed).to(args.device)
+        for step in range(record.steps[-1] + 1, args.steps + 1):
+            batch = tokens[starts[step - 1, :, None] + block]
             with whole:
-                setup.training_step(partial(text.loss, setup.model, batch), optimizer, part)
-            schedule.step()
-            for scheduler in setup.schedulers:
-                scheduler.step()
+                run.step(batch, part)
+            run.after_step()
             record.step_times.append(whole.take())
             record.optimizer_times.append(part.take())
             if step % args.eval_every == 0 or step == args.steps:
@@ -156,8 +164,7 @@ def train(
             record.whole = losses(None)
         record.finished = True
     finally:
-        record.peak_memory = memory.bytes()
-        record.seconds = time.perf_counter() - began
+        note()
 
 
 @torch.no_grad()
@@ -169,7 +176,3 @@ def _mean_loss(model: torch.nn.Module, windows: Tensor, batch_size: int, limit: 
     total = sum(float(text.loss(model, batch)) * len(batch) for batch in windows.split(batch_size))
     model.train(training)
     return total / len(windows)
-
-
-def _or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,133 @@
+"""Whether a contender helped: a verdict for each, and the finding in two lines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .results import Result, deviation
+
+SLIGHT = 0.005
+"""Differences below this share of the baseline's loss are never called one."""
+
+NAMED = 6
+"""Contenders that the headline names: those that helped most."""
+
+SLIGHT_TIME = 0.05
+"""Differences below this share of the baseline's step time are within what a busy machine adds."""
+
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t, two-sided, for 1, 2, ... degrees of freedom: how far means of few seeds may be off."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a contender helped; `outcome` is helped, hurt, no clear difference, diverged or stopped."""
+
+    label: str
+    outcome: str
+    sentence: str
+    gain: float = 0.0
+
+
+def baseline(results: list[Result]) -> Result:
+    """What the others are compared with: plain, else torch, else the first."""
+    named = {result.label: result for result in results}
+    return named.get("plain") or named.get("torch") or results[0]
+
+
+def verdicts(results: list[Result]) -> list[Verdict]:
+    """One for each contender but the baseline."""
+    if not results:
+        return []
+    base = baseline(results)
+    return [_verdict(result, base) for result in results if result is not base]
+
+
+def _verdict(result: Result, base: Result) -> Verdict:
+    for which in (result, base):
+        if not which.finished:
+            return Verdict(
+                result.label, "stopped", f"no verdict: {which.label} was stopped at step {which.steps[-1]}"
+            )
+        if which.diverged:
+            return Verdict(
+                result.label, "diverged", f"no verdict: {which.label} diverged by step {which.steps[-1]}"
+            )
+    loss, reference = result.losses[1], base.losses[1]
+    gain, best_gain = reference - loss, base.validation[base.best] - result.validation[result.best]
+    chance, seeds = _chance(result, base)
+    clear = max(chance, SLIGHT * reference)
+    cost = _cost(result, base)
+    over = f" over {seeds} seeds" if seeds > 1 else ""
+    if abs(gain) < clear:
+        within = f"within the scatter of ±{clear:.2f}"
+        sentence = f"val loss {loss:.2f} against {reference:.2f}{over}, {within}; {cost}"
+        return Verdict(result.label, "no clear difference", sentence, gain)
+    way = "below" if gain > 0 else "above"
+    sentence = f"val loss {loss:.2f}, {abs(gain):.2f} ({abs(gain) / reference:.0%}) {way} {base.label}{over}"
+    if gain > 0:
+        ahead = (
+            "ahead at the best step, too"
+            if best_gain > clear
+            else f"no better than stopping {base.label} early"
+        )
+        sentence += (
+            f"; {ahead} ({result.validation[result.best]:.2f} against {base.validation[base.best]:.2f})"
+        )
+    return Verdict(result.label, "helped" if gain > 0 else "hurt", f"{sentence}; {cost}", gain)
+
+
+def _chance(result: Result, base: Result) -> tuple[float, int]:
+    """By how much final losses may differ by chance, and over how many seeds this is known.
+
+    Seeds that both have trained with give differences of pairs, whose mean has a confidence interval of 95 %;
+    of one seed, the scatter of the curves has to do.
+    """
+    there = {record.seed: record.losses[1] for record in base.runs}
+    gains = [there[record.seed] - record.losses[1] for record in result.runs if record.seed in there]
+    if len(gains) < 2:
+        return 2 * math.hypot(scatter(result), scatter(base)), 1
+    return T95[min(len(gains) - 2, len(T95) - 1)] * deviation(gains) / math.sqrt(len(gains)), len(gains)
+
+
+def scatter(result: Result) -> float:
+    """Standard deviation of the second half of the validation curve around a smooth one.
+
+    From second differences, which a linear trend leaves at zero and independent noise at √6 times its own.
+    """
+    curve = result.validation
+    tail = curve[len(curve) // 2 :]
+    bends = [a - 2 * b + c for a, b, c in zip(tail, tail[1:], tail[2:], strict=False)]
+    return math.sqrt(sum(bend * bend for bend in bends) / (6 * len(bends))) if bends else 0.0
+
+
+def _cost(result: Result, base: Result) -> str:
+    more = result.step_time - base.step_time
+    if abs(more) < SLIGHT_TIME * base.step_time:
+        return f"step time about the same ({more / base.step_time:+.0%})"
+    return f"{1e3 * more:+.1f} ms per step ({more / base.step_time:+.0%})"
+
+
+def headline(results: list[Result]) -> tuple[str, str]:
+    """The finding in two lines: what happens to the baseline, and what helps."""
+    if not results:
+        return "", ""
+    base = baseline(results)
+    last, best = base.validation[-1], base.validation[base.best]
+    if last - best > max(2 * scatter(base), SLIGHT * best):
+        first = (
+            f"{base.label} overfits: its validation loss turns at step {base.steps[base.best]} "
+            f"and rises from {best:.2f} to {last:.2f}"
+        )
+    else:
+        verb = "ends" if base.finished else "was stopped"
+        first = f"{base.label} {verb} at a validation loss of {last:.2f}"
+    minus = "\N{MINUS SIGN}"
+    helpers = sorted(
+        (verdict for verdict in verdicts(results) if verdict.outcome == "helped"), key=lambda v: -v.gain
+    )
+    named = [f"{v.label} {minus}{v.gain:.2f}" for v in helpers[:NAMED]]
+    named += [f"{len(helpers) - NAMED} more"] * (len(helpers) > NAMED)
+    return first, f"helped: {', '.join(named)}" if named else ""
