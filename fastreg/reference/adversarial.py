@@ -1,0 +1,152 @@
+"""Adversarial inputs: a step along the gradient, back into the ball around the clean input, within bounds.
+
+Everything is `[samples, elements]`; what a sample has of its own is `[samples, 1]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .random import At, laplace, normal, uniform
+from .step import compute_dtype, scalar_dtype
+
+GRADIENTS = ("sign", "scaled", "peak")
+NOISES = ("uniform", "normal", "laplace")
+BALLS = ("none", "linf", "l2", "l1")
+
+
+def direction(
+    gradient: Tensor | None, seed: Tensor | int, peaks: Tensor | None, kind: str, like: Tensor
+) -> Tensor:
+    """What samples move along, in the precision and of the shape of `like`.
+
+    sign     the sign of the gradient: the steepest ascent for a step that is measured by its largest element
+    scaled   the gradient itself, elements that are not finite as 0: likewise by its Euclidean norm
+    peak     the sign of the one element whose index is in `peaks`: likewise by the sum of its elements
+    uniform  noise in [-1, 1)
+    normal   standard normal noise
+    laplace  Laplace noise
+
+    NaN has no sign.
+    """
+    if kind in NOISES:
+        flat, at = like.reshape(-1), At(0, 0, 0, 0)
+        if kind == "uniform":
+            drawn = 2 * uniform(seed, at, flat) - 1
+        else:
+            drawn = (normal if kind == "normal" else laplace)(seed, at, flat)
+        return drawn.to(like.dtype).reshape(like.shape)
+    assert gradient is not None
+    g = gradient.to(like.dtype)
+    if kind == "scaled":
+        return torch.where(g.abs() < torch.inf, g, 0)
+    sign = (g > 0).to(g.dtype) - (g < 0).to(g.dtype)
+    if kind == "sign":
+        return sign
+    assert peaks is not None
+    index = torch.arange(g.shape[1], device=g.device)
+    return torch.where(index == peaks[:, None], sign, 0)
+
+
+def project(y: Tensor, clean: Tensor, radius: Tensor, keep: Tensor, ball: str) -> Tensor:
+    """The point of the ball nearest to y.
+
+    Args:
+        y: `[samples, elements]`.
+        clean: The centre, of the same shape.
+        radius: `[samples, 1]`; used for `"linf"` alone.
+        keep: `[samples, 1]`: for `"l2"` min(radius / ‖y - clean‖, 1), for `"l1"` the `threshold`.
+        ball: `"none"`, `"linf"`, `"l2"` or `"l1"`.
+    """
+    if ball == "linf":
+        return torch.minimum(torch.maximum(y, clean - radius), clean + radius)
+    if ball == "l2":
+        return torch.where(keep < 1, clean + keep * (y - clean), y)
+    if ball == "l1":
+        away = y - clean
+        return torch.where(keep > 0, clean + away.sign() * (away.abs() - keep).clamp(min=0), y)
+    return y
+
+
+def threshold(size: Tensor, radius: Tensor) -> Tensor:
+    """What the projection on the L1 ball takes off the size of every element, `[samples, 1]`; 0 inside of it.
+
+    Args:
+        size: |y - clean|, `[samples, elements]`.
+        radius: `[samples, 1]`.
+
+    Reference:
+        Duchi, Shalev-Shwartz, Singer, Chandra 2008, "Efficient projections onto the ℓ1-ball".
+    """
+    ordered = size.to(scalar_dtype(size.device)).sort(dim=1, descending=True).values
+    total = ordered.cumsum(1)
+    count = torch.arange(1, size.shape[1] + 1, device=size.device)
+    above = (total - radius) / count
+    last = (ordered > above).sum(1, keepdim=True).clamp(min=1)
+    found = above.gather(1, last - 1)
+    return torch.where(total[:, -1:] > radius, found, 0).to(size.dtype)
+
+
+def towards(y: Tensor, clean: Tensor, dtype: torch.dtype) -> Tensor:
+    """y rounded to 16 bits, to the side where the clean input is: no norm of y - clean grows."""
+    bits = y.to(dtype).view(torch.int16)
+    down, value = y > clean, bits.view(dtype).to(y.dtype)
+    beyond = torch.where(down, value > y, value < y)
+    # One of the two neighbours: the other one is a unit in the last place away.
+    wide = bits.to(torch.int32)
+    other = (wide + torch.where(down == (wide >= 0), -1, 1)).to(torch.int16)
+    return torch.where(beyond, other, bits).view(dtype)
+
+
+def step(
+    x: Tensor, gradient: Tensor | None, clean: Tensor | None, numbers: Tensor, peaks: Tensor | None,
+    lower: Tensor | None, upper: Tensor | None, seed: Tensor | int, kind: str, ball: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where x + size · direction ends up: in the ball around the clean input, then within the bounds.
+
+    Args:
+        x: `[samples, elements]`, where the samples are.
+        gradient: Of the same shape, for a direction that follows from one.
+        clean: Of the same shape, the centres of the balls; x by default.
+        numbers: `[samples or 1, 3]`: the radius, the size of the step, and what the projection keeps.
+        peaks: int64 `[samples]`, for the direction `"peak"`.
+        lower: 0-d or `[elements]`, if there are bounds.
+        upper: Likewise.
+        seed: 64 bits, for a direction that is noise.
+        kind: See `direction`.
+        ball: See `project`.
+        dtype: Of the result; if it has 16 bits, it is rounded towards the clean input.
+
+    Returns:
+        The result, and the same as it is before it is rounded.
+    """
+    compute = compute_dtype(dtype)
+    here = x.to(compute)
+    centre = here if clean is None else clean.to(compute)
+    radius, size, keep = numbers.split(1, dim=1)
+    along = direction(gradient, seed, peaks, kind, here)
+    y = project(here + size * along, centre, radius, keep, ball)
+    stored = towards(y, centre, dtype) if dtype.itemsize == 2 else y
+    if lower is not None and upper is not None:
+        low, high = lower.to(compute), upper.to(compute)
+        stored = torch.minimum(torch.maximum(stored.to(compute), low), high)
+        y = torch.minimum(torch.maximum(y, low), high)
+    return stored.to(dtype), y
+
+
+def size(
+    x: Tensor, gradient: Tensor | None, clean: Tensor | None, numbers: Tensor | None, seed: Tensor | int,
+    kind: str, order: int,
+) -> Tensor:  # fmt: skip
+    """The L1 or L2 norm of the direction of each sample, `[samples, 1]`.
+
+    With clean, it is that of the perturbation x + size · direction - clean.  Summed in double.
+    """
+    compute = compute_dtype(x.dtype)
+    w = direction(gradient, seed, None, kind, x.to(compute))
+    if clean is not None:
+        assert numbers is not None
+        w = x.to(compute) + numbers[:, 1:2] * w - clean.to(compute)
+    return torch.linalg.vector_norm(w, order, dim=1, keepdim=True, dtype=scalar_dtype(w.device)).to(compute)
