@@ -1,5 +1,6 @@
 """A tiny GPT-2 on tokens that follow a rule, and short runs of a Trainer on the CPU."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ LIKE_ADAM = {"lr": 1e-2, "eps": 1e-5}
 in their gradients."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """One thread, and less for Trainer to look through where it collects garbage, as it does in each run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def reference() -> Iterator[None]:
     """No compiling, no interpreter: what runs the step is the concern of other tests."""
@@ -30,9 +42,11 @@ def tiny(dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     config = hf.GPT2Config(
         vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=1, loss_type="ForCausalLM",
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    return hf.GPT2LMHeadModel(config)
+    model = hf.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # else Trainer counts first labels, which are none
+    return model
 
 
 def rows(number: int = 32) -> list[dict[str, Tensor]]:
