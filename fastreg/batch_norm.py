@@ -85,7 +85,7 @@ class _Runner(nn.Module):
 
     def forward(self, batch: _Batch) -> Any:
         if self.forward_fn is not None:
-            return self.forward_fn(self.model, _moved(batch.content, self.device))
+            return self.forward_fn(self.model, moved(batch.content, self.device))
         inputs = batch.content
         if isinstance(inputs, (list, tuple)) and inputs:
             inputs = inputs[0]
@@ -94,20 +94,20 @@ class _Runner(nn.Module):
                 "batches must be tensors, mappings, or lists and tuples that start with one, "
                 f"got {batch.content!r}; pass forward_fn=lambda model, batch: ..."
             )
-        inputs = _moved(inputs, self.device)
+        inputs = moved(inputs, self.device)
         return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
 
 
-def _moved(value: Any, device: Any) -> Any:
+def moved(value: Any, device: Any) -> Any:
     """The value with its tensors on the device."""
     if device is None:
         return value
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
+        return type(value)(*(moved(item, device) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value.to(device) if hasattr(value, "to") else value
 
 

@@ -46,16 +46,17 @@ def compiled_step(
 
 @functools.cache
 def compiled_norm(
-    chain: Chain, stages: int, momentum: bool, largest: bool, dtypes: tuple[torch.dtype, ...],
-    numbers: torch.dtype, device: torch.device, threads: int,
+    chain: Chain, stages: int, momentum: bool, largest: bool, absolute: bool,
+    dtypes: tuple[torch.dtype, ...], numbers: torch.dtype, device: torch.device, threads: int,
 ) -> Fused:  # fmt: skip
-    """Σ u² or max |u| after some stages of a chain, in double, with the arguments of `compiled_step`.
+    """Σ u², Σ |u| or max |u| after some stages of a chain, in double, called as `compiled_step`.
 
     Args:
         chain: The chain.
         stages: How many of its stages run.
         momentum: Whether u is the momentum that the last of them hands on.
-        largest: Which of both.
+        largest: Take the largest.
+        absolute: Add up |u|.
         dtypes: Of the tensors.
         numbers: dtype of scalars and numbers.
         device: Where all of them are.
@@ -65,7 +66,9 @@ def compiled_norm(
     def norm(*arguments: Any) -> Tensor:
         _, u = run_stages(stages, False, chain, *arguments)
         u = u[1] if momentum else u
-        return u.abs().amax().double() if largest else u.double().square().sum()
+        if largest:
+            return u.abs().amax().double()
+        return (u.double().abs() if absolute else u.double().square()).sum()
 
     return _compile(norm, chain, dtypes, numbers, device)
 

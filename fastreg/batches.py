@@ -1,0 +1,89 @@
+"""What a training loop has to know of batches: their loss, and how much is in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
+    """The loss of a batch.
+
+    Args:
+        model: The model.
+        batch: A mapping, (inputs, labels), or a tensor.
+        loss_fn: See `Settings`.
+
+    Raises:
+        ValueError: Where there are no labels, or no loss.
+        TypeError: For batches of another kind.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        if loss_fn is None:
+            return _own_loss(model(**batch), model, "labels" in batch)
+        if "labels" not in batch:
+            raise ValueError(f"loss_fn needs labels, the batch has only {', '.join(map(repr, batch))}")
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return loss_fn(_logits(model(**inputs)), batch["labels"])
+    if isinstance(batch, Tensor):
+        if loss_fn is not None:
+            return loss_fn(_logits(model(batch)), batch)
+        if not batch.is_floating_point() and hasattr(model, "config"):  # tokens
+            return _own_loss(model(batch, labels=batch), model, True)
+        raise ValueError(
+            "a batch without labels needs loss_fn(outputs, inputs), as for an autoencoder, or "
+            "compute_loss(model, batch)"
+        )
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        shown = f"{len(batch)} parts" if isinstance(batch, (list, tuple)) else type(batch).__name__
+        raise TypeError(
+            f"a batch must be a mapping, (inputs, labels) or a tensor, got {shown}; give compute_loss=lambda "
+            "model, batch: ..."
+        )
+    inputs, labels = batch
+    outputs = _logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+    return (loss_fn or F.cross_entropy)(outputs, labels)
+
+
+def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is None:
+        fix = "give loss_fn=" if labelled else "the batch has no 'labels'; add them, or give compute_loss="
+        raise ValueError(f"the output of {type(model).__name__} has no loss: {fix}")
+    return loss
+
+
+def _logits(outputs: Any) -> Any:
+    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+
+
+def samples(batch: Any) -> int:
+    """How many there are, by the first tensor."""
+    return next((len(t) if t.dim() else 1 for t in _tensors(batch)), 1)
+
+
+def tokens(batch: Any) -> int:
+    """How many there are where a batch has any, without padding; read where the batch is."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        return 0
+    mask = batch.get("attention_mask")
+    whole = isinstance(mask, Tensor) and mask.shape == ids.shape and mask.device.type == "cpu"
+    return int(mask.count_nonzero()) if whole else ids.numel()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from itertools.chain.from_iterable(map(_tensors, batch.values()))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        yield from itertools.chain.from_iterable(map(_tensors, batch))
