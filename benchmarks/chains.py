@@ -58,7 +58,7 @@ READ_ONLY = ("l2_sp_start", "slow_momentum")
 WRITE_ONLY = ("sam_backup", "rounded", "slow_momentum")
 """Buffers that a stage does not read: the compiler drops the loads.  What stands in both lists stays where it
 is; it is updated behind the pass."""
-GRADIENT_FREE = ("regularizers.lookahead",)
+GRADIENT_FREE = ("regularizers.lookahead", "ascent.noise")
 """Stages that leave the gradient alone; a chain of nothing else does not read it."""
 
 STORAGES = {
@@ -102,6 +102,7 @@ PASSES = {
     "SAM climb": (11.5, 26.5),
     "ASAM climb": (16, 31),
     "SAM restore": (5.2, 3.3),
+    "weight noise": (47.5, 62),
     "Lookahead sync": (11, 14.5),
     "AveragedModel": (14, 18),
 }
@@ -228,6 +229,8 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
         parameter, group = average, int(rounded is not None)
     elif name == "Lookahead sync":
         made = fastreg.Lookahead(torch.optim.SGD([parameter]))._sync  # type: ignore[assignment]
+    elif name == "weight noise":
+        made = fastreg.WeightNoise([parameter], STD)._pass  # type: ignore[assignment]
     else:
         made = fastreg.SAM([parameter], torch.optim.SGD)._ascent
         made._mode.restoring, made._mode.adaptive = name == "SAM restore", name == "ASAM climb"
