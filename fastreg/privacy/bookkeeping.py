@@ -11,10 +11,9 @@ gradients that reach a covered parameter by another way.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..reference.step import compute_dtype, scalar_dtype
-from .ghost import Grams
+from ..reference.step import compute_dtype
+from .ghost import Grams, ghost_sums
 from .layers import Layer, Refused, layer_of
-from .parts import Outer, Part, joined
+from .norms import Noted, ghostly, measured, small
+from .parts import Convolution, Dense, Outer, Part, Stacked, joined
+from .precision import plainly
+from .taps import Forward, Tap, batch_size, counts_up, no_batch_statistics, refuse
 
 Bound = float | Tensor
 
@@ -92,7 +94,7 @@ class BookKeeping:
         self._batch: int | None = None
         self._within = 0
         self._task: int | None = None
-        self._noted: dict[Parameter, list[tuple[Part, Any]]] = {}
+        self._noted: dict[Parameter, list[Noted]] = {}
         self._grams = Grams()
         if attach:
             self.attach()
@@ -140,16 +142,16 @@ class BookKeeping:
         self._names = names
         self._frozen = [(n, p) for n, p in self.model.named_parameters() if p not in names]
         for module, (name, layer) in layers.items():
-            module.forward = _Forward(self, name, layer)  # type: ignore[method-assign]
+            module.forward = Forward(self, name, layer)  # type: ignore[method-assign]
             self._undo.append(functools.partial(vars(module).pop, "forward"))
         for p, name in names.items():
-            self._undo.append(p.register_hook(functools.partial(_refuse, name)).remove)
+            self._undo.append(p.register_hook(functools.partial(refuse, name)).remove)
             if p.dtype.itemsize < 4:
                 self._undo.append(functools.partial(setattr, p, "grad_dtype", p.grad_dtype))
                 p.grad_dtype = torch.float32
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
-                self._undo.append(module.register_forward_pre_hook(_no_batch_statistics).remove)
+                self._undo.append(module.register_forward_pre_hook(no_batch_statistics).remove)
         enter = self.model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
         leave = self.model.register_forward_hook(self._leave, always_call=True)
         self._undo += [enter.remove, leave.remove]
@@ -172,7 +174,9 @@ class BookKeeping:
     def _covered(self) -> tuple[dict[Parameter, str], dict[nn.Module, tuple[str, Layer]]]:
         """Trainable parameters and the layers that own them."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise ValueError("the model must not be wrapped in DistributedDataParallel: it sums unclipped gradients")
+            raise ValueError(
+                "the model must not be wrapped in DistributedDataParallel: it sums unclipped gradients"
+            )
         names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         layers: dict[nn.Module, tuple[str, Layer]] = {}
         owners: dict[Parameter, int] = {}
@@ -228,13 +232,13 @@ class BookKeeping:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._within == 0:
-            self._batch = _batch_size((args, kwargs), self.batch_dim)
+            self._batch = batch_size(args, kwargs, self.batch_dim)
         self._within += 1
 
     def _leave(self, *_: Any) -> None:
         self._within = max(0, self._within - 1)
 
-    def _run(self, forward: _Forward, x: Tensor) -> Tensor:
+    def run(self, forward: Forward, x: Tensor) -> Tensor:
         """A layer, with a tap on its output."""
         layer, module = forward.layer, forward.layer.module
         if torch._C._current_graph_task_id() == -1:
@@ -244,16 +248,17 @@ class BookKeeping:
         for name, p in zip(needed, params, strict=True):
             if p not in self._names:
                 raise RuntimeError(
-                    f"parameter {name!r} of {forward.name!r} is not the one that was there when gradients were "
-                    "taken over: call detach() and attach() again"
+                    f"parameter {name!r} of {forward.name!r} is not the one that was there when gradients "
+                    "were taken over: call detach() and attach() again"
                 )
         x = self._with_samples(forward, x)
         first = x.movedim(self.batch_dim, 0)
         out, kept = layer.run(first if self.batch_dim else x)
-        out = _Tap.apply(out, (self, layer, needed, torch._C._current_graph_task_id()), len(kept), *(t.detach() for t in kept), *params)
+        use = self, layer, needed, torch._C._current_graph_task_id()
+        out = Tap.apply(out, use, len(kept), *(t.detach() for t in kept), *params)
         return out.movedim(0, self.batch_dim) if self.batch_dim else out
 
-    def _with_samples(self, forward: _Forward, x: Tensor) -> Tensor:
+    def _with_samples(self, forward: Forward, x: Tensor) -> Tensor:
         """The input with all samples: one that is the same for all of them is expanded."""
         recomputed = not self._within and torch._C._current_graph_task_id() != -1
         size, dim = self._batch, self.batch_dim
@@ -261,7 +266,7 @@ class BookKeeping:
             return x
         own = x.shape[dim] if x.dim() > dim else None
         positions = x.dim() == 1 and not x.is_floating_point()
-        if own == size and not (positions and size > 1 and _counts_up(x)):
+        if own == size and not (positions and size > 1 and counts_up(x)):
             return x
         if own == 1 and x.dim() > 1:
             return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :])
@@ -274,7 +279,9 @@ class BookKeeping:
 
     # Backward
 
-    def _note(self, layer: Layer, kept: Sequence[Tensor], grad: Tensor, needed: list[str], inside: int) -> None:
+    def note(
+        self, layer: Layer, kept: tuple[Tensor, ...], grad: Tensor, needed: list[str], inside: int
+    ) -> None:
         """What a layer gives to its parameters."""
         task = torch._C._current_graph_task_id()
         if inside != -1:
@@ -285,20 +292,25 @@ class BookKeeping:
         if task != self._task:
             if self._noted:
                 self._drop()
-                raise RuntimeError("another backward pass did not end: call zero_grad() and reset(), and start anew")
+                raise RuntimeError(
+                    "another backward pass did not end: call zero_grad() and reset(), and start anew"
+                )
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
-        with _plainly(grad.device):
+        with plainly(grad.device):
             for name, part in layer.parts(kept, grad, needed).items():
                 p = layer.module._parameters[name]
-                squares = None
                 known = self._noted.setdefault(p, [])
                 if known:
                     self._shared.add(p)
-                if p not in self._shared:
-                    part = part.formed() if hasattr(part, "formed") else part
-                    squares = part.squares(self._grams) if isinstance(part, Outer) else part.squares()
-                known.append((part, squares))
+                known.append(Noted(part) if p in self._shared else self._measured(part))
+
+    def _measured(self, part: Part) -> Noted:
+        """A part of a parameter that has no other, while it is fresh."""
+        part = part.formed() if isinstance(part, Outer | Convolution) else part
+        if ghostly(part):
+            return Noted(part, ghost_sums(part.left, part.right, self._grams))  # type: ignore[attr-defined]
+        return Noted(part) if small(part) else Noted(part, squares=part.squares())
 
     def _finish(self, task: int) -> None:
         """Norms, factors and sums, when the backward pass has ended."""
@@ -312,55 +324,74 @@ class BookKeeping:
                     f"parameter {name!r} became trainable after gradients were taken over: call detach() and "
                     "attach() again"
                 )
-        sizes = {part.samples for parts in noted.values() for part, _ in parts}
-        if len(sizes) > 1:
+        size, *others = sizes = sorted({note.part.samples for notes in noted.values() for note in notes})
+        if others:
             raise RuntimeError(
-                f"layers have seen {sorted(sizes)} samples: the first input of the model must tell how many"
+                f"layers have seen {sizes} samples: the first input of the model must tell how many"
             )
-        (size,) = sizes
         home = next(iter(noted)).device
-        with _plainly(home):
+        with plainly(home):
             self._sum(noted, size, home)
 
-    def _sum(self, noted: dict[Parameter, list[tuple[Part, Any]]], size: int, home: torch.device) -> None:
+    def _sum(self, noted: dict[Parameter, list[Noted]], size: int, home: torch.device) -> None:
         if all(p.grad is None for p in self._names):
             self.samples = 0
-        parts, squares, errors = {}, [], []
-        for p, uses in noted.items():
-            part = parts[p] = joined([part for part, _ in uses])
-            found, error = uses[0][1] if len(uses) == 1 and uses[0][1] is not None else part.squares()
-            squares.append(found.clamp(min=0).to(home, non_blocking=True))
-            errors.append(error.to(home, non_blocking=True))
-        wide = scalar_dtype(home)
+        owners, notes = self._grouped(noted)
+        squares, errors = measured(notes, home)
         scale = size if self.loss_reduction == "mean" else 1
-        by_layer = torch.stack(squares)  # [parameters, samples]
-        upper = by_layer + torch.stack(errors)
-        flat = self.clipping == "flat"
+        squares = squares.clamp(min=0)
+        upper, flat = squares + errors, self.clipping == "flat"
         upper = (upper.sum(0, keepdim=True) if flat else upper).sqrt() * (scale * SLACK)
-        self.norms = by_layer.sum(0).sqrt() * scale
+        self.norms = squares.sum(0).sqrt() * scale
         finite = upper.isfinite().all(0)
-        limits = self._limits(list(noted), home, wide)
-        factors = (limits / upper).clamp(max=1)
+        factors = (self._limits(owners, home, upper.dtype) / upper).clamp(max=1)
         factors = torch.where(finite, factors, 0.0)
         counts = self._count(home)
         counts += torch.stack(((factors < 1).any(0) & finite, ~finite)).sum(1)
         # Where all are finite, as almost always, nothing has to be selected.
         sees = home.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         keep = None if sees and bool(finite.all()) else finite
-        for i, (p, part) in enumerate(parts.items()):
-            weights = (factors[0 if flat else i] * scale).to(p.device, compute_dtype(p.dtype))
-            value = part.total(weights, None if keep is None else keep.to(p.device), _summand(p))
-            if p.grad is None or p.grad.dtype != value.dtype:
-                p.grad = value if p.grad is None else value + p.grad
-            elif value is not p.grad:
-                p.grad.add_(value)
+        weights: dict[Any, Tensor] = {}
+        for i, (params, note) in enumerate(zip(owners, notes, strict=True)):
+            row, device, dtype = 0 if flat else i, params[0].device, compute_dtype(params[0].dtype)
+            if (row, device, dtype) not in weights:
+                weights[row, device, dtype] = (factors[row] * scale).to(device, dtype)
+            chosen = None if keep is None else keep.to(device)
+            out = _summand(params[0]) if len(params) == 1 else None
+            total = note.part.total(weights[row, device, dtype], chosen, out)
+            sizes = note.part.sizes if isinstance(note.part, Stacked) else [total.numel()]
+            for p, value in zip(params, total.split(sizes) if len(params) > 1 else [total], strict=True):
+                _store(p, value.view(p.shape))
         self.samples += size
 
-    def _limits(self, order: list[Parameter], home: torch.device, wide: torch.dtype) -> Tensor:
+    def _grouped(self, noted: dict[Parameter, list[Noted]]) -> tuple[list[list[Parameter]], list[Noted]]:
+        """All that is to be clipped, and whose it is: small parts of several parameters are one."""
+        owners: list[list[Parameter]] = []
+        notes: list[Noted] = []
+        together: dict[Any, list[tuple[Parameter, Dense]]] = {}
+        for p, uses in noted.items():
+            note = (
+                uses[0]
+                if len(uses) == 1 and uses[0].part is not None
+                else Noted(joined([u.part for u in uses]))
+            )
+            if self.clipping == "flat" and small(note.part):
+                key = p.device, note.part.dtype, p.dtype
+                together.setdefault(key, []).append((p, note.part))  # type: ignore[arg-type]
+            else:
+                owners.append([p])
+                notes.append(note)
+        for own in together.values():
+            params, parts = zip(*own, strict=True)
+            owners.append(list(params))
+            notes.append(Noted(parts[0] if len(parts) == 1 else Stacked.of(parts)))
+        return owners, notes
+
+    def _limits(self, owners: list[list[Parameter]], home: torch.device, wide: torch.dtype) -> Tensor:
         bounds = self._bounds()
         if self.clipping == "per_layer":
             own = dict(zip(self._names, bounds, strict=True))
-            bounds = [own[p] for p in order]
+            bounds = [own[p] for (p,) in owners]
         if any(isinstance(bound, Tensor) for bound in bounds):
             limits = torch.stack([torch.as_tensor(bound).to(home, wide).reshape(()) for bound in bounds])
         else:
@@ -380,94 +411,11 @@ def _summand(p: Parameter) -> Tensor | None:
     return grad if fits else None
 
 
-class _Forward:
-    """Stands in the place of a layer's `forward`.  Copies and pickles of the model get their own back."""
-
-    def __init__(self, engine: BookKeeping, name: str, layer: Layer) -> None:
-        self.engine, self.name, self.layer = engine, name, layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.layer.module
-        if not torch.is_grad_enabled() or not any(
-            p is not None and p.requires_grad for p in module._parameters.values()
-        ):
-            return type(module).forward(module, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise RuntimeError("fastreg.privacy.BookKeeping does not work within torch.compile: run the model as it is")
-        inputs = (*args, *kwargs.values())
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise TypeError(f"{self.name!r} must be called with one tensor, got {len(inputs)} arguments")
-        return self.engine._run(self, inputs[0])
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.layer.module, "forward")
-
-
-class _Tap(torch.autograd.Function):
-    """Lets a tensor through and hands its gradient to the engine; parameters are inputs that get nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, use: Any, kept: int, *others: Tensor) -> Tensor:
-        ctx.mark_dirty(out)  # not a new tensor: a view could not be changed in place
-        ctx.use = use
-        ctx.save_for_backward(*others[:kept])
-        ctx.kept = kept
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        engine, layer, needed, inside = ctx.use
-        nodes = ctx.next_functions[-len(needed) :]
-        try:
-            asked = [torch._C._will_engine_execute_node(node) for node, _ in nodes]
-        except RuntimeError as error:
-            raise RuntimeError(
-                "torch.autograd.grad cannot ask for gradients of parameters whose gradients are clipped: call backward()"
-            ) from error
-        wanted = [name for name, is_asked in zip(needed, asked, strict=True) if is_asked]
-        if wanted:
-            if torch.is_grad_enabled():
-                raise RuntimeError("create_graph=True: gradients of per-sample clipped gradients are not known")
-            engine._note(layer, ctx.saved_tensors, grad, wanted, inside)
-        return grad, None, None, *[None] * (ctx.kept + len(needed))
-
-
-def _refuse(name: str, grad: Tensor | None) -> None:
-    """Called with what autograd itself has for a covered parameter."""
-    if grad is not None:
-        raise RuntimeError(
-            f"parameter {name!r} got a gradient that is not clipped: its weight is used outside of its layer"
-        )
-
-
-def _no_batch_statistics(module: nn.Module, _: Any) -> None:
-    if module.training and torch.is_grad_enabled():
-        raise RuntimeError(f"{type(module).__name__} in training mixes samples: call its eval(), or use GroupNorm")
-
-
-def _batch_size(inputs: Any, dim: int) -> int | None:
-    """How many samples the first tensor has that may have several."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    sizes = [leaf.shape[dim] for leaf in leaves if leaf.dim() > dim]
-    return next((size for size in sizes if size != 1), 1 if sizes else None)
-
-
-def _counts_up(x: Tensor) -> bool:
-    """Whether these are positions, the same for all samples, of which there happen to be as many."""
-    return bool(torch.equal(x - x[:1], torch.arange(len(x), device=x.device, dtype=x.dtype)))
-
-
-@contextlib.contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
-    """Within the block nothing is recorded, and products are as precise as their factors."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
-    former = [place.fp32_precision for place in backends]  # type: ignore[attr-defined]
-    narrow = [(place, value) for place, value in zip(backends, former, strict=True) if value != "ieee"]
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for place, _ in narrow:
-            place.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            for place, value in narrow:
-                place.fp32_precision = value  # type: ignore[attr-defined]
+def _store(p: Parameter, value: Tensor) -> None:
+    """Add to the gradient what was not added to it in place."""
+    if p.grad is None:
+        p.grad = value
+    elif p.grad.dtype != value.dtype:
+        p.grad = value + p.grad
+    elif p.grad.data_ptr() != value.data_ptr():
+        p.grad.add_(value)

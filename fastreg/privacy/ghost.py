@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference import ghost as reference
@@ -19,9 +20,8 @@ class Grams:
 
     def of(self, x: Tensor) -> Tensor:
         """`reference.gram(x)`, from before if x is the same memory, unchanged."""
-        if self._x is None or _place(self._x) != _place(x):
+        if self._x is None or self._gram is None or _place(self._x) != _place(x):
             self._x, self._gram = x, reference.gram(x)
-        assert self._gram is not None
         return self._gram
 
     def forget(self) -> None:
@@ -33,16 +33,11 @@ def _place(x: Tensor) -> tuple[object, ...]:
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version
 
 
-def ghost_squares(left: Tensor, right: Tensor, grams: Grams | None = None) -> tuple[Tensor, Tensor]:
-    """See `reference.ghost_squares`, some samples at a time where there are many positions."""
-    samples, positions = left.shape[:2]
+def ghost_sums(left: Tensor, right: Tensor, grams: Grams | None = None) -> Tensor:
+    """`reference.ghost_sums`, some samples at a time where there are many positions."""
+    samples, positions, _ = left.shape
     step = max(1, CHUNK // max(1, positions**2))
     if step >= samples:
-        known = grams.of(right) if grams is not None else None
-        return reference.ghost_squares(left, right, right_gram=known)
-    pieces = [
-        reference.ghost_squares(left[i : i + step], right[i : i + step]) for i in range(0, samples, step)
-    ]
-    squares, error = zip(*pieces, strict=True)
-    import torch
-    return torch.cat(squares), torch.cat(error)
+        return reference.ghost_sums(left, right, None if grams is None else grams.of(right))
+    pieces = zip(left.split(step), right.split(step), strict=True)
+    return torch.cat([reference.ghost_sums(*piece) for piece in pieces], 1)

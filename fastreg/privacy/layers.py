@@ -230,7 +230,9 @@ class Conv(Layer):
     def run(self, x: Tensor) -> tuple[Tensor, Kept]:
         """As the module would."""
         if x.dim() != self.module.weight.dim():
-            raise ValueError(f"a batch of {self.module.weight.dim()} dimensions is needed, got {tuple(x.shape)}")
+            raise ValueError(
+                f"a batch of {self.module.weight.dim()} dimensions is needed, got {tuple(x.shape)}"
+            )
         x, weight, bias = self._cast(x, self._parameter("weight"), self._parameter("bias"))
         return self.module._conv_forward(x, weight, bias), (x,)
 
@@ -238,7 +240,7 @@ class Conv(Layer):
         """The bias gets the sum over positions."""
         found: Parts = {}
         if "weight" in needed:
-            found["weight"] = Convolution(self.module, kept[0], grad, self.module.weight.shape)
+            found["weight"] = Convolution(self.module, kept[0], grad)
         if "bias" in needed:
             found["bias"] = _summed(grad.flatten(2).transpose(1, 2))
         return found
@@ -305,7 +307,11 @@ def layer_of(module: nn.Module) -> Layer:
             kind = candidate
     if kind is None and cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         kind = Conv1D
-    if kind is None and re.search("RMSNorm$|LayerNorm$", cls.__name__) and set(module._parameters) == {"weight"}:
+    if (
+        kind is None
+        and re.search("RMSNorm$|LayerNorm$", cls.__name__)
+        and set(module._parameters) == {"weight"}
+    ):
         kind = RMSNorm
     if kind is None:
         hint = next((hint for name, hint in HINTS.items() if name in cls.__name__), None)

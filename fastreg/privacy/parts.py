@@ -143,6 +143,19 @@ class Dense(Part):
 
 
 @dataclass
+class Stacked(Dense):
+    """Small ones of several parameters, side by side: few operations instead of many."""
+
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[Dense]) -> Stacked:
+        """Those of the same dtype and device."""
+        rows = [part.values.flatten(1) for part in parts]
+        return cls(torch.cat(rows, 1), [row.shape[1] for row in rows])
+
+
+@dataclass
 class Outer(Part):
     """Matrices Σ_t left_t ⊗ right_t from `[samples, positions, p]` and `[samples, positions, d]`."""
 
@@ -181,11 +194,13 @@ class Outer(Part):
         left, right = (x[first:last].to(compute_dtype(x.dtype)) for x in (self.left, self.right))
         return torch.bmm(left.mT, right)
 
-    def squares(self, grams: ghost.Grams | None = None) -> Squares:
-        """By the cheaper way; `grams` knows the inner products of what several layers were given."""
+    def squares(self) -> Squares:
+        """By the cheaper way."""
         if not self.ghostly:
             return super().squares()
-        return ghost.ghost_squares(self.left, self.right, grams)
+        sums = ghost.ghost_sums(self.left, self.right).unsqueeze(0)
+        found, error = reference.ghost_squares(sums, [self.terms], *([n] for n in self.shape))
+        return found[0], error[0]
 
     def total(self, weights: Tensor, finite: Tensor | None, out: Tensor | None) -> Tensor:
         """The product that gives the ordinary gradient; the smaller factor is weighted."""
@@ -224,7 +239,9 @@ class Rows(Part):
 
     def per_sample(self, first: int, last: int) -> Tensor:
         """Mostly zeros."""
-        formed = self.values.new_zeros((last - first) * self.count, self.shape[1], dtype=compute_dtype(self.dtype))
+        formed = self.values.new_zeros(
+            (last - first) * self.count, self.shape[1], dtype=compute_dtype(self.dtype)
+        )
         return self._scatter(formed, self.ids, self.count, first, last).view(last - first, *self.shape)
 
     def squares(self) -> Squares:
@@ -239,7 +256,9 @@ class Rows(Part):
         place = torch.empty_like(place).scatter_(1, order.indices, place)
         found = torch.zeros_like(repeated)
         for first, last in spans(samples, positions * features):
-            rows = self.values.new_zeros((last - first) * positions, features, dtype=compute_dtype(self.dtype))
+            rows = self.values.new_zeros(
+                (last - first) * positions, features, dtype=compute_dtype(self.dtype)
+            )
             rows = self._scatter(rows, place, positions, first, last)
             found[first:last] = reference.squares(rows.view(last - first, -1))
         additions = torch.minimum(repeated, reference.CONFIDENCE * repeated.sqrt())
@@ -265,9 +284,9 @@ class Convolution(Part):
     module: Any
     x: Tensor
     grad: Tensor
-    shape: torch.Size
 
     samples = property(lambda self: len(self.x))
+    shape = property(lambda self: self.module.weight.shape)
     dtype = property(lambda self: self.x.dtype)
     terms = property(lambda self: math.prod(self.grad.shape[2:]))
 
@@ -343,7 +362,7 @@ class Mixed(Part):
 
     def total(self, weights: Tensor, finite: Tensor | None, out: Tensor | None) -> Tensor:
         """Their sum."""
-        for part in self.parts:
+        for part in reversed(self.parts):  # embeddings at last: they add to what is there
             out = part.total(weights, finite, out)
         return out  # type: ignore[return-value]
 

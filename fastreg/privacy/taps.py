@@ -1,0 +1,99 @@
+"""Stands between layers and autograd: runs a layer for the engine, and hands it the gradient of the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer
+
+
+class Forward:
+    """Stands in the place of a layer's `forward`.  Copies and pickles of the model get their own back."""
+
+    def __init__(self, engine: Any, name: str, layer: Layer) -> None:
+        self.engine, self.name, self.layer = engine, name, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.layer.module
+        if not torch.is_grad_enabled() or not any(
+            p is not None and p.requires_grad for p in module._parameters.values()
+        ):
+            return type(module).forward(module, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastreg.privacy.BookKeeping does not work within torch.compile: run the model as it is"
+            )
+        inputs = (*args, *kwargs.values())
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise TypeError(f"{self.name!r} must be called with one tensor, got {len(inputs)} arguments")
+        return self.engine.run(self, inputs[0])
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.layer.module, "forward")
+
+
+class Tap(torch.autograd.Function):
+    """Lets a tensor through and hands its gradient to the engine; parameters are inputs that get nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, use: Any, kept: int, *others: Tensor) -> Tensor:
+        ctx.mark_dirty(out)  # not a new tensor: a view could not be changed in place
+        ctx.use = use
+        ctx.save_for_backward(*others[:kept])
+        ctx.kept = kept
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        engine, layer, needed, inside = ctx.use
+        nodes = ctx.next_functions[-len(needed) :]
+        try:
+            asked = [torch._C._will_engine_execute_node(node) for node, _ in nodes]
+        except RuntimeError as error:
+            raise RuntimeError(
+                "torch.autograd.grad cannot ask for gradients of parameters whose gradients are clipped: call "
+                "backward()"
+            ) from error
+        wanted = [name for name, is_asked in zip(needed, asked, strict=True) if is_asked]
+        if wanted:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "create_graph=True: gradients of per-sample clipped gradients are not known"
+                )
+            engine.note(layer, ctx.saved_tensors, grad, wanted, inside)
+        return grad, None, None, *[None] * (ctx.kept + len(needed))
+
+
+def refuse(name: str, grad: Tensor | None) -> None:
+    """Called with what autograd itself has for a covered parameter."""
+    if grad is not None:
+        raise RuntimeError(
+            f"parameter {name!r} got a gradient that is not clipped: its weight is used outside of its layer"
+        )
+
+
+def no_batch_statistics(module: nn.Module, _: Any) -> None:
+    """Called before a layer that may mix samples."""
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{type(module).__name__} in training mixes samples: call its eval(), or use GroupNorm"
+        )
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> int | None:
+    """How many samples the first input of a model has, or that of transformers' models; `None`: no telling."""
+    first = [kwargs[name] for name in _INPUTS if name in kwargs]
+    leaves = torch.utils._pytree.tree_leaves((args, first, kwargs))
+    found = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim), None)
+    return None if found is None else found.shape[dim]
+
+
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+def counts_up(x: Tensor) -> bool:
+    """Whether these are positions, the same for all samples, of which there happen to be as many."""
+    return bool(torch.equal(x - x[:1], torch.arange(len(x), device=x.device, dtype=x.dtype)))

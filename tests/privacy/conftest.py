@@ -1,0 +1,50 @@
+"""Clipped sums, one sample at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class OneByOne:
+    """Ordinary gradients of each sample, in double, clipped and summed.
+
+    Args:
+        model: Not attached to anything.
+        loss: Of a model and some samples: their mean.
+        batch: Tensors with samples first.
+        bound: C, or a bound for each parameter by name.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], batch: Any, bound: Any = 1.0) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named}
+        self.norms, self.gradients = [], []
+        for i in range(len(batch[0])):
+            model.zero_grad()
+            loss(model, *(t[i : i + 1] for t in batch)).backward()
+            own = {name: p.grad.double() for name, p in named if p.grad is not None}
+            norm = torch.stack([g.norm() for g in own.values()]).norm()
+            self.norms.append(norm)
+            self.gradients.append(own)
+            for name, g in own.items():
+                c, n = (bound, norm) if not isinstance(bound, dict) else (bound[name], g.norm())
+                self.sums[name] += g * min(1.0, c / float(n)) if n else 0.0
+        model.zero_grad()
+
+    def check(self, model: nn.Module, norms: Tensor | None, tolerance: float = 1e-5) -> None:
+        """The gradients of a model are these, relative to the largest of each parameter."""
+        for name, p in model.named_parameters():
+            if name in self.sums:
+                expected = self.sums[name]
+                off = (p.grad.double() - expected).abs().amax()
+                assert off <= tolerance * expected.abs().amax() + 1e-12, (name, float(off))
+        if norms is not None:
+            assert torch.allclose(norms, torch.stack(self.norms).to(norms), rtol=2e-6, atol=0)
+
+
+@pytest.fixture(name="OneByOne")
+def one_by_one() -> type[OneByOne]:
+    return OneByOne
