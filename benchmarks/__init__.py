@@ -1,4 +1,4 @@
 """Benchmarks and the code audit."""
 
-SUITES = ("rules", "regularizers", "norm", "sam", "averages", "dropout", "host", "training")
+SUITES = ("rules", "regularizers", "norm", "penalty", "sam", "averages", "dropout", "host", "training")
 """The modules that hold benchmarks, in the order in which they run."""

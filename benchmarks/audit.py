@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastreg import multi_tensor
+from fastreg.adversarial import ops as adversarial
 from fastreg.chain import Chain
 from fastreg.cli import document
-from fastreg.nn import ops
+from fastreg.nn import noise_ops, ops
+from fastreg.penalty import L1, L2, SUM
 from fastreg.privacy import per_sample
+from fastreg.reference import adversarial as reference
 from fastreg.reference.activations import ACTIVATIONS
+from fastreg_kernels import adversarial as adversarial_kernels
 from fastreg_kernels import dropout as dropout_kernels
+from fastreg_kernels import noise as noise_kernels
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import per_sample as per_sample_kernels
 from fastreg_kernels import step as step_kernels
@@ -208,8 +213,8 @@ def entries(target: str) -> list[Entry]:
         sums = {**arguments, "out": f"*{units['COMPUTE']}"}
         listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
     listed.append(Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants))
-    listed += per_sample_entries(warp)
-    return listed + dropout_entries(warp)
+    listed += per_sample_entries(warp) + noise_entries(warp) + penalty_entries(warp)
+    return listed + dropout_entries(warp) + adversarial_entries(warp)
 
 
 PER_SAMPLE = {"fp32": (6, 21.5), "bf16": (5, 22.5)}
@@ -250,6 +255,24 @@ def per_sample_entries(warp: int) -> list[Entry]:
         *listed,
         Entry("per-sample factors", per_sample_kernels.per_sample_factor_kernel, finish, constants),
     ]
+
+
+PENALTIES = {"L2": (L2, 6.2, 6.7), "L1": (L1, 10.5, 10)}
+"""Chains of the gradients, and their instructions per element on sm_90, in float32 and in bfloat16."""
+
+
+def penalty_entries(warp: int) -> list[Entry]:
+    """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
+    listed = []
+    for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        of = multi_tensor.Measurand(absolute=True)
+        listed.append(norm_entry(f"magnitudes {storage}", SUM, (dtype, dtype), of, warp, 5.7))
+        for name, (chain, *budgets) in PENALTIES.items():
+            entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), warp)
+            budget = budgets[dtype == torch.bfloat16]
+            # The place of a gradient is only written, and what a chain calls its gradient is the weight.
+            listed.append(replace(entry, reads=dtype.itemsize, writes=dtype.itemsize, budget=budget))
+    return listed
 
 
 DROPOUT = {
@@ -299,6 +322,104 @@ def dropout_entry(name: str, storage: str, warp: int, budget: float) -> Entry:
     kernel = dropout_kernels.dropout_kernel
     reads = dtype.itemsize * (1 + backward + ("bias" in parts) + ("add" in parts)) + 4 * channels
     return Entry(f"{name} {storage}", kernel, arguments, constants, reads, dtype.itemsize, budget)
+
+
+ADVERSARIAL = {
+    "FGSM": ("sign", "none", "scalar", (12, 28)),
+    "FGSM, L2": ("scaled", "none", "scalar", (11, 28)),
+    "PGD": ("sign", "linf", "scalar", (17, 37)),
+    "PGD, bounds of each channel": ("sign", "linf", "table", (52, 73)),
+    "PGD, L2": ("scaled", "l2", "scalar", (14, 35)),
+    "PGD, L1, projection": ("none", "l1", "scalar", (15, 34.5)),
+    "FGSM, L1, steepest": ("peak", "none", "none", (13, 27.5)),
+    "random start": ("uniform", "none", "scalar", (23.5, 44.5)),
+    "random start, L2": ("normal", "none", "scalar", (44.5, 66)),
+}
+"""Direction, ball and bounds of a step; instructions per element on sm_90, in float32 and in bfloat16."""
+SIZES = {
+    "gradient size": ("scaled", False, (7, 7.5)),
+    "perturbation size": ("scaled", True, (11.5, 13)),
+    "normal noise size": ("normal", False, (None, None)),
+    "Laplace noise size": ("laplace", False, (None, None)),
+}
+"""What norms are taken of, whether behind a step, and the same; of noise they are taken once an attack."""
+
+
+def adversarial_entries(warp: int) -> list[Entry]:
+    """Steps of adversarial inputs, and the norms that they need; inputs of 16 bits move in float32."""
+    every = {name: (kind, name.startswith("PGD"), row) for name, (kind, *_, row) in ADVERSARIAL.items()}
+    listed = []
+    for name, (kind, behind, budgets) in {**every, **SIZES}.items():
+        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
+            dtype, pointer, noise = STORAGES[storage][0], f"*{storage}", kind in reference.NOISES
+            own, wide = dtype.itemsize, "*fp32" if behind else pointer
+            given = adversarial.Given(torch.zeros(2, 2), None, None, torch.zeros(2, 3), kind)
+            constants: dict[str, Any] = adversarial.constants(given, dtype, warp)
+            seed, gradient, clean = ("*i64", None, None) if noise else (None, pointer, None)
+            if kind == "none":
+                gradient = None
+            reads, writes = own * (gradient is not None) + (own + 4) * behind, 0
+            if behind:
+                clean = pointer
+            if name in SIZES:
+                kernel = adversarial_kernels.adversarial_norm_kernel
+                arguments = {
+                    "x": wide, "gradient": gradient, "clean": clean, "partial": "*fp64", "numbers": "*fp32",
+                    "seed": seed, "inner": "i32", "blocks": "i32",
+                }  # fmt: skip
+                constants["SQUARES"] = kind != "laplace"
+                gathers = 0
+            else:
+                kernel = adversarial_kernels.adversarial_step_kernel
+                _, constants["BALL"], constants["BOUNDS"], _ = ADVERSARIAL[name]
+                limit = None if constants["BOUNDS"] == "none" else pointer
+                kept = storage == "bf16" and (behind or noise)
+                arguments = {
+                    "x": wide, "gradient": gradient, "clean": clean, "out": pointer,
+                    "master": "*fp32" if kept else None, "numbers": "*fp32",
+                    "peaks": "*i64" if kind == "peak" else None, "lower": limit, "upper": limit, "seed": seed,
+                    "inner": "i32", "blocks": "i32", "spatial": "i32", "channels": "i32",
+                }  # fmt: skip
+                gathers = 2 * (constants["BOUNDS"] == "table")
+                reads, writes = reads + own * (not behind), own + 4 * kept
+            text = {key: tl.constexpr(value) for key, value in constants.items() if isinstance(value, str)}
+            listed.append(
+                Entry(
+                    f"{name} {storage}", kernel, arguments, constants | text, reads, writes, budget, gathers
+                )
+            )
+    return listed
+
+
+NOISE = {
+    "additive noise": ("additive", None, (36.5, 40.5)),
+    "multiplicative noise": ("multiplicative", None, (37.5, 41.5)),
+    "uniform noise": ("uniform", None, (11.5, 14)),
+    "uniform noise, a size for each row": ("uniform", FEATURES, (17.5, 17.5)),
+    "uniform noise, a size for each odd row": ("uniform", FEATURES + 3, (31.5, 34.5)),
+}
+"""Kind, elements of a row that has a size of its own, and instructions per element on sm_90 in float32 and in
+bfloat16."""
+
+
+def noise_entries(warp: int) -> list[Entry]:
+    """Noise on activations."""
+    listed = []
+    for name, (kind, inner, budgets) in NOISE.items():
+        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
+            size, scale = STORAGES[storage][0].itemsize, torch.zeros(2 if inner else ())
+            constants = noise_ops.constants(scale, inner or 1, kind, STORAGES[storage][0], warp)
+            gathers = 0 if inner is None else 1 / constants["VECTOR"] if constants["GROUPED"] else 1
+            constants["KIND"] = tl.constexpr(kind)
+            arguments = {
+                "x": f"*{storage}", "out": f"*{storage}", "seed": "*i64", "scales": "*fp32", "n": "i32",
+                "inner": "i32",
+            }  # fmt: skip
+            kernel = noise_kernels.noise_kernel
+            listed.append(
+                Entry(f"{name} {storage}", kernel, arguments, constants, size, size, budget, gathers)
+            )
+    return listed
 
 
 def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:

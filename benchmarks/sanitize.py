@@ -1,6 +1,6 @@
 """Every kernel once over few, odd and misaligned tensors, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN or dropout ...]
+    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN, dropout or penalty ...]
 
 Without a GPU it runs in Triton's interpreter.  The exit status tells whether results were those of the
 reference, too.
@@ -22,7 +22,7 @@ from . import chains
 
 SIZES = (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)
 OFFSETS = (0, 1, 3)
-DROPOUT = "dropout"
+DROPOUT, PENALTY = "dropout", "penalty"
 
 
 def drawn(count: int, dtype: torch.dtype, device: str) -> Iterator[list[torch.Tensor]]:
@@ -46,6 +46,17 @@ def dropped(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]
     return [t.cpu().float() for t in found]
 
 
+def penalised(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """Both penalties on all tensors, and their gradients."""
+    found = []
+    params = [Parameter(weight) for (weight,) in drawn(1, dtype, device)]
+    with fastreg.use_backend(backend):
+        for penalty in (fastreg.l1_penalty, fastreg.l2_penalty):
+            value = penalty(params, 0.3)
+            found += [value.detach(), *torch.autograd.grad(value, params)]
+    return [t.cpu().float() for t in found]
+
+
 def trained(chain: str, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     """The weights after two steps."""
     params = []
@@ -66,8 +77,9 @@ def main(names: list[str]) -> int:
     """Run chains, all of them by default, at all dtypes; 1 if any is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
-    for chain in names or (*chains.BUDGETS, DROPOUT):
-        run = dropped if chain == DROPOUT else functools.partial(trained, chain)
+    for chain in names or (*chains.BUDGETS, DROPOUT, PENALTY):
+        runs = {DROPOUT: dropped, PENALTY: penalised}
+        run = runs.get(chain) or functools.partial(trained, chain)
         for dtype in (torch.float32, torch.bfloat16):
             found, expected = run(dtype, device, "triton"), run(dtype, "cpu", "reference")
             # The interpreter truncates to bfloat16, and either may round the other way: one unit, twice.
