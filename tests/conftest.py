@@ -1,5 +1,6 @@
 """What the tests share: the rules with their oracles, and the backends."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 import fastreg
 from fastreg import multi_tensor
 from fastreg.multi_tensor import Batch, Measurand
-from fastreg.nn import ops
+from fastreg.nn import noise_ops, ops
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
@@ -86,7 +87,6 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     run, partial_norms = multi_tensor._run_triton, multi_tensor._partial_norms
     finish, unit_squares = multi_tensor._finish, multi_tensor._unit_squares
-    launch = ops.launch
 
     def run_there(batch: Batch) -> None:
         if batch.device.type != "cpu":
@@ -107,7 +107,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def unit_squares_there(batch: Batch) -> Tensor:
         return unit_squares(batch) if batch.device.type != "cpu" else unit_squares(moved(batch)).cpu()
 
-    def launch_there(x, *others_and_out):
+    def launch_there(launch, x, *others_and_out):
         *others, out = others_and_out
         if out.device.type != "cpu":
             return launch(x, *others, out)
@@ -117,7 +117,8 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         out.copy_(result)
 
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
-    monkeypatch.setattr(ops, "launch", launch_there)
+    for module in (ops, noise_ops):
+        monkeypatch.setattr(module, "launch", functools.partial(launch_there, module.launch))
     monkeypatch.setattr(multi_tensor, "_unit_squares", unit_squares_there)
     monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
     monkeypatch.setattr(multi_tensor, "_partial_norms", partial_norms_there)
