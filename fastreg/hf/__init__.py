@@ -1,6 +1,6 @@
 """Hugging Face: Trainer, and loops of accelerate."""
 
-from .callbacks import ScheduleCallback
+from .callbacks import EmbeddingNoiseCallback, ScheduleCallback
 from .trainer import FastregTrainer, FastregTrainerMixin
 
-__all__ = ["FastregTrainer", "FastregTrainerMixin", "ScheduleCallback"]
+__all__ = ["EmbeddingNoiseCallback", "FastregTrainer", "FastregTrainerMixin", "ScheduleCallback"]

@@ -1,7 +1,7 @@
 """Averages in checkpoints and in the model that training leaves.
 
-`optimizer.eval()` lets parameters hold the averages until `optimizer.train()`.  Trainer calls the one before an
-evaluation and the other before every micro-batch, but neither where it saves.
+`optimizer.eval()` lets parameters hold the averages until `optimizer.train()`.  Trainer calls the one before
+an evaluation and the other before every micro-batch, but neither where it saves.
 """
 
 from __future__ import annotations

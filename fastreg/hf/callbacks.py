@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..nn import EmbeddingNoise, NoiseScheduler, attach_embedding_noise
+
 
 class ScheduleCallback(TrainerCallback):
     """Steps schedulers of rates: before each training step, to the number of steps that were taken.
@@ -35,3 +37,50 @@ class ScheduleCallback(TrainerCallback):
         """Set the rates of this step."""
         for scheduler in self.schedulers:
             scheduler.step(state.global_step)
+
+
+class EmbeddingNoiseCallback(TrainerCallback):
+    """Noise on the embeddings of tokens while training (NEFTune), with padded or true lengths.
+
+    With the defaults, training is that of `neftune_noise_alpha=5` in `TrainingArguments`, bit for bit.
+
+    Args:
+        alpha: Size of the noise, see `fastreg.nn.EmbeddingNoise`.
+        std: Standard deviation of Gaussian noise instead.
+        length: `"padded"` or `"true"`.
+        factor: Of the size, as a function of the number of steps taken, see `fastreg.schedules`.
+
+    Raises:
+        ValueError: For values out of range; in training, if `neftune_noise_alpha` adds noise as well.
+    """
+
+    def __init__(
+        self, alpha: float = 5.0, *, std: float | None = None, length: str = "padded",
+        factor: Callable[[int], float] | None = None,
+    ) -> None:  # fmt: skip
+        EmbeddingNoise(alpha, std=std, length=length)  # refuses what is out of range
+        self._options: dict[str, Any] = {"alpha": alpha, "std": std, "length": length}
+        self._factor, self._attached, self._scheduler = factor, None, None  # type: Any, Any, Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach it."""
+        if args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"embeddings would get noise twice: by this callback and by neftune_noise_alpha="
+                f"{args.neftune_noise_alpha} of TrainingArguments; leave one out"
+            )
+        self.on_train_end(args, state, control)  # after a run that was interrupted
+        self._attached = attach_embedding_noise(kwargs["model"], **self._options)
+        if self._factor is not None:
+            self._scheduler = NoiseScheduler(self._attached, self._factor)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the size of this step."""
+        if self._scheduler is not None:
+            self._scheduler.step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it away."""
+        if self._attached is not None:
+            self._attached.remove()
+        self._attached = self._scheduler = None

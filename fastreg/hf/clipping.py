@@ -1,7 +1,8 @@
 """`max_grad_norm`, for an optimizer that clips and measures in its step.
 
 Trainer clips in two passes over all gradients before the step, one that reads and one that reads and writes
-(with `max_grad_norm=0` likewise, by a factor of 1).  Here the step does it, and the norm is logged from there.
+(with `max_grad_norm=0` likewise, by a factor of 1).  Here the step does it, and the norm that it measures is
+logged.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Clipping:
             )
         elif max_grad_norm not in (0, clip.max_norm):
             raise ValueError(
-                f"max_grad_norm={max_grad_norm} of TrainingArguments and {clip!r} of the optimizer contradict "
-                "each other: set max_grad_norm=0, or leave ClipNorm out"
+                f"max_grad_norm={max_grad_norm} of TrainingArguments and {clip!r} of the optimizer "
+                "contradict each other: set max_grad_norm=0, or leave ClipNorm out"
             )
 
     def announced(self, engine: Engine) -> Tensor:

@@ -1,20 +1,25 @@
-"""A recipe at work in a Trainer: what it takes from `TrainingArguments`, and what they must not say as well."""
+"""A recipe at work in a Trainer: what `TrainingArguments` tell it, and what they must not say as well."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..callbacks import Callbacks, Passes, SharpnessAware
+from ..callbacks import Callback, Callbacks, SharpnessAware
 from ..recipe import Regularization
 
 Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
 """A recipe, its fields as a dictionary, or a YAML file of them."""
+
+SAVED = "fastreg.pt"
+"""In a checkpoint: what callbacks save."""
 
 OPTIMIZER_ARGUMENTS = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -34,7 +39,8 @@ def read(recipe: Recipe) -> Regularization:
     if isinstance(recipe, (str, PathLike)):
         return Regularization.from_yaml(recipe)  # type: ignore[arg-type]
     raise TypeError(
-        f"recipe must be a fastreg.Regularization, a dictionary of its fields or a YAML file, got {recipe!r:.60}"
+        "recipe must be a fastreg.Regularization, a dictionary of its fields or a YAML file, got "
+        f"{recipe!r:.60}"
     )
 
 
@@ -47,28 +53,48 @@ def check(args: Any) -> None:
     for field in dataclasses.fields(TrainingArguments):
         if field.name not in OPTIMIZER_ARGUMENTS:
             continue
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if (value := getattr(args, field.name)) != default:
             raise ValueError(
-                f"the recipe makes the optimizer, and TrainingArguments has {field.name}={value!r}: say it in the "
-                "recipe (weight_decay=..., optimizer={'betas': ...}) and leave the argument out"
+                f"the recipe makes the optimizer, and TrainingArguments has {field.name}={value!r}: say it "
+                "in the recipe (weight_decay=..., optimizer={'betas': ...}) and leave the argument out"
             )
 
 
 class AppliedRecipe:
     """Applies a recipe, undoes it at the end of training, and applies it again for more training.
 
+    What Trainer does in its own way is left out of the callbacks: SAM's second pass, which is made for all
+    micro-batches of a step together, and R-Drop, whose loss is scaled with that of the model.
+
     Args:
         recipe: The recipe.
-        args: The `TrainingArguments`.
+        trainer: Whose `TrainingArguments` say the rest.
+
+    Raises:
+        ValueError: If Trainer is to do what the recipe does, or what would get in its way.
     """
 
-    def __init__(self, recipe: Regularization, args: Any) -> None:
-        check(args)
-        self.recipe, self._args = recipe, args
+    def __init__(self, recipe: Regularization, trainer: Any) -> None:
+        check(trainer.args)
+        if recipe.embedding_noise is not None and trainer.args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"embeddings would get noise twice: by embedding_noise of the recipe and by "
+                f"neftune_noise_alpha={trainer.args.neftune_noise_alpha} of TrainingArguments; leave one out"
+            )
+        self.agreement: float | None = None
+        if recipe.r_drop is not None:
+            if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+                raise ValueError(
+                    "r_drop takes the loss that the model computes from its labels: leave out "
+                    "label_smoothing_factor and compute_loss_func"
+                )
+            self.agreement = recipe.r_drop.get("alpha", 1.0)  # type: ignore[union-attr]
+        self._recipe, self._args = dataclasses.replace(recipe, r_drop=None), trainer.args
         self.callbacks = Callbacks()
-        self._at_work: nn.Module | None = None
+        self._fresh = False
 
     def optimizer(self, model: nn.Module, steps: int | None) -> Any:
         """Apply it to a model.
@@ -81,23 +107,39 @@ class AppliedRecipe:
             The optimizer.
         """
         self.remove()
-        optimizer, callbacks = self.recipe.apply(
+        optimizer, callbacks = self._recipe.apply(
             model, lr=self._args.learning_rate, steps=steps, seed=self._args.seed
         )
-        # SAM's second pass is made for all micro-batches of a step together.
         self.callbacks = Callbacks(one for one in callbacks if not isinstance(one, SharpnessAware))
-        self._at_work = model
+        assert all(type(one).around_loss is Callback.around_loss for one in self.callbacks)
+        self._fresh = True
         return optimizer
 
-    def begin(self, model: nn.Module, steps: int, step: int) -> None:
-        """Before training: be at work, with the rates of a step."""
-        if self._at_work is not model:
-            self.optimizer(model, steps)  # what acts on the model; the optimizer is there already
-        for callback in self.callbacks:
-            if not isinstance(callback, Passes):  # they check what was done before
-                callback.step(step)
+    def again(self, model: nn.Module, steps: int) -> None:
+        """Be at work for another run, whose optimizer there is already."""
+        if not self._fresh:
+            self.optimizer(model, steps)
+
+    def begin(self, step: int) -> None:
+        """Set the rates of a step; the run begins, or is resumed."""
+        self._fresh = False
+        self.callbacks.step(step)
+
+    def save(self, folder: str) -> None:
+        """Write what a checkpoint needs into its folder."""
+        if self.callbacks:
+            torch.save(self.callbacks.state_dict(), os.path.join(folder, SAVED))
+
+    def load(self, folder: str) -> None:
+        """Take it over.
+
+        Raises:
+            ValueError: If it is of another recipe.
+        """
+        if os.path.isfile(file := os.path.join(folder, SAVED)):
+            self.callbacks.load_state_dict(torch.load(file, weights_only=True))
 
     def remove(self) -> None:
         """Leave the model as it was before."""
         self.callbacks.remove()
-        self.callbacks, self._at_work = Callbacks(), None
+        self.callbacks, self._fresh = Callbacks(), False

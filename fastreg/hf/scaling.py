@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 
 
 class Scaling:
@@ -34,7 +34,7 @@ class Scaling:
         self._before = self._scaler.get_scale()
 
     def stepped(self) -> None:
-        """After a step: it was skipped if the scale has become smaller; waits for the device under a scaler."""
+        """After a step: it was skipped if the scale is smaller now; under a scaler, waits for the device."""
         if self._scaler is not None:
             scale = self._scaler.get_scale()
             self._optimizer._is_overflow = scale < self._before

@@ -1,8 +1,8 @@
 """SAM under a loop that accumulates gradients and knows nothing of a second pass.
 
-    micro-batches of a step    each a backward pass at the weights, as Trainer makes it
-    after the last             first_step, and every micro-batch once more at the perturbed weights
-    Trainer's optimizer.step() the second step
+micro-batches of a step     each a backward pass at the weights, as Trainer makes it
+after the last              first_step, and every micro-batch once more at the perturbed weights
+Trainer's optimizer.step()  the second step
 """
 
 from __future__ import annotations

@@ -1,23 +1,21 @@
 """Trainer with regularization in the optimizer's step.
 
-    train()
-     ├─ create_optimizer         the recipe's, or the one that was given; clips by `max_grad_norm` (clipping.py)
-     ├─ training_step            SAM's second pass after the last micro-batch (second_pass.py)
-     ├─ clipping, optimizer.step one pass over gradients and weights
-     ├─ checkpoints              hold averages (averages.py)
-     └─ the end                  the model holds averages
+create_optimizer    the recipe's, or the one that was given; it clips by `max_grad_norm` (clipping.py)
+training_step       SAM's second pass after the last micro-batch of a step (second_pass.py)
+optimizer.step      one pass over gradients and weights; Trainer makes none of its own
+checkpoints         hold averages, and so does the model at the end (averages.py)
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from . import averages
+from .agreement import Agreeing
 from .clipping import Clipping
 from .recipe import AppliedRecipe, Recipe, read
 from .scaling import Scaling
@@ -34,9 +32,10 @@ class FastregTrainerMixin:
 
     With another optimizer than fastreg's, all is as without it.  With one of fastreg's:
 
-    - The step clips by `max_grad_norm`, unless the optimizer has a `ClipNorm`, and the norm that it measures is
-      logged as `grad_norm`: before clipping, with SAM that of the second gradients.
-    - `SAM` makes its second pass over all micro-batches of a step.  The loss that is logged is the first one's.
+    - The step clips by `max_grad_norm`, unless the optimizer has a `ClipNorm`, and the norm that it measures
+      is logged as `grad_norm`: before clipping, with SAM that of the second gradients.
+    - `SAM` makes its second pass over all micro-batches of a step.  The loss that is logged is that of the
+      first.
     - Evaluations, checkpoints and the model that training leaves hold the averaged weights, where there are
       any.  Training resumes from a checkpoint as if it had not been interrupted.
 
@@ -64,14 +63,17 @@ class FastregTrainerMixin:
         if given is not None:
             if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
                 raise ValueError(
-                    "the recipe makes the optimizer: give either recipe or optimizers and optimizer_cls_and_kwargs"
+                    "the recipe makes the optimizer: leave out recipe, or optimizers and "
+                    "optimizer_cls_and_kwargs"
                 )
             if trainer.lr_scheduler is not None:
                 raise ValueError(
-                    "the recipe makes the optimizer, which a scheduler must be made for: leave optimizers out and "
-                    "choose lr_scheduler_type in TrainingArguments"
+                    "the recipe makes the optimizer, which a scheduler must be made for: leave optimizers "
+                    "out and choose lr_scheduler_type in TrainingArguments"
                 )
-            self._applied = AppliedRecipe(given, trainer.args)
+            if trainer.is_deepspeed_enabled:
+                _refuse_deepspeed("a recipe")
+            self._applied = AppliedRecipe(given, trainer)
         # First, so that whoever stores the model at the end of training finds the averages in it.
         trainer.callback_handler.callbacks.insert(0, _Events(trainer))
 
@@ -84,17 +86,16 @@ class FastregTrainerMixin:
             ValueError: If optimizer and `max_grad_norm` contradict each other; with DeepSpeed.
         """
         trainer: Any = self
-        if self._applied is not None and trainer.optimizer is None:
-            model = args[0] if args else kwargs.get("model")
-            trainer.optimizer = self._applied.optimizer(
-                trainer.model if model is None else model, self._steps() or None
-            )
+        if self._applied is not None:
+            given = args[0] if args else kwargs.get("model")
+            model, steps = trainer.model if given is None else given, self._steps()
+            if trainer.optimizer is None:
+                trainer.optimizer = self._applied.optimizer(model, steps or None)
+            else:
+                self._applied.again(model, steps)
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if is_ours(trainer.optimizer) and trainer.is_deepspeed_enabled:
-            raise ValueError(
-                f"DeepSpeed takes the step itself, on parameters that {type(unwrapped(trainer.optimizer)).__name__} "
-                "does not know: train with FSDP2 or DistributedDataParallel, or with another optimizer"
-            )
+            _refuse_deepspeed(f"fastreg.{type(unwrapped(trainer.optimizer)).__name__}")
         if (engine := engine_of(trainer.optimizer)) is not None:
             self._clipping.fit(engine, trainer.args.max_grad_norm)
         return trainer.optimizer
@@ -125,6 +126,8 @@ class FastregTrainerMixin:
         """As in Trainer, and what the regularizers need besides: other passes, SAM's second one."""
         trainer: Any = self
         stock = super().training_step  # type: ignore[misc]
+        if is_ours(trainer.optimizer):  # Trainer does so within a pass, when noise is on the weights already
+            averages.hide(unwrapped(trainer.optimizer))
 
         def backward(model: nn.Module, inputs: Any, items: Any) -> Tensor:
             gradients = _bound(stock, model, inputs, items, **kwargs)
@@ -140,24 +143,30 @@ class FastregTrainerMixin:
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """As in Trainer, or what regularizers of the loss make of it."""
-        stock = super().compute_loss  # type: ignore[misc]
-        if self._applied is None or not self._applied.callbacks or return_outputs or not model.training:
-            return stock(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        """As in Trainer, or R-Drop's."""
+        stock: Any = super().compute_loss  # type: ignore[misc]
+        alpha = None if self._applied is None else self._applied.agreement
+        called: Any = model
+        if alpha is not None and model.training and not return_outputs:
+            called = Agreeing(model, alpha)
+        return stock(called, inputs, return_outputs, num_items_in_batch, **kwargs)
 
-        def loss() -> Tensor:  # takes some of the inputs out
-            return stock(model, copy.copy(inputs), num_items_in_batch=num_items_in_batch, **kwargs)
-
-        for callback in self._applied.callbacks:
-            loss = callback.around_loss(loss)
-        return loss()
-
-    # Averages -------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         optimizer = self.optimizer  # type: ignore[attr-defined]
         with averages.averaged(optimizer) if is_ours(optimizer) else contextlib.nullcontext():
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self._applied is not None and self.args.should_save:  # type: ignore[attr-defined]
+            self._applied.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if self._applied is not None and checkpoint is not None:
+            self._applied.load(checkpoint)
 
     def _load_best_model(self) -> None:
         optimizer = self.optimizer  # type: ignore[attr-defined]
@@ -166,6 +175,13 @@ class FastregTrainerMixin:
         super()._load_best_model()  # type: ignore[misc]
         if is_ours(optimizer):
             averages.continue_from_shown(optimizer)
+
+
+def _refuse_deepspeed(what: str) -> None:
+    raise ValueError(
+        f"{what} cannot work with DeepSpeed, which clips and steps by itself, on flat copies of the "
+        "parameters: train with FSDP2 or DistributedDataParallel, or with another optimizer"
+    )
 
 
 def _bound(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +200,7 @@ class _Events(TrainerCallback):
         trainer._second_pass.clear()
         self._scaling = Scaling(trainer.optimizer if is_ours(trainer.optimizer) else None)
         if trainer._applied is not None:
-            trainer._applied.begin(trainer.model, state.max_steps, state.global_step)
+            trainer._applied.begin(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._scaling.stepped()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 
 from ..optim import SAM
 from ..optim.engine import Engine

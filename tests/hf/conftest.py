@@ -41,8 +41,8 @@ def reference() -> Iterator[None]:
 def tiny(dropout: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
     config = hf.GPT2Config(
-        vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
+        vocab_size=24, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = hf.GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # else Trainer counts first labels, which are none

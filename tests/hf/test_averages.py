@@ -59,7 +59,9 @@ def test_checkpoints_evaluations_and_the_model_at_the_end_hold_averages(runs, to
         assert tools.distance(tools.saved(trainer, step), seen.averaged[step]) == 0
     assert tools.distance(tools.weights(trainer.model), seen.averaged[7]) == 0
     assert tools.distance(seen.raw[5], seen.averaged[5]) > 1e-4
-    assert tools.logged(trainer, "eval_loss") == pytest.approx([seen.losses[step] for step in (3, 6, 7)], rel=1e-6)
+    assert tools.logged(trainer, "eval_loss") == pytest.approx(
+        [seen.losses[step] for step in (3, 6, 7)], rel=1e-6
+    )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(seen.losses[7], rel=1e-6)
 
 
@@ -100,6 +102,17 @@ def test_the_best_model_is_loaded_and_trained_on(runs, tools) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(seen.losses[best], rel=1e-6)
     trainer.optimizer.train()
     assert tools.distance(tools.weights(trainer.model), seen.averaged[best]) == 0
+
+
+@pytest.mark.parametrize("other", [{}, {"weight_noise": 0.01}, {"sam": 0.3}, {"adversarial": True}], ids=str)
+def test_evaluations_change_nothing(runs, tools, other) -> None:
+    """But the random numbers of dropout, on a CPU."""
+    recipe = {"ema": 0.5, **other}
+    never, always = (
+        tools.weights(runs.train(dropout=0.0, recipe=recipe, arguments=arguments).model)
+        for arguments in ({}, {"eval_strategy": "steps", "eval_steps": 1})
+    )
+    assert tools.distance(always, never) == 0
 
 
 def test_an_optimizer_without_averages_is_saved_as_it_is(runs, tools) -> None:

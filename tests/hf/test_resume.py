@@ -79,6 +79,25 @@ def check_resumption(runs: Any, tools: Any, steps: tuple[int, ...], make: Any) -
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "weight noise": {"weight_noise": {"std": 0.01, "annealing": "linear"}},
+    "noise on inputs": {"embedding_noise": {"alpha": 3.0, "annealing": "cosine"}, "token_noise": 0.1},
+    "other passes": {"adversarial": {"epsilon": 0.1}, "r_drop": 1.0},
+    "everything": {
+        "weight_decay": 0.1, "lr_decay": 0.9, "dropout": {"rate": 0.2, "annealing": "linear"}, "clip": 1.0,
+        "gradient_noise": 0.01, "embedding_noise": 1.0, "token_noise": 0.05, "weight_noise": 0.001,
+        "activation_noise": {"std": 0.01, "annealing": "linear"}, "adversarial": {"epsilon": 0.01},
+        "r_drop": 0.5, "sam": {"rho": 0.02, "start_step": 1}, "lookahead": 2, "ema": 0.8, "swa": 0.5,
+        "l1": 1e-5, "l2sp": 1e-3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes_resume_bit_for_bit(runs, tools, kind) -> None:
+    check_resumption(runs, tools, (1, 4) if kind == "everything" else (3,), lambda: {"recipe": RECIPES[kind]})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumes_bit_for_bit(runs, tools, kind) -> None:
     steps = (1, 2, 3, 4, 5) if kind == "ema" else (1, 4) if kind == "sam" else (3,)

@@ -78,7 +78,10 @@ def test_masks_of_both_passes(runs, tools, same) -> None:
     model, masks = tools.tiny(0.5), []
     model.transformer.drop.register_forward_hook(lambda module, args, out: masks.append(out == 0))
     runs.train(
-        model=model, same_masks=same, arguments={"max_steps": 1, "gradient_accumulation_steps": 2}, **tools.sam()
+        model=model,
+        same_masks=same,
+        arguments={"max_steps": 1, "gradient_accumulation_steps": 2},
+        **tools.sam(),
     )
     assert len(masks) == 4
     assert torch.equal(masks[0], masks[2]) is same and torch.equal(masks[1], masks[3]) is same

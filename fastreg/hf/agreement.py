@@ -1,0 +1,26 @@
+"""R-Drop in a Trainer: its loss is scaled as that of the model, also over accumulated steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..rdrop import r_drop
+
+
+class Agreeing:
+    """Called like a model by `Trainer.compute_loss`: each input passes twice, with masks of its own.
+
+    Args:
+        model: The model, as prepared.
+        alpha: Weight of the divergence.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float) -> None:
+        self._model, self._alpha = model, alpha
+
+    def __call__(self, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Any]:
+        """The loss and the logits of the first pass."""
+        result = r_drop(self._model, inputs, self._alpha, num_items_in_batch=num_items_in_batch)
+        return {"loss": result.loss, "logits": result.logits}
