@@ -54,7 +54,7 @@ class Regularization:
             `annealing`.
         token_noise: `rate`, `special_tokens`, `annealing`.
         weight_noise: `std`, `relative`, `annealing`.
-        adversarial: `method` ("fgm"), `epsilon`.
+        adversarial: `method` ("fgm"), `epsilon`, `modules`.
         r_drop: `alpha`.
         sam: `rho`, `adaptive`, `eta`, `interval`, `start_step`, `perturb`, `rounding`.
         msam: `rho`.

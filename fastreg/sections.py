@@ -109,7 +109,7 @@ SECTIONS: dict[str, Section] = {
         {
             "alpha": Key(number, 5.0, "size of the uniform noise; 5, 10 or 15"),
             "std": Key(number, 0.01, "standard deviation of Gaussian noise instead"),
-            "length": Key(one_of("padded", "true"), "padded", "padded, as transformers; true: without padding"),
+            "length": Key(one_of("padded", "true"), "padded", "padded, as transformers; or true"),
             "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
         },
         "alpha",
@@ -147,6 +147,7 @@ SECTIONS: dict[str, Section] = {
         {
             "method": Key(one_of("fgm"), "fgm", "fgm"),
             "epsilon": Key(number, 1.0, "how far, in the L2 norm"),
+            "modules": Key(text, "wte", "a pattern in names of parameters; default: the input embeddings"),
         },
         "method",
     ),

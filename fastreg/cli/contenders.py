@@ -162,6 +162,36 @@ def _annealed(setup: Setup, p: float) -> None:
     setup.add(dropout={"annealing": {"start": p, "end": 0.0, "steps": 1.0}, "inject": True})
 
 
+@contender("neftune", "uniform noise of size {} on token embeddings", 5.0)
+def _neftune(setup: Setup, alpha: float) -> None:
+    setup.add(embedding_noise={"alpha": alpha})
+
+
+@contender("tokennoise", "a share of {} of the input tokens replaced by random ones", 0.1)
+def _tokennoise(setup: Setup, rate: float) -> None:
+    setup.add(token_noise={"rate": rate})
+
+
+@contender("actnoise", "Gaussian noise of {} times each output of attention and MLP", 0.2)
+def _actnoise(setup: Setup, std: float) -> None:
+    setup.add(activation_noise={"std": std, "kind": "multiplicative"})
+
+
+@contender("weightnoise", "Gaussian noise of {} on all weights while gradients are computed", 0.01)
+def _weightnoise(setup: Setup, std: float) -> None:
+    setup.add(weight_noise={"std": std})
+
+
+@contender("fgm", "a second backward pass with embeddings moved by {} to raise the loss", 1.0)
+def _fgm(setup: Setup, epsilon: float) -> None:
+    setup.add(adversarial={"method": "fgm", "epsilon": epsilon})
+
+
+@contender("rdrop", "two passes with different dropout of 0.1, whose divergence counts {} times", 1.0)
+def _rdrop(setup: Setup, alpha: float) -> None:
+    setup.add(r_drop={"alpha": alpha}, dropout={"rate": 0.1, "inject": True})
+
+
 @contender("adadrop", "dropout {} on average, more of neurons that matter less", 0.1)
 def _adadrop(setup: Setup, p: float) -> None:
     from fastreg.nn import AdaptiveDropout

@@ -12,19 +12,28 @@ from matplotlib.figure import Figure
 
 from .results import Result
 
-# Okabe & Ito, then Tol's muted: told apart with any colour vision. What the others are measured against is
-# black and grey.
+# Okabe & Ito, then Tol's muted, then in between: told apart with any colour vision as far as so many can be.
+# What the others are measured against is black and grey.
 COLOURS = {
     "torch": "#9a9a9a", "plain": "#000000", "clip": "#56b4e9", "noise": "#e69f00",
     "ema": "#009e73", "decay": "#cc79a7", "all": "#d55e00",
     "swa": "#117733", "lookahead": "#0072b2", "sam": "#882255", "asam": "#aa4499", "msam": "#999933",
 }  # fmt: skip
-SPARE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+SPARE = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#cc3311", "#44aa99",
+    "#b8860b", "#7b5ea7", "#8c564b", "#6b8e23", "#ee3377", "#4477aa", "#5d4037",
+)  # fmt: skip
+DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+"""Of the first, second and third curve of one colour."""
 INK, FAINT = "#222222", "#dddddd"
+LINE = 0.205
+"""Height of a name, in inches."""
+ABOVE, BELOW = 1.25, 0.55
+"""Room for headline and axis, in inches."""
 
 
 def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
-    """Draw validation and training curves, each named where it ends.
+    """Draw validation and training curves, each named where it ends; of several seeds their means and range.
 
     Args:
         path: The PNG to write.
@@ -32,32 +41,44 @@ def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
         headline: Two lines above the panels.
     """
     width, left_edge = 11, 0.05
-    figure = Figure(figsize=(width, 5.2), dpi=160, facecolor="white")
+    tall = max(3.4, LINE * (len(results) + 1))
+    height = tall + ABOVE + BELOW
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     # Beside each panel there is room for the longest name with its loss, in inches.
     names = 0.09 * min(max([len(f"{result.label} 0.00") for result in results] or [10]), 30)
     right_edge, gap = 1 - (names + 0.15) / width, names + 0.6
     panel = ((right_edge - left_edge) * width - gap) / 2
-    figure.subplots_adjust(left=left_edge, right=right_edge, top=0.76, bottom=0.1, wspace=gap / panel)
-    figure.text(0.02, 0.945, headline[0], fontsize=14, fontweight="bold", color=INK, va="center")
-    figure.text(0.02, 0.885, headline[1], fontsize=12, color=INK, va="center")
-    colours = _colours([result.label for result in results])
-    _panel(left, "Validation loss", results, [result.validation for result in results], colours, dots=True)
-    _panel(right, "Training loss", results, [result.train for result in results], colours, dots=False)
+    figure.subplots_adjust(
+        left=left_edge, right=right_edge, top=1 - ABOVE / height, bottom=BELOW / height, wspace=gap / panel
+    )
+    figure.text(0.02, 1 - 0.29 / height, headline[0], fontsize=14, fontweight="bold", color=INK, va="center")
+    figure.text(0.02, 1 - 0.6 / height, headline[1], fontsize=12, color=INK, va="center")
+    styles = _styles([result.label for result in results])
+    _panel(left, "Validation loss", results, "validation", styles, LINE / tall)
+    _panel(right, "Training loss", results, "train", styles, LINE / tall)
     figure.savefig(path)
 
 
-def _colours(labels: list[str]) -> list[str]:
+def _styles(labels: list[str]) -> list[tuple[str, Any]]:
+    """Colour and dashes of each, no two alike as far as there are so many."""
     named = {COLOURS[label] for label in labels if label in COLOURS}
-    free = [colour for colour in (*SPARE, *COLOURS.values()) if colour not in named]
-    spare = itertools.cycle(dict.fromkeys(free) or SPARE)
-    return [COLOURS.get(label) or next(spare) for label in labels]
+    free = [colour for colour in dict.fromkeys((*SPARE, *COLOURS.values())) if colour not in named]
+    spare = itertools.cycle(free or SPARE)
+    used: dict[str, int] = {}
+    styles = []
+    for label in labels:
+        colour = COLOURS.get(label) or next(spare)
+        used[colour] = used.get(colour, 0) + 1
+        styles.append((colour, DASHES[(used[colour] - 1) % len(DASHES)]))
+    return styles
 
 
 def _panel(
-    axes: Any, title: str, results: list[Result], curves: list[list[float]], colours: list[str], dots: bool
+    axes: Any, title: str, results: list[Result], which: str, styles: list[tuple[str, Any]], line: float
 ) -> None:  # fmt: skip
+    """Draw the curves called `which`; names need a share `line` of the height each."""
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
@@ -66,56 +87,65 @@ def _panel(
     axes.set_xlabel("step", fontsize=10, color="#555555", loc="right")
     if not results:
         return
+    curves = [getattr(result, which) for result in results]
     last = max(max(result.steps[-1] for result in results), 1)
-    low, high = _range(results, curves, last)
+    low, high = _range([result.steps for result in results], curves, last)
     axes.set_xlim(0, last)
     axes.set_ylim(low, high)
     order = {"plain": 2, "torch": 3}  # where they coincide, torch shows as dashes on plain
     ends = []
-    for result, curve, colour in zip(results, curves, colours, strict=True):
+    for result, curve, (colour, dashes) in zip(results, curves, styles, strict=True):
         axes.plot(
-            result.steps, curve, color=colour, linewidth=2.6 if result.label == "plain" else 1.9,
-            linestyle=(0, (2, 2)) if result.label == "torch" else "-", zorder=order.get(result.label, 4),
-            solid_capstyle="round", marker="o" if len(curve) == 1 else None,
+            result.steps, curve, color=colour, linewidth=2.6 if result.label == "plain" else 1.8,
+            linestyle=(0, (2, 2)) if result.label == "torch" else dashes, zorder=order.get(result.label, 4),
+            marker="o" if len(curve) == 1 else None,
         )  # fmt: skip
-        if dots and low <= curve[result.best] <= high:
+        if len(result.runs) > 1:
+            points = list(zip(*(getattr(record, which) for record in result.runs), strict=False))
+            band = [min(point) for point in points], [max(point) for point in points]
+            axes.fill_between(result.steps, *band, color=colour, alpha=0.13, linewidth=0, zorder=1)
+        if which == "validation" and low <= curve[result.best] <= high:
             lowest = result.steps[result.best], curve[result.best]
             axes.plot(
                 *lowest, "o", color=colour, markersize=6, markeredgecolor="white", zorder=5, clip_on=False
             )
         if math.isfinite(curve[-1]):
             ends.append((curve[-1], result.steps[-1], f"{result.label} {curve[-1]:.2f}", colour))
-    _name_ends(axes, ends, last, low, high)
-    if dots:
-        axes.set_title("\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10)
+    _name_ends(axes, ends, last, low, high, line)
+    if which == "validation":
+        seeds = max(len(result.runs) for result in results)
+        told = f"mean and range of {seeds} seeds    " if seeds > 1 else ""
+        axes.set_title(
+            f"{told}\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10
+        )
 
 
-def _range(results: list[Result], curves: list[list[float]], last: int) -> tuple[float, float]:
-    """All that happens after the first fall of the loss."""
-    points = [
-        (step, y)
-        for result, curve in zip(results, curves, strict=True)
-        for step, y in zip(result.steps, curve, strict=True)
-        if math.isfinite(y)
-    ]
-    late = [y for step, y in points if step >= 0.15 * last] or [y for _, y in points] or [0.0, 1.0]
-    margin = 0.05 * (max(late) - min(late)) or 0.1
-    return min(late) - margin, max(late) + margin
+def _range(steps: list[list[int]], curves: list[list[float]], last: int) -> tuple[float, float]:
+    """All that happens after the first fall of the loss, but for curves far above the others."""
+    found = []
+    for at, curve in zip(steps, curves, strict=True):
+        points = [(step, y) for step, y in zip(at, curve, strict=True) if math.isfinite(y)]
+        late = [y for step, y in points if step >= 0.15 * last] or [y for _, y in points]
+        if late:
+            found.append((min(late), max(late)))
+    if not found:
+        return -0.1, 1.1
+    found.sort()
+    low, usual = found[0][0], max(high for _, high in found[: math.ceil(0.75 * len(found))])
+    high = max(high for lowest, high in found if lowest <= usual + (usual - low))
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
 
 
 def _name_ends(
-    axes: Any, ends: list[tuple[float, int, str, str]], last: int, low: float, high: float
+    axes: Any, ends: list[tuple[float, int, str, str]], last: int, low: float, high: float, line: float
 ) -> None:
     """Write each name beside the end of its curve, moved apart where they would overlap."""
-    apart = 0.06 * (high - low)
+    apart = line * (high - low)
     ends = sorted(ends)
-    places = [min(max(y, low), high) for y, *_ in ends]
-    for _ in range(200):
-        places[:1] = [max(place, low + apart / 2) for place in places[:1]]
-        for i in range(len(places) - 1):
-            if (overlap := apart - (places[i + 1] - places[i])) > 1e-9 * apart:
-                places[i] -= overlap / 2
-                places[i + 1] += overlap / 2
+    highest = max(high - apart * (len(ends) - 0.5), low + apart / 2)
+    levels = _rising([min(max(y, low), high) - i * apart for i, (y, *_) in enumerate(ends)])
+    places = [min(max(level, low + apart / 2), highest) + i * apart for i, level in enumerate(levels)]
     for (y, step, name, colour), place in zip(ends, places, strict=True):
         if step < last:  # stopped early
             beside: Any = {"xytext": (6, 0), "textcoords": "offset points"}
@@ -124,3 +154,14 @@ def _name_ends(
         across = {"transform": axes.get_yaxis_transform(), "clip_on": False}
         axes.plot((1, 1.035), (y, place), color=colour, linewidth=0.8, **across)
         axes.text(1.045, place, name, va="center", fontsize=11, color=colour, **across)
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The values nearest to these, in squares, of which none is below the one before."""
+    blocks: list[tuple[float, int]] = []  # mean, how many
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (b, n), (a, m) = blocks.pop(), blocks.pop()
+            blocks.append(((a * m + b * n) / (m + n), m + n))
+    return [mean for mean, count in blocks for _ in range(count)]

@@ -46,7 +46,7 @@ def show(console: Console, results: list[Result], memory: str) -> None:
     table = _table(results)
     # Wider than a narrow terminal, rather than without the names of contenders.
     wide = Measurement.get(console, console.options.update(max_width=300), table).maximum
-    console.print(table, width=max(wide, console.width), crop=False, overflow="ignore")
+    Console(width=max(wide, console.width)).print(table)
     notes = [f"* stopped, losses of step {result.steps[-1]}" for result in results if not result.finished]
     if any(len(result.runs) > 1 for result in results):
         notes.append("means over seeds ± standard deviations")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,9 @@ tokenizers = pytest.importorskip("tokenizers")
 import torch  # noqa: E402
 
 import fastreg  # noqa: E402
-from fastreg.cli import contenders, main  # noqa: E402
+from fastreg.callbacks import Callback  # noqa: E402
+from fastreg.cli import choice, contenders, main, training  # noqa: E402
+from fastreg.cli.setup import Setup  # noqa: E402
 
 FEW = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--block-size", "16"]
 SMALL = [*FEW, "--train-tokens", "160", "--val-tokens", "160"]
@@ -121,47 +124,37 @@ def test_sharpness_aware_contenders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("label", ["torch+sam", "asam+torch", "torch+msam", "torch+lookahead"])
 def test_torch_is_compared_as_it_is(label):
-    setup = contenders.Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0, steps=10)
-    contenders.parse(label)[0].apply(setup)
-    with pytest.raises(ValueError, match="as it is, got (SAM|MSAM|SlowWeights);"):
-        setup.optimizer(setup)
+    setup = Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0, steps=10)
+    choice.parse(label)[0].apply(setup)
+    with pytest.raises(ValueError, match="as it is, got (sam|msam|lookahead);"):
+        setup.make(setup)
 
 
-def test_a_step_of_sam_evaluates_the_loss_twice():
-    weight = torch.nn.Parameter(torch.tensor([3.0]))
-    optimizer = fastreg.SAM([weight], fastreg.SGD, rho=0.5, lr=0.1)
-    seen = []
-
-    def loss():
-        seen.append(weight.item())
-        return (weight**2).sum() / 2
-
-    class Watch(list):
-        def __enter__(self):
-            self.append(weight.item())
-
-        def __exit__(self, *_):
-            self.append(weight.item())
-
-    watch = Watch()
-    contenders.sharpness_aware_step(loss, optimizer, watch)
-    assert seen == [3.0, 3.5] and weight.grad is None
-    assert watch == pytest.approx([3.0, 3.5, 3.5, 3.0 - 0.35])
+def made(label, **options):
+    """A run of a contender with a linear model."""
+    settings = {
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "steps": 10,
+        "warmup": 0,
+        "device": torch.device("cpu"),
+    } | options
+    task = SimpleNamespace(initial=lambda seed: torch.nn.Linear(3, 1))
+    return training.Run(choice.parse(label)[0], task, SimpleNamespace(**settings), 0)
 
 
 def test_msam_is_evaluated_at_the_weights_themselves():
-    model = torch.nn.Linear(3, 1)
-    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=10)
-    contenders.parse("msam=5")[0].apply(setup)
+    run = made("msam=5")
+    model, optimizer = run.model, run.optimizer
     plain = torch.nn.Linear(3, 1)
     plain.load_state_dict(model.state_dict())
-    optimizer, other = setup.optimizer(setup), fastreg.AdamW(plain.parameters(), lr=0.1, weight_decay=0.0)
+    other = fastreg.AdamW(plain.parameters(), lr=0.1, weight_decay=0.0)
     for parameter in (*model.parameters(), *plain.parameters()):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     other.step()
     assert not torch.allclose(model.weight, plain.weight, atol=0.1)
-    with setup.evaluation(optimizer):
+    with run.evaluation():
         torch.testing.assert_close(model.weight, plain.weight)
 
 
@@ -169,57 +162,79 @@ def test_every_contender_has_a_colour_of_its_own():
     from fastreg.cli import figure
 
     labels = [*contenders.DEFAULT.split(","), "swa", "lookahead", "sam", "asam", "msam"]
-    assert len(set(figure._colours(labels))) == len(labels)
-    assert len(set(figure._colours(["plain", "all", "sam=1", "sam=2", "clip+msam"]))) == 5
+    assert len({colour for colour, _ in figure._styles(labels)}) == len(labels)
+    assert len({colour for colour, _ in figure._styles(["plain", "all", "sam=1", "sam=2", "clip+msam"])}) == 5
+    every = [*contenders.ENTRIES, "all", *(f"recipe {i}" for i in range(8))]
+    assert len(set(figure._styles(every))) == len(every)
 
 
-def test_strengths_and_combinations_reach_the_optimizer(monkeypatch, tmp_path):
-    made = []
+def test_strengths_and_combinations_reach_the_optimizer():
+    optimizer = made("clip=0.5+noise=1e-3+decay=0.25+value=2", lr=0.01).optimizer
+    pieces = {type(piece).__name__: piece for piece in optimizer._pieces}
+    assert pieces["ClipNorm"].max_norm == 0.5 and pieces["ClipValue"].clip_value == 2
+    assert pieces["GradientNoise"].std == 1e-3
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.25 and group["lr"] == 0.01
 
-    class Spy(fastreg.AdamW):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(kwargs)
 
-    monkeypatch.setattr(fastreg, "AdamW", Spy)
-    code, _ = compare(tmp_path, "--with", "clip=0.5+noise=1e-3+decay=0.25", "--lr", "0.01")
-    clip, noise = made[-1]["regularizers"]
-    assert code == 0 and (clip.max_norm, noise.std) == (0.5, 1e-3)
-    assert made[-1]["weight_decay"] == 0.25 and made[-1]["lr"] == 0.01
+def test_strengths_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="sam.rho is given more than once, as 0.1 and 0.5"):
+        made("sam=0.1+asam")
+
+
+class Stop(Callback):
+    """Presses Ctrl-C in some step."""
+
+    name = "stop"
+
+    def __init__(self, at):
+        self.left = at
+
+    def around_gradients(self, gradients, watch):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return gradients
+
+
+def entry(monkeypatch, name, change):
+    """A contender that changes what the others make."""
+
+    def apply(setup):
+        make = setup.make
+
+        def changed(setup):
+            optimizer, callbacks = make(setup)
+            change(setup, callbacks)
+            return optimizer, callbacks
+
+        setup.make = changed
+
+    monkeypatch.setitem(contenders.ENTRIES, name, contenders.Entry(name, "for a test", None, apply))
 
 
 def test_a_contender_may_change_model_and_training_step(monkeypatch, tmp_path):
     steps = []
 
-    def twice(loss, optimizer, watch):
-        steps.append(loss().item())
-        contenders.training_step(loss, optimizer, watch)
+    class Counting(Callback):
+        def around_loss(self, loss):
+            steps.append(loss().item())
+            return loss
 
-    def apply(setup, p):
-        setup.model.transformer.drop.p = p
-        setup.training_step = twice
+    def change(setup, callbacks):
+        setup.model.transformer.drop.p = 0.5
+        callbacks.append(Counting())
 
-    entry = contenders.Entry("dropout", "dropout of {} behind the embedding", 0.5, apply)
-    monkeypatch.setitem(contenders.ENTRIES, "dropout", entry)
-    _, results = compare(tmp_path, "--with", "plain,dropout,dropout=0")
+    entry(monkeypatch, "changed", change)
+    _, results = compare(tmp_path, "--with", "plain,changed")
     curves = losses(results)
-    assert len(steps) == 8
-    assert curves["dropout=0"] == curves["plain"] != curves["dropout"]
-    assert results["contenders"][1]["summary"] == "dropout of 0.5 behind the embedding"
+    assert len(steps) == 4
+    assert curves["changed"] != curves["plain"]
+    assert results["contenders"][1]["summary"] == "for a test"
 
 
 def test_ctrl_c_keeps_what_is_done(monkeypatch, tmp_path, capsys):
-    steps = iter(range(9))
-
-    def interrupted(loss, optimizer, watch):
-        if next(steps) == 3:
-            raise KeyboardInterrupt
-        contenders.training_step(loss, optimizer, watch)
-
-    def apply(setup):
-        setup.training_step = interrupted
-
-    monkeypatch.setitem(contenders.ENTRIES, "stop", contenders.Entry("stop", "presses Ctrl-C", None, apply))
+    entry(monkeypatch, "stop", lambda setup, callbacks: callbacks.append(Stop(4)))
     code, results = compare(tmp_path, "--with", "plain,stop,ema")
     assert code == 130 and results["interrupted"]
     plain, stop = results["contenders"]
@@ -227,18 +242,17 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch, tmp_path, capsys):
     assert not stop["finished"] and stop["curves"]["step"] == [0, 2]
     assert results["verdicts"]["stop"]["outcome"] == "stopped"
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
-    assert "* stopped, losses of step 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "* stopped, losses of step 2" in printed
+    assert f"fastreg compare --resume {tmp_path} goes on" in printed
 
 
 def test_ctrl_c_before_the_first_evaluation_writes_an_empty_result(monkeypatch, tmp_path):
-    def apply(setup):
-        setup.evaluation = interrupt
-
-    def interrupt(optimizer):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(contenders.ENTRIES, "stop", contenders.Entry("stop", "presses Ctrl-C", None, apply))
-    code, results = compare(tmp_path, "--with", "stop,plain")
+    monkeypatch.setattr(training, "_mean_loss", interrupt)
+    code, results = compare(tmp_path, "--with", "clip,plain")
     assert code == 130 and results["contenders"] == []
 
 
@@ -260,8 +274,6 @@ def test_text_files_are_split_in_order(tmp_path):
 
 
 def test_final_losses_take_all_windows_and_curves_a_sample(monkeypatch, tmp_path):
-    from fastreg.cli import training
-
     monkeypatch.setattr(training, "CURVE_WINDOWS", 3)
     _, results = compare(tmp_path, "--with", "plain")
     _, whole = compare(tmp_path, "--with", "plain", "--eval-every", "4")
@@ -372,11 +384,26 @@ def test_annealing_ends_where_it_should():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
-    setup = contenders.Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=4)
-    contenders.parse("annealed=0.4")[0].apply(setup)
+    setup = Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=4)
+    choice.parse("annealed=0.4")[0].apply(setup)
+    _, callbacks = setup.make(setup)
     found = [model.transformer.h[1].mlp.dropout.p]
     for _ in range(4):
-        for scheduler in setup.schedulers:
-            scheduler.step()
+        callbacks.step()
         found.append(model.transformer.h[1].mlp.dropout.p)
     assert found == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_noise_adversarial_passes_and_r_drop(tmp_path):
+    """Each changes the run, and without strength nothing."""
+    names = "neftune,tokennoise=0.3,actnoise,weightnoise,fgm"
+    zeros = "neftune=0,tokennoise=0,actnoise=0,weightnoise=0"
+    _, results = compare(tmp_path, "--with", f"plain,{names},{zeros},dropout,rdrop")
+    curves = losses(results)
+    assert len({curve["validation"][0] for curve in curves.values()}) == 1
+    ends = {name: curve["validation"][-1] for name, curve in curves.items()}
+    for name in names.split(","):
+        assert ends[name] != pytest.approx(ends["plain"], rel=1e-6), name
+    for name in zeros.split(","):
+        assert ends[name] == ends["plain"], name
+    assert ends["rdrop"] != pytest.approx(ends["dropout"], rel=1e-6)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastreg.cli import contenders, main
+from fastreg.cli import choice, contenders, main
 from fastreg.cli.usage import UsageError
 
 
@@ -52,6 +52,12 @@ WRONG = [
     (["compare", "--with", "clip+"], "unknown contender ''"),
     (["compare", "--with", "ema=much"], "'ema=much' is not a number; for example ema=0.98"),
     (["compare", "--with", "plain=3"], "'plain' takes no strength"),
+    (["compare", "--seeds", "0"], "whole number >= 1, got '0'"),
+    (["compare", "--recipe", "no/such.yaml"], "--recipe no/such.yaml: No such file"),
+    (
+        ["compare", "--resume", "no/such"],
+        "--resume no/such: holds no interrupted run (there is no resume.pt)",
+    ),
     (["bench", "--suite", "rules,speed"], "unknown suite 'speed'; choose from rules, regularizers"),
     (["bench", "--suite", ","], "names no suite"),
     (["bench", "--device", "gpu:x"], "--device gpu:x: "),
@@ -85,9 +91,17 @@ WRONG_LATER = [
     (["--with", "ema=1.5"], "decay must be in [0, 1)"),
     (["--with", "clip=0"], "max_norm must be > 0"),
     (["--with", "decay=-1"], "weight_decay"),
-    (["--with", "clip+clip=2"], "more than once"),
-    (["--with", "torch+noise"], "compared as it is, got GradientNoise"),
-    (["--with", "torch+amsgrad"], "compared as it is, got amsgrad"),
+    (["--with", "clip+clip=2"], "clip.max_norm is given more than once, as 1.0 and 2.0"),
+    (["--with", "torch+noise"], "compared as it is, got gradient_noise"),
+    (["--recipe", "{unknown}"], "{unknown}: a recipe has no field 'clp'; did you mean 'clip'?"),
+    (["--recipe", "{range}"], "{range}: clip: max_norm must be > 0, got max_norm=-1.0"),
+    (["--recipe", "{noyaml}"], "{noyaml}: while scanning"),
+    (["--recipe", "{list}"], "{list}: a recipe is a mapping"),
+    (["--recipe", "{binary}"], "binary: 'utf-8' codec can't decode"),
+    (["--recipe", "{role}"], "--recipe role: dropout: GPT2LMHeadModel has no 'adapter' dropout"),
+    (["--recipe", "{good}", "{good}"], "{good}: there is another contender 'good'"),
+    (["--recipe", "{plain}"], "there is another contender 'plain'"),
+    (["--with", "torch+amsgrad"], "compared as it is, got optimizer"),
 ]
 
 
@@ -99,7 +113,13 @@ def test_wrong_input_gives_one_line_before_anything_is_trained(
 ):
     for module in ("matplotlib", "rich", "transformers"):
         pytest.importorskip(module)
-    files = {name: tmp_path / name for name in ("folder", "binary", "short", "empty")}
+    recipes = {
+        "unknown": "clp: 1", "range": "clip: -1", "noyaml": "clip: 'x", "list": "[clip]", "good": "clip: 1",
+        "role": "dropout: {roles: adapter}", "plain": "ema: true",
+    }  # fmt: skip
+    files = {name: tmp_path / name for name in ("folder", "binary", "short", "empty", *recipes)}
+    for name, text in recipes.items():
+        files[name].write_text(text, encoding="utf-8")
     files["folder"].mkdir()
     files["binary"].write_bytes(b"\xff\xfe\x00")
     files["short"].write_text("twenty bytes of text", encoding="utf-8")
@@ -108,7 +128,7 @@ def test_wrong_input_gives_one_line_before_anything_is_trained(
     assert main(["compare", *(argument.format(**files) for argument in arguments)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("fastreg: error: ") and expected in printed.err
+    assert printed.err.startswith("fastreg: error: ") and expected.format(**files) in printed.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -121,9 +141,9 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
 
 
 def test_combinations_expand_to_entries():
-    (combined,) = contenders.parse("all+torch")
+    (combined,) = choice.parse("all+torch")
     assert [entry.name for entry, _ in combined.parts] == ["clip", "noise", "ema", "decay", "torch"]
-    single, other = contenders.parse(" ema = 0.5 , clip ")
+    single, other = choice.parse(" ema = 0.5 , clip ")
     assert (single.label, single.parts[0][1], other.parts[0][1]) == ("ema = 0.5", 0.5, 1.0)
     with pytest.raises(UsageError, match="unknown"):
-        contenders.parse("all,none")
+        choice.parse("all,none")
