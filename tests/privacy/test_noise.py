@@ -82,7 +82,7 @@ def test_tensors_steps_and_keys_do_not_depend_on_each_other():
     """Also tensors of equal shapes."""
     n = 200_000
     first, second = drawn([(n,), (n,)], steps=2)
-    (other, _), = drawn([(n,), (n,)], seed=8)
+    ((other, _),) = drawn([(n,), (n,)], seed=8)
     found = [*first, *second, other]
     assert all(uncorrelated(a, b) for i, a in enumerate(found) for b in found[:i])
     assert not uncorrelated(first[0], drawn([(n,)])[0][0])
@@ -135,7 +135,10 @@ def test_of_narrow_weights_is_float32(backend, make):
     """Noise in bfloat16 would have a few thousand values: it is rounded after it was added."""
     if make is fastreg.SGD:
         make = lambda params, lr: fastreg.SGD(params, lr, bf16="nearest")  # noqa: E731
-    wide, narrow = (drawn([(2000,)], 1, backend, dtype=dtype, make=make)[0][0] for dtype in (torch.float32, torch.bfloat16))
+    wide, narrow = (
+        drawn([(2000,)], 1, backend, dtype=dtype, make=make)[0][0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert narrow.dtype == torch.bfloat16
     assert ((narrow.float() - wide).abs() <= 2.0**-7 * wide.abs()).all()
 
@@ -168,7 +171,9 @@ def test_the_seed_of_the_optimizer_has_no_part_in_it():
         torch.manual_seed(torch_seed)
         p = torch.nn.Parameter(torch.zeros(8))
         p.grad_sample = None
-        optimizer = DPOptimizer(fastreg.SGD([p], 1.0, seed=optimizer_seed), loss_reduction="sum", noise_seed=3)
+        optimizer = DPOptimizer(
+            fastreg.SGD([p], 1.0, seed=optimizer_seed), loss_reduction="sum", noise_seed=3
+        )
         optimizer.step()
         return p.detach()
 
@@ -185,7 +190,9 @@ def test_no_seed_does_not_warn():
     Noise()
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda noise: pickle.loads(pickle.dumps(noise))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda noise: pickle.loads(pickle.dumps(noise))]
+)
 def test_copies_have_a_key_of_their_own(copied):
     noise = Noise()
     noise.advance()
