@@ -58,6 +58,9 @@ class BookKeeping:
         clipping: `"flat"` or `"per_layer"` (every parameter tensor by itself, as Opacus has it).
         loss_reduction: Whether the loss is a `"mean"` over the samples or their `"sum"`.
         batch_dim: Where the samples are in the input of every layer, 0 or 1.
+        shared_inputs: Names of layers whose input has no dimension of samples, as they all share it, such as
+            embeddings of positions.  Ids in one dimension are taken for that where they are not as many as
+            samples, and so is an input of one sample; this is for when it cannot be told.
         attach: Whether to attach at once.
 
     Raises:
@@ -71,7 +74,7 @@ class BookKeeping:
         self, model: nn.Module, *,
         max_grad_norm: Bound | Mapping[str, Bound] | Sequence[Bound] = 1.0,
         clipping: Literal["flat", "per_layer"] = "flat", loss_reduction: Literal["mean", "sum"] = "mean",
-        batch_dim: int = 0, attach: bool = True,
+        batch_dim: int = 0, shared_inputs: Sequence[str] = (), attach: bool = True,
     ) -> None:  # fmt: skip
         for name, value, allowed in (
             ("clipping", clipping, ("flat", "per_layer")),
@@ -82,6 +85,7 @@ class BookKeeping:
                 raise ValueError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
         self.model, self.max_grad_norm, self.clipping = model, max_grad_norm, clipping
         self.loss_reduction, self.batch_dim = loss_reduction, batch_dim
+        self.shared_inputs = tuple(shared_inputs)
         self.norms: Tensor | None = None
         """`[batch]` in double, the norms at the latest backward pass; not private."""
         self.samples = 0
@@ -138,11 +142,13 @@ class BookKeeping:
         if self.attached:
             return
         names, layers = self._covered()
+        if unknown := set(self.shared_inputs) - {name for name, _ in layers.values()}:
+            raise ValueError(f"shared_inputs names no layer that is covered: {min(unknown)!r}")
         self._bounds(len(names), list(names.values()))
         self._names = names
         self._frozen = [(n, p) for n, p in self.model.named_parameters() if p not in names]
         for module, (name, layer) in layers.items():
-            module.forward = Forward(self, name, layer)  # type: ignore[method-assign]
+            module.forward = Forward(self, name, layer, name in self.shared_inputs or None)  # type: ignore[method-assign]
             self._undo.append(functools.partial(vars(module).pop, "forward"))
         for p, name in names.items():
             self._undo.append(p.register_hook(functools.partial(refuse, name)).remove)
@@ -265,13 +271,20 @@ class BookKeeping:
         if size is None or not (self._within or recomputed):
             return x
         own = x.shape[dim] if x.dim() > dim else None
-        positions = x.dim() == 1 and not x.is_floating_point()
-        if own == size and not (positions and size > 1 and counts_up(x)):
-            return x
         if own == 1 and x.dim() > 1:
             return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :])
-        if positions:
-            return x.unsqueeze(dim).expand(size, -1) if dim == 0 else x.unsqueeze(dim).expand(-1, size)
+        if forward.shared is None and x.dim() == 1 and not x.is_floating_point() and (own, size) != (1, 1):
+            if own == size and counts_up(x):
+                raise ValueError(
+                    f"{forward.name!r} was given {own} ids that count up in a batch of {size} samples: if they are "
+                    f"positions, the same for all samples, say shared_inputs=({forward.name!r},) or give them "
+                    "as [1, positions]"
+                )
+            forward.shared = own != size
+        if forward.shared:
+            return x.unsqueeze(dim).expand(*x.shape[:dim], size, *x.shape[dim:])
+        if own == size:
+            return x
         raise ValueError(
             f"the input {list(x.shape)} of {forward.name!r} should have the {size} samples of the batch in "
             f"dimension {dim}; freeze the layer, or let it keep samples apart"

@@ -137,6 +137,31 @@ class Embedding(Layer):
         return {"weight": Rows(ids, grad, self.module.num_embeddings)}
 
 
+class ScaledEmbedding(Embedding):
+    """transformers' `...ScaledWordEmbedding`: an embedding times a number, `embed_scale`.
+
+    Raises:
+        Refused: If its output, tried out, is another.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device).unsqueeze(0)
+        with torch.no_grad():
+            found, expected = type(module).forward(module, ids), F.embedding(ids, module.weight) * self._scale
+        if not torch.equal(found, expected):
+            raise Refused("its output is not that of an embedding times embed_scale")
+
+    @property
+    def _scale(self) -> Any:
+        scale = self.module.embed_scale
+        return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else scale
+
+    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
+        """Rows of the matrix."""
+        return super().parts(kept, grad * self._scale, needed)
+
+
 class LayerNorm(Layer):
     """`nn.LayerNorm`."""
 
@@ -145,7 +170,8 @@ class LayerNorm(Layer):
         module, kind = self.module, x.device.type
         weight, bias = self._parameter("weight"), self._parameter("bias")
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+            weight, bias = (None if t is None else t.float() for t in (weight, bias))
+            x = x.float()
         out, mean, deviation = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
         return out, (x, mean.detach(), deviation.detach())
 
@@ -305,6 +331,8 @@ def layer_of(module: nn.Module) -> Layer:
         # A subclass may compute anything; one that leaves `forward` alone computes the same.
         if isinstance(module, known) and cls.forward is known.forward:
             kind = candidate
+    if isinstance(module, nn.Embedding) and cls.__name__.endswith("ScaledWordEmbedding"):
+        kind = ScaledEmbedding
     if kind is None and cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         kind = Conv1D
     if (

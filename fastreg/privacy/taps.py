@@ -11,10 +11,17 @@ from .layers import Layer
 
 
 class Forward:
-    """Stands in the place of a layer's `forward`.  Copies and pickles of the model get their own back."""
+    """Stands in the place of a layer's `forward`.  Copies and pickles of the model get their own back.
 
-    def __init__(self, engine: Any, name: str, layer: Layer) -> None:
-        self.engine, self.name, self.layer = engine, name, layer
+    Args:
+        engine: Runs the layer.
+        name: Of the layer.
+        layer: How it runs.
+        shared: Whether its input is the same for all samples and has no dimension of them, if that is known.
+    """
+
+    def __init__(self, engine: Any, name: str, layer: Layer, shared: bool | None) -> None:
+        self.engine, self.name, self.layer, self.shared = engine, name, layer, shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.layer.module
@@ -95,5 +102,5 @@ _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_
 
 
 def counts_up(x: Tensor) -> bool:
-    """Whether these are positions, the same for all samples, of which there happen to be as many."""
+    """Whether these may be positions, of which there happen to be as many as samples."""
     return bool(torch.equal(x - x[:1], torch.arange(len(x), device=x.device, dtype=x.dtype)))

@@ -21,26 +21,30 @@ class OneByOne:
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], batch: Any, bound: Any = 1.0) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named}
-        self.norms, self.gradients = [], []
+        self.sizes = {name: 0.0 for name, _ in named}  # of what is summed
+        self.norms = []
         for i in range(len(batch[0])):
             model.zero_grad()
             loss(model, *(t[i : i + 1] for t in batch)).backward()
             own = {name: p.grad.double() for name, p in named if p.grad is not None}
             norm = torch.stack([g.norm() for g in own.values()]).norm()
             self.norms.append(norm)
-            self.gradients.append(own)
             for name, g in own.items():
                 c, n = (bound, norm) if not isinstance(bound, dict) else (bound[name], g.norm())
-                self.sums[name] += g * min(1.0, c / float(n)) if n else 0.0
+                clipped = g * min(1.0, c / float(n)) if n else g
+                self.sums[name] += clipped
+                self.sizes[name] += float(clipped.abs().amax())
+        self.total = sum(self.sizes.values())
         model.zero_grad()
 
     def check(self, model: nn.Module, norms: Tensor | None, tolerance: float = 1e-5) -> None:
-        """The gradients of a model are these, relative to the largest of each parameter."""
+        """The gradients of a model are these, relative to what is summed for each parameter."""
         for name, p in model.named_parameters():
             if name in self.sums:
-                expected = self.sums[name]
-                off = (p.grad.double() - expected).abs().amax()
-                assert off <= tolerance * expected.abs().amax() + 1e-12, (name, float(off))
+                off = float((p.grad.double() - self.sums[name]).abs().amax())
+                # What cancels within a sample, such as biases of keys, is known to float32 of the whole.
+                floor = 1e-8 * self.total
+                assert off <= tolerance * self.sizes[name] + floor, f"{name}: {off} of {self.sizes[name]}"
         if norms is not None:
             assert torch.allclose(norms, torch.stack(self.norms).to(norms), rtol=2e-6, atol=0)
 
