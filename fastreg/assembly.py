@@ -67,6 +67,9 @@ def check(recipe: Any) -> None:
         )
     for where, section in _each(recipe.dropout):
         _rates(section, f"dropout{where}", MANY_STEPS)
+    pace: Any = (recipe.lr_decay or {}).get("rate", 1.0)
+    if not 0 < pace <= 1:
+        raise ValueError(f"lr_decay: rate must be in (0, 1], got rate={pace!r}")
     names = [section.get("name", "ema") for _, section in _each(recipe.ema)]
     for name in names:
         if names.count(name) > 1 or name in ("swa", "slow", "msam"):

@@ -29,6 +29,7 @@ Gradients = Callable[[], Tensor]
 """Evaluates the model on a batch, adds to the gradients and returns the loss, without a graph."""
 Watch = contextlib.AbstractContextManager[Any]
 """Entered around all that the optimizer does, several times a step."""
+_IDLE: Watch = contextlib.nullcontext()
 
 
 class Callback:
@@ -135,7 +136,7 @@ class Callbacks(list[Callback]):
 
         gradients: Gradients = once
         for callback in self:
-            gradients = callback.around_gradients(gradients, watch or contextlib.nullcontext())
+            gradients = callback.around_gradients(gradients, _IDLE if watch is None else watch)
         value = gradients()
         if accumulate:
             for callback in self:
@@ -155,7 +156,7 @@ class Callbacks(list[Callback]):
         Returns:
             The loss at the weights themselves, without a graph.
         """
-        watch = watch or contextlib.nullcontext()
+        watch = _IDLE if watch is None else watch
         value = self.gradients(loss, watch=watch)
         with watch:
             optimizer.step()
