@@ -16,6 +16,7 @@ from .layerwise.apply import remembered
 from .layerwise.inject import branches
 from .layerwise.knobs import places, unwrapped
 from .nn.embedding_noise import input_embeddings
+from .rdrop import divergence, shifts
 
 Times = Callable[[int], float]
 """A factor as a function of the step."""
@@ -236,27 +237,30 @@ class Agreement(Passes):
 
     def __init__(self, model: nn.Module, alpha: float) -> None:
         super().__init__("r_drop")
-        self._alpha, self._seen = alpha, []  # type: ignore[var-annotated]
+        self._alpha = alpha
+        self._seen: list[tuple[Tensor, Tensor, Any]] | None = None  # of the calls within a loss
         self._hook = unwrapped(model).register_forward_hook(self._see, with_kwargs=True)
 
     def around_loss(self, loss: Evaluate) -> Evaluate:
         """The mean of two, and the divergence."""
-        from .rdrop import _divergence
 
         def both() -> Tensor:
             self._made = True
-            self._seen = []
+            seen = self._seen = []
             try:
                 first, second = loss(), loss()
-                if len(self._seen) != 2:
-                    raise RuntimeError(
-                        f"r_drop needs one call of the model in each evaluation of the loss, got "
-                        f"{len(self._seen)} in two"
-                    )
-                (logits, counts), (logits2, _) = self._seen
             finally:
-                self._seen = []
-            return (first + second) * 0.5 + self._alpha * _divergence(logits, logits2, counts, "mean")
+                self._seen = None
+            if len(seen) != 2:
+                raise RuntimeError(
+                    f"r_drop needs one call of the model in each evaluation of the loss, got {len(seen)} in 2"
+                )
+            (logits, counts, items), (logits2, *_) = seen
+            if items is None:
+                apart = divergence(logits, logits2, counts, "mean")
+            else:  # a share of several micro-batches
+                apart = divergence(logits, logits2, counts, "sum") / items
+            return (first + second) * 0.5 + self._alpha * apart
 
         return both
 
@@ -265,7 +269,7 @@ class Agreement(Passes):
         self._hook.remove()
 
     def _see(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not model.training:
+        if self._seen is None:
             return
         logits = getattr(output, "logits", output)
         logits = logits[0] if isinstance(logits, tuple) else logits
@@ -273,20 +277,16 @@ class Agreement(Passes):
             raise TypeError(
                 f"r_drop needs logits; the output of {type(model).__name__} is a {type(output).__name__}"
             )
-        self._seen.append((logits, _counted(model, logits, kwargs)))
+        self._seen.append((logits, _counted(model, logits, kwargs), kwargs.get("num_items_in_batch")))
 
 
 def _counted(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """The positions that count: those with a label, or else those that are no padding."""
-    from .rdrop import _shifts
-
     for name, ignored in (("labels", -100), ("attention_mask", 0)):
         given = kwargs.get(name)
         if isinstance(given, Tensor) and given.shape == logits.shape[:-1]:
             counts = given != ignored
-            if (
-                name == "labels" and given.dim() > 1 and _shifts(model)
-            ):  # the label of a token stands behind it
+            if name == "labels" and given.dim() > 1 and shifts(model):  # each counts where it is predicted
                 counts = torch.cat((counts[:, 1:], torch.zeros_like(counts[:, :1])), dim=1)
             return counts
     return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)

@@ -78,7 +78,7 @@ def r_drop_loss(
         if soft
         else labels != ignore_index
     )
-    return _mean(*losses) + alpha * _divergence(logits, logits2, counts, reduction)
+    return _mean(*losses) + alpha * divergence(logits, logits2, counts, reduction)
 
 
 def r_drop(
@@ -137,15 +137,15 @@ def r_drop(
             f"labels must be of shape {tuple(logits.shape[:-1])} as the logits have it, got "
             f"{tuple(labels.shape)}; use r_drop_loss(logits, logits2, labels)"
         )
-    if (_shifts(model) and labels.dim() > 1) if shift is None else shift:
+    if (shifts(model) and labels.dim() > 1) if shift is None else shift:
         labels, a, b = labels[:, 1:], logits[:, :-1], logits2[:, :-1]
     else:
         a, b = logits, logits2
     counts = labels != ignore_index
     if num_items_in_batch is None:
-        kl = _divergence(a, b, counts, "mean")
+        kl = divergence(a, b, counts, "mean")
     else:
-        kl = _divergence(a, b, counts, "sum") / num_items_in_batch
+        kl = divergence(a, b, counts, "sum") / num_items_in_batch
     return RDrop(cross_entropy + alpha * kl, logits, logits2, cross_entropy, kl)
 
 
@@ -176,7 +176,7 @@ def _mean(a: Tensor, b: Tensor) -> Tensor:
     return (a + b) * 0.5
 
 
-def _divergence(logits: Tensor, logits2: Tensor, counts: Tensor, reduction: str) -> Tensor:
+def divergence(logits: Tensor, logits2: Tensor, counts: Tensor, reduction: str) -> Tensor:
     """½(KL(P₁‖P₂) + KL(P₂‖P₁)), the mean or the sum over the positions that count."""
     logs = (F.log_softmax(_wide(each), dim=-1) for each in (logits, logits2))
     each = torch.where(counts, _SymmetricKL.apply(*logs), 0)
@@ -265,7 +265,7 @@ def _pass(model: nn.Module, batch: Any, loss_fn: Any, items: Any) -> tuple[Tenso
     return logits, loss
 
 
-def _shifts(model: nn.Module) -> bool:
+def shifts(model: nn.Module) -> bool:
     """Whether a model of Hugging Face predicts the token behind each."""
     inner = unwrapped(model)
     inner = getattr(inner, "get_base_model", lambda: inner)()

@@ -443,6 +443,23 @@ def test_r_drop_is_that_of_two_passes():
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_r_drop_over_micro_batches_counts_items_once():
+    """As the Trainer does it: every loss is a share of the items in all micro-batches."""
+    model = gpt2(0.3)
+    _, callbacks = Regularization(r_drop=2.0).apply(model)
+    labels = TOKENS.clone()
+    labels[0, 5:] = -100
+    arguments = {"input_ids": TOKENS, "labels": labels, "num_items_in_batch": 60}
+    torch.manual_seed(5)
+    value = callbacks.gradients(lambda: model(**arguments).loss)
+    torch.manual_seed(5)
+    logits, logits2 = (model(input_ids=TOKENS).logits[:, :-1] for _ in range(2))
+    expected = fastreg.losses.r_drop_loss(logits, logits2, labels[:, 1:], alpha=2.0, reduction="sum") / 60
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(RuntimeError, match="one call of the model in each evaluation of the loss, got 4"):
+        callbacks.gradients(lambda: model(**arguments).loss + model(**arguments).loss)
+
+
 def test_adversarial_gradients_are_added():
     model = gpt2()
     _, callbacks = Regularization(optimizer="sgd", adversarial={"epsilon": 0.5}).apply(model, lr=0.0)
