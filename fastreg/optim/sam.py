@@ -344,7 +344,7 @@ class SAM(Wrapper):
     def _overflows(self, scaler: Any, bad: Tensor | None) -> bool:
         """Unscale gradients for an optimizer that does not itself, and tell whether to leave out the step."""
         if scaler is None:
-            return False
+            return self._hidden_overflow(bad)
         state = scaler._per_optimizer_states[id(self)]
         if state["stage"] is OptState.READY:
             scaler.unscale_(self)
@@ -355,6 +355,17 @@ class SAM(Wrapper):
                 torch.maximum(found[device], bad.to(found[device])) if device in found else bad.float()
             )
         return any(bool(flag.item()) for flag in found.values())
+
+    def _hidden_overflow(self, bad: Tensor | None) -> bool:
+        """Likewise by what a scaler leaves on the optimizer if `step` is hidden from it, as by accelerate."""
+        scaling = amp.scaling(self, None)
+        if scaling.scale is not None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(scaling.scale.to(p.grad))
+        found = () if scaling.found_inf is None else (scaling.found_inf, bad)
+        return any(bool(flag.item()) for flag in found if flag is not None)
 
     # Several processes ----------------------------------------------------------------------------------
 
