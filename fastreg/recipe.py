@@ -41,6 +41,9 @@ class Regularization:
     Values, names and combinations are checked here; what needs the model, in `apply`, before it changes
     anything.
 
+    Passes multiply: `sam` and `adversarial` double the backward passes of a step, `r_drop` the forward
+    passes.  They are nested in this order, so that SAM minimizes the sharpness of the loss with both.
+
     Args:
         optimizer: `name` ("adamw", "adam", "sgd" or "lion") and its options, such as `betas`.
         weight_decay: `rate`, `kind`, `exclude` (biases and norms, by default).

@@ -14,7 +14,7 @@ pytest.importorskip("yaml")
 import torch  # noqa: E402
 
 from fastreg.cli import choice, contenders, figure, main, resume, text, training  # noqa: E402
-from fastreg.cli.measure import Stopwatch  # noqa: E402
+from fastreg.cli.measure import PeakMemory, Stopwatch  # noqa: E402
 
 SMALL = [
     "--steps", "6", "--eval-every", "2", "--batch-size", "2", "--block-size", "8", "--train-tokens", "80",
@@ -35,11 +35,12 @@ ema: 0.5
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """A narrow model, pictures that are not drawn, and no threads that wait for each other."""
+    """A narrow model, no picture, no search for garbage, and no threads that wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "WIDTH", 16)
+        patch.setattr(PeakMemory, "reset", lambda self: None)
         patch.setattr(figure, "draw", lambda path, *_: path.write_bytes(b""))
         yield
     torch.set_num_threads(threads)
