@@ -36,7 +36,7 @@ class Accounted(float):
         made.source, made.delta = source, delta
         return made
 
-    def __getnewargs__(self) -> tuple[float, str, float]:
+    def __getnewargs__(self) -> Any:
         """For copies and pickles."""
         return float(self), self.source, self.delta
 
@@ -199,8 +199,8 @@ def _library(backend: str) -> None:
     except ImportError as error:
         package = backend.replace("_", "-")
         raise ImportError(
-            f"accounting is that of {package}, which is not installed: pip install {package}, or give the other "
-            f"backend={' or '.join(repr(name) for name in ACCOUNTANTS if name != backend)}"
+            f"accounting is that of {package}, which is not installed: pip install {package}, or give the "
+            f"other backend={' or '.join(repr(name) for name in ACCOUNTANTS if name != backend)}"
         ) from error
 
 

@@ -1,9 +1,10 @@
 """Gaussian noise for differential privacy: where it comes from, and the stage that adds it.
 
 Every normal is a function of (key, step, parameter, global element index): the same for every sharding and
-every way to split a batch, with no noise tensor anywhere.  Two updates under the same four show the difference
-of their gradients without any noise, so that a key is never used twice: it comes from the operating system,
-is not saved, not copied and not derived from any seed of torch, and the count of steps never goes back.
+every way to split a batch, with no noise tensor anywhere.  Two updates under the same four show the
+difference of their gradients without any noise, so that a key is never used twice: it comes from the
+operating system, is not saved, not copied and not derived from any seed of torch, and the count of steps
+never goes back.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Noise:
     """A key and a count of steps.
 
     Args:
-        seed: Derives the key, for runs that are to be repeated; whoever knows it can take the noise off again.
-            By default the key comes from `os.urandom`.
+        seed: Derives the key, for runs that are to be repeated; whoever knows it can take the noise off
+            again.  By default the key comes from `os.urandom`.
         reproducible: Whether key and count are saved, copied and loaded.  If not, whatever continues from a
             checkpoint or a copy has a key of its own.
 
@@ -46,8 +47,8 @@ class Noise:
             self.renew()
             return
         warnings.warn(
-            f"noise_seed={seed!r} makes privacy noise predictable: whoever knows the seed can take it off again; "
-            "it is for tests and repeated experiments, leave it out for private data",
+            f"noise_seed={seed!r} makes privacy noise predictable: whoever knows the seed can take it off "
+            "again; it is for tests and repeated experiments, leave it out for private data",
             UserWarning,
             stacklevel=3,
         )
@@ -140,8 +141,8 @@ class PrivateNoise(Piece):
         passes, self._passes = self._passes, False
         if self._armed is None and not passes:
             raise RuntimeError(
-                "step() of an optimizer inside DPOptimizer would use gradients that are not private: call step() "
-                "of the DPOptimizer, or its detach() to have the optimizer back"
+                "step() of an optimizer inside DPOptimizer would use gradients that are not private: call "
+                "step() of the DPOptimizer, or its detach() to have the optimizer back"
             )
 
     def stage(self, group: dict[str, Any]) -> Stage:

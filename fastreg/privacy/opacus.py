@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import opacus
+import opacus  # type: ignore[import-untyped]
 import torch
-from opacus.optimizers import DPOptimizer as Stock
+from opacus.optimizers import DPOptimizer as Stock  # type: ignore[import-untyped]
 from torch import Tensor
 
 from . import optimizer as own
@@ -18,7 +18,7 @@ from .noise import Noise
 from .sources import Ghost, PerSample
 
 
-class DPOptimizer(own.DPOptimizer, Stock):  # type: ignore[misc]
+class DPOptimizer(own.DPOptimizer, Stock):
     """`fastreg.DPOptimizer` with the constructor and the interface of `opacus.optimizers.DPOptimizer`.
 
     The same numbers up to rounding, the same accountant's history; the noise is fastreg's.  What differs:
@@ -53,8 +53,8 @@ class DPOptimizer(own.DPOptimizer, Stock):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         if secure_mode:
             raise ValueError(
-                "secure_mode=True is not supported: the noise is drawn by a generator that is not cryptographic; "
-                "use opacus.PrivacyEngine(secure_mode=True)"
+                "secure_mode=True is not supported: the noise is drawn by a generator that is not "
+                "cryptographic; use opacus.PrivacyEngine(secure_mode=True)"
             )
         own.check_clipping(clipping)
         ghost = grad_sample_mode == "ghost"
@@ -95,7 +95,7 @@ class DPOptimizer(own.DPOptimizer, Stock):  # type: ignore[misc]
         return [self._get_flat_grad_sample(p) for p in self.params]
 
     def _share(self) -> float:
-        return super()._share() / (self._world() if self.loss_reduction == "mean" else 1)
+        return super()._share() / (self._mechanism.world if self.loss_reduction == "mean" else 1)
 
     def clip_and_accumulate(self) -> None:
         """Clip and sum, into `p.summed_grad`."""
@@ -117,7 +117,8 @@ class DPOptimizer(own.DPOptimizer, Stock):  # type: ignore[misc]
             return False
         with self._release(materialize=True):
             pass
-        self._piece.pass_once()
+        if self.engine is not None:
+            self._mechanism.piece.pass_once()
         return True
 
     def add_noise(self) -> None:

@@ -22,8 +22,9 @@ from ..optim.sam import SAM
 from ..optim.wrapper import Wrapper, evaluated
 from .accounting import Accounted, accountant_of, spent
 from .bookkeeping import BookKeeping
-from .noise import Noise, Noising, PrivateNoise
-from .sources import BookKept, Parameters, PerSample, Source, reduced
+from .mechanism import Mechanism
+from .noise import Noise, PrivateNoise
+from .sources import BookKept, Parameters, PerSample, Source
 
 SAVED = "privacy"
 """The key of the groups of a state dict under which a checkpoint holds what is saved besides."""
@@ -45,12 +46,13 @@ class DPOptimizer(Wrapper):
     print(optimizer.epsilon(delta=1e-5))
     ```
 
-    This implements clipping, Gaussian noise and update of DP-SGD; with Poisson-sampled batches and an accountant
-    that is told the same noise multiplier, sampling rate and number of steps, the mechanism is that of the
-    standard analysis in real arithmetic.  It computes in floating point, with a counter-based generator that
-    is not cryptographic and is seeded by the operating system: like the default paths of Opacus and JAX
-    Privacy it does not defend against attacks on floating-point arithmetic or against the prediction of
-    random numbers.  It has not been audited by others.  Norms, losses and counts of samples are not private.
+    This implements clipping, Gaussian noise and update of DP-SGD; with Poisson-sampled batches and an
+    accountant that is told the same noise multiplier, sampling rate and number of steps, the mechanism is
+    that of the standard analysis in real arithmetic.  It computes in floating point, with a counter-based
+    generator that is not cryptographic and is seeded by the operating system: like the default paths of
+    Opacus and JAX Privacy it does not defend against attacks on floating-point arithmetic or against the
+    prediction of random numbers.  It has not been audited by others.  Norms, losses and counts of samples are
+    not private.
 
     Around a fastreg optimizer the noise is drawn in the registers of its pass: no byte more than the
     optimizer moves.  Whatever it does to gradients besides (`ClipNorm`, `GradientNoise`) comes behind the
@@ -75,21 +77,21 @@ class DPOptimizer(Wrapper):
     Args:
         optimizer_or_params: An optimizer, or parameters for `optimizer`.
         model: Whose samples are to be clipped.
-        noise_multiplier: σ, the standard deviation of the noise as a multiple of the sensitivity; ≥ 0, where 0
-            is not private.  It may be changed between steps, like `max_grad_norm` and learning rates.
-        max_grad_norm: C, the norm to which the gradient of every sample is clipped; > 0.  For `"per_layer"` a
-            bound for each trainable parameter, or one number that is shared out among them: C / √n each.
+        noise_multiplier: σ, the standard deviation of the noise as a multiple of the sensitivity; ≥ 0, where
+            0 is not private.  It may be changed between steps, like `max_grad_norm` and learning rates.
+        max_grad_norm: C, the norm to which the gradient of every sample is clipped; > 0.  For `"per_layer"`
+            a bound for each trainable parameter, or one number that is shared out among them: C / √n each.
         expected_batch_size: What sums are divided by where the loss is a mean, over all processes: the
             expected number of samples, which is public, not how many there are.
         loss_reduction: Whether the loss is a `"mean"` over the samples or their `"sum"`.
-        clipping: `"flat"`, over all parameters together, or `"per_layer"`, each parameter tensor by itself with
-            noise for a sensitivity of √(Σ C²).
+        clipping: `"flat"`, over all parameters together, or `"per_layer"`, each parameter tensor by itself
+            with noise for a sensitivity of √(Σ C²).
         optimizer: Makes the optimizer from parameters.
         accountant: What counts the steps: `"rdp"` or `"prv"` of Opacus, or an accountant with its `step`.
         sample_rate: The probability with which a sample is in a batch, for the accountant.
         noise_seed: Makes the noise predictable, for tests; by default its key comes from `os.urandom`.
         reproducible: Save key and count of the noise in checkpoints.
-        materialize_grad: Write the noised gradient to `p.grad` and leave it there: 16 bytes a parameter more
+        materialize_grad: Write the noised gradient to `p.grad` and leave it there: 8 bytes a parameter more
             around a fastreg optimizer.
         batch_dim: Where the samples are in the input of every layer, 0 or 1.
         process_group: The processes that share a batch; all of them by default.
@@ -97,8 +99,8 @@ class DPOptimizer(Wrapper):
 
     Raises:
         TypeError: For what is neither an optimizer nor parameters.
-        ValueError: For values out of range, for optimizers whose use of gradients is not post-processing of the
-            noised sum (SAM, AdaptiveClip), and for trainable parameters that are not clipped.
+        ValueError: For values out of range, for optimizers whose use of gradients is not post-processing of
+            the noised sum (SAM, AdaptiveClip), and for trainable parameters that are not clipped.
 
     Reference:
         Abadi et al. 2016, "Deep learning with differential privacy".
@@ -162,24 +164,21 @@ class DPOptimizer(Wrapper):
         self.step_hook: Callable[[Any], None] | None = None
         self.accountant: Any = None
         self.sample_rate: float | None = None
-        self._source, self._noise, self._group = source, noise, process_group
-        self._piece = PrivateNoise(noise)
-        self._noising = Noising(self._piece)
-        self._names: dict[Tensor, str] = {}
-        self._shown: dict[Tensor, Tensor] = {}
-        self._grad_dtypes: dict[Tensor, torch.dtype] = {}
-        self._taken: dict[Tensor, Tensor] = {}
         self._step_skip_queue: list[bool] = []
         self._is_last_step_skipped = False
+        self._names: dict[Tensor, str] = {}
+        self._source = source
+        self._mechanism = Mechanism(source, noise, process_group)
         if self.engine is not None:
-            self.engine._insert(self._piece)
-        self._share_key()
+            self.engine._insert(self._mechanism.piece)
 
     def _attend(self, model: nn.Module | None, accountant: Any, sample_rate: float | None) -> None:
         if accountant is not None:
             if sample_rate is None or not 0 < sample_rate <= 1:
                 raise ValueError(f"an accountant needs a sample_rate in (0, 1], got {sample_rate=}")
             self.accountant, self.sample_rate = accountant_of(accountant), float(sample_rate)
+        if isinstance(self._source, PerSample):
+            self._source.bounds(len(self._trainable()))  # refuses what is out of range, or too many
         if model is None:
             return
         self._names = {p: name for name, p in model.named_parameters()}
@@ -191,8 +190,8 @@ class DPOptimizer(Wrapper):
         held = {p for group in self.param_groups for p in group["params"]}
         if spare := [name for p, name in self._names.items() if p.requires_grad and p not in held]:
             raise ValueError(
-                f"parameter {spare[0]!r} is trainable but not in the optimizer: it would count for norms; freeze it "
-                "by requires_grad_(False), or give it to the optimizer"
+                f"parameter {spare[0]!r} is trainable but not in the optimizer: it would count for norms; "
+                "freeze it by requires_grad_(False), or give it to the optimizer"
             )
         self._source.engine.attach()  # type: ignore[attr-defined]
 
@@ -205,7 +204,7 @@ class DPOptimizer(Wrapper):
         if isinstance(self._source, BookKept):
             self._source.engine.detach()
         if self.engine is not None:
-            self.engine._remove(self._piece)
+            self.engine._remove(self._mechanism.piece)
         return self.base_optimizer
 
     # What may be read and changed between steps ---------------------------------------------------------
@@ -247,7 +246,7 @@ class DPOptimizer(Wrapper):
     @property
     def accumulated_iterations(self) -> int:
         """By how much the sampling rate of the step at hand exceeds that of a batch."""
-        return self._source.iterations
+        return self._source.iterations(self._trainable())
 
     def _trainable(self) -> Parameters:
         found = {}
@@ -293,8 +292,9 @@ class DPOptimizer(Wrapper):
             self.step_hook(self)
         if (float(self.noise_multiplier), self.sensitivity) != (sigma, sensitivity):
             raise RuntimeError(
-                f"a step hook changed the noise from {sigma=}, {sensitivity=} to {float(self.noise_multiplier)}, "
-                f"{self.sensitivity} while the step was accounted for; change it between steps"
+                f"a step hook changed the noise from {sigma=}, {sensitivity=} to "
+                f"{float(self.noise_multiplier)}, {self.sensitivity} while the step was accounted for; "
+                "change it between steps"
             )
 
     # Steps ----------------------------------------------------------------------------------------------
@@ -335,81 +335,49 @@ class DPOptimizer(Wrapper):
         if self._check_skip_next_step():
             self.accumulate()
         else:
-            with self._release() as materialized:
-                if materialized:
-                    self.base_optimizer.step()
-                else:
-                    self._fused()
+            with self._release():
+                self.base_optimizer.step()
         self._opt_called = True  # what schedulers look for, to warn of steps that are taken too late
         return loss
 
     def _refuse(self, grad_scaler: Any) -> None:
         if grad_scaler is not None:
             raise RuntimeError(
-                "a torch.amp.GradScaler would have scaled gradients clipped to max_grad_norm: leave it out and "
-                "use autocast with bfloat16, which needs none"
+                "a torch.amp.GradScaler would have scaled gradients clipped to max_grad_norm: leave it out "
+                "and use autocast with bfloat16, which needs none"
             )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph would add the same noise at every replay: step() cannot be captured"
             )
-        for p, shown in self._shown.items():
-            if p.grad is shown:
-                raise RuntimeError(
-                    "p.grad still holds the latest step's: call zero_grad() after every step()"
-                )
+        self._mechanism.check_forgotten()
 
     @contextlib.contextmanager
-    def _release(self, materialize: bool | None = None) -> Iterator[bool]:
-        """Everything of a step but the base optimizer's, which belongs into the block.
+    def _release(self, materialize: bool = False) -> Iterator[None]:
+        """Everything of a step but the base optimizer's, which is to be taken within the block.
 
-        Yields:
-            Whether `p.grad` holds the noised gradients; if not, a fused step is to be taken.
+        Args:
+            materialize: Write the noised gradients to `p.grad` in any case.
         """
-        parameters = self._trainable()
+        parameters, mechanism, engine = self._trainable(), self._mechanism, self.engine
         with torch.no_grad():
-            sums = self._sums(parameters)
-        sigma, sensitivity = float(self.noise_multiplier), self.sensitivity
-        std, share = sigma * sensitivity, self._share()
-        count = self._noise.advance()
+            sums = mechanism.sums(parameters)
+        sigma = checked("noise_multiplier", float(self.noise_multiplier), 0)
+        sensitivity = self.sensitivity
+        what = parameters, sums, sigma * sensitivity, self._share()
         self._account(sigma, sensitivity)
-        materialize = self.materialize_grad or self.engine is None if materialize is None else materialize
-        self._taken = dict(zip(parameters, sums, strict=True))
         try:
-            with self._piece.armed(std, share, count):
-                if materialize:
-                    places = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-                    self._noising.over(sums, [places[p] for p in parameters])
-                else:
-                    yield False
-            if materialize:
-                self._source.used(parameters)
-                self._shown = {p: self._show(p, total) for p, total in self._taken.items()}
-                with self._piece.armed(0.0, 1.0, 0):  # what there is has its noise
-                    yield True
+            if engine is None or materialize or self.materialize_grad:
+                every = {
+                    p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])
+                }
+                with mechanism.written([every[p] for p in parameters], *what):
+                    yield
+            else:
+                with mechanism.fused(engine, *what):
+                    yield
         finally:
-            self._taken = {}
-            if not materialize:
-                self._source.used(parameters)
             self._is_last_step_skipped = False
-
-    def _fused(self) -> None:
-        engine: Any = self.engine
-        engine._gradient_of = self._taken.get
-        try:
-            self.base_optimizer.step()
-        finally:
-            del engine._gradient_of
-
-    def _show(self, p: Tensor, total: Tensor) -> Tensor:
-        """Put a noised gradient where optimizers look for it, in the dtype that they expect."""
-        if total.dtype != p.dtype:
-            total = total.to(p.dtype)
-            if p.grad_dtype not in (None, p.dtype):  # type: ignore[attr-defined]
-                self._grad_dtypes[p] = p.grad_dtype  # type: ignore[attr-defined]
-                p.grad_dtype = p.dtype  # type: ignore[attr-defined]
-        p.grad = total
-        return total
 
     def _share(self) -> float:
         """What sums are multiplied by."""
@@ -417,38 +385,13 @@ class DPOptimizer(Wrapper):
             return 1.0
         return 1.0 / (self.expected_batch_size * self.accumulated_iterations)  # type: ignore[operator]
 
-    def _sums(self, parameters: Parameters) -> list[Tensor]:
-        """Of all samples; zeros where none contributes."""
-        sums = [
-            torch.zeros_like(p, memory_format=torch.preserve_format) if total is None else total
-            for p, total in zip(parameters, self._source.take(parameters), strict=True)
-        ]
-        return reduced(sums, self._group) if self._world() > 1 else sums
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, but not sums that `accumulate()` keeps.
 
         Args:
             set_to_none: Taken as in torch, without effect: `p.grad` is `None` afterwards.
         """
-        self._source.clear(self._trainable(), self._is_last_step_skipped)
-        while self._grad_dtypes:
-            p, dtype = self._grad_dtypes.popitem()
-            p.grad_dtype = dtype  # type: ignore[attr-defined]
-        self._shown = {}
-
-    # Several processes ----------------------------------------------------------------------------------
-
-    def _world(self) -> int:
-        available = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size(self._group) if available else 1
-
-    def _share_key(self) -> None:
-        """All processes of the group draw the noise of the first."""
-        if self._world() > 1:
-            state = [(self._noise.key, self._noise.count)]
-            torch.distributed.broadcast_object_list(state, group=self._group, group_src=0)
-            self._noise.key, self._noise.count = state[0]
+        self._mechanism.forget(self._trainable(), self._is_last_step_skipped)
 
     # Checkpoints ----------------------------------------------------------------------------------------
 
@@ -461,8 +404,8 @@ class DPOptimizer(Wrapper):
         held: dict[str, Any] = {}
         if self.accountant is not None:
             held["history"] = [tuple(entry) for entry in self.accountant.history]
-        if self._noise.state():
-            held["noise"] = self._noise.state()
+        if self._mechanism.noise.state():
+            held["noise"] = self._mechanism.noise.state()
         groups = [{**group, SAVED: held} if held else group for group in saved["param_groups"]]
         return {**saved, "param_groups": groups}
 
@@ -473,11 +416,11 @@ class DPOptimizer(Wrapper):
             ValueError: As in torch.
         """
         groups = state_dict["param_groups"]
-        held = next((group[SAVED] for group in groups if SAVED in group), {})
+        held: dict[str, Any] = next((group[SAVED] for group in groups if SAVED in group), {})
         plain = [{name: value for name, value in group.items() if name != SAVED} for group in groups]
         super().load_state_dict({**state_dict, "param_groups": plain})
-        self._noise.load(held.get("noise", {}))
-        self._share_key()
+        self._mechanism.noise.load(held.get("noise", {}))
+        self._mechanism.share_key()
         if self.accountant is not None and "history" in held:
             self.accountant.history = [tuple(entry) for entry in held["history"]]
 
@@ -510,8 +453,8 @@ def _check_base(base: torch.optim.Optimizer) -> None:
             raise ValueError("the optimizer is a DPOptimizer already: call its detach() first")
         if isinstance(inner, SAM):
             raise ValueError(
-                "SAM cannot be made private by noise on its step: it climbs by the gradients of the same samples "
-                "first, which is another release; use fastreg.MSAM, which needs no gradients of its own"
+                "SAM cannot be made private by noise on its step: it climbs by the gradients of the same "
+                "samples first, which is another release; use fastreg.MSAM, which needs none of its own"
             )
         inner = inner.base_optimizer
     if isinstance(inner, Engine):
@@ -519,6 +462,6 @@ def _check_base(base: torch.optim.Optimizer) -> None:
             raise ValueError("the optimizer is inside another DPOptimizer: call its detach() first")
         if any(isinstance(piece, AdaptiveClip) for piece in inner._pieces):
             raise ValueError(
-                "AdaptiveClip measures gradients before their noise, so that what it scales by is not private: "
-                "leave it out, samples are clipped by max_grad_norm"
+                "AdaptiveClip measures gradients before their noise, so that what it scales by is not "
+                "private: leave it out, samples are clipped by max_grad_norm"
             )

@@ -1,4 +1,4 @@
-"""Clips gradients that are held per sample: one launch for all norms, one for the factors, one for the sums."""
+"""Clips gradients that are held per sample: a launch for all norms, one for the factors, one for the sums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..reference.step import compute_dtype, scalar_dtype
 
 
 class Clipped(NamedTuple):
-    """What clipping has found: float64, `[1, samples]`, or `[tensors, samples]` where each is clipped alone."""
+    """What clipping has found, float64: `[1, samples]`, or `[tensors, samples]` if each is clipped alone."""
 
     norms: Tensor
     factors: Tensor

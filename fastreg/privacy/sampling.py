@@ -57,7 +57,7 @@ def poisson_loader(
     generator: torch.Generator | None = None, collate_fn: Callable[[list[Any]], Any] = default_collate,
     **kwargs: Any,
 ) -> DataLoader[Any]:  # fmt: skip
-    """A `DataLoader` over Poisson-sampled batches, where an empty one is `None`: a step without backward pass.
+    """A `DataLoader` over Poisson-sampled batches, where an empty one is `None`: a step without gradients.
 
     Args:
         dataset: With a length.

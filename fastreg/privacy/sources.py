@@ -1,4 +1,4 @@
-"""Where sums of clipped gradients come from: the book-keeping engine, gradients held per sample, or ghost clipping.
+"""Where sums of clipped gradients come from: book-keeping, gradients held per sample, or ghost clipping.
 
 Whatever is here is not private yet: it leaves this package only with noise.
 """
@@ -6,7 +6,7 @@ Whatever is here is not private yet: it leaves this package only with noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from ..reference.step import compute_dtype
 from .bookkeeping import BookKeeping
 from .per_sample import Clipped, clip_and_sum
 
-Parameters = dict[Tensor, str]
+Parameters = dict[Any, str]
 """Trainable parameters, and what errors call them."""
 
 NOT_PRIVATE = (
@@ -30,16 +30,18 @@ NOT_PRIVATE = (
 class Source(Protocol):
     """What clips, and keeps the sum until a step takes it."""
 
-    clipping: str
     max_grad_norm: Any
+
+    @property
+    def clipping(self) -> str:
+        """`"flat"` or `"per_layer"`."""
 
     @property
     def sensitivity(self) -> float:
         """By how much one sample changes all sums together at most."""
 
-    @property
-    def iterations(self) -> int:
-        """How many batches the sums are of that count as batches of their own."""
+    def iterations(self, parameters: Parameters) -> int:
+        """How many batches there are that count as batches of their own."""
 
     def keep(self, parameters: Parameters) -> None:
         """Clip what there is, and keep its sum for a later step."""
@@ -60,8 +62,6 @@ class BookKept:
     Args:
         engine: The engine.
     """
-
-    iterations = 1
 
     def __init__(self, engine: BookKeeping) -> None:
         self.engine = engine
@@ -85,6 +85,10 @@ class BookKept:
         """That of the engine."""
         return float(self.engine.sensitivity)
 
+    def iterations(self, parameters: Parameters) -> int:
+        """What adds up is one."""
+        return 1
+
     def keep(self, parameters: Parameters) -> None:
         """They stay where they are."""
 
@@ -98,8 +102,8 @@ class BookKept:
         for p, name in parameters.items():
             if p.grad is not None and (not self.engine.samples or covered.get(name) is not p):
                 raise RuntimeError(
-                    f"the gradient of parameter {name!r} has not been clipped: make it by loss.backward() of the "
-                    "model that the DPOptimizer has, and call zero_grad() after every step"
+                    f"the gradient of parameter {name!r} has not been clipped: make it by loss.backward() of "
+                    "the model that the DPOptimizer has, and call zero_grad() after every step"
                 )
         return [p.grad for p in parameters]
 
@@ -116,7 +120,7 @@ class BookKept:
 
 
 class PerSample:
-    """Sums of `p.grad_sample`, `[samples, *shape]` or a list of such, as Opacus' `GradSampleModule` leaves them.
+    """Sums of `p.grad_sample`, `[samples, *shape]` or a list of such, as Opacus' `GradSampleModule` has it.
 
     Args:
         max_grad_norm: The bound, or for `"per_layer"` that of each parameter.
@@ -126,14 +130,12 @@ class PerSample:
     def __init__(self, max_grad_norm: float | Sequence[float], clipping: str) -> None:
         self.max_grad_norm, self.clipping = max_grad_norm, clipping
         self.clipped: list[Clipped] = []
-        self._iterations = 1
 
     @property
     def sensitivity(self) -> float:
         """C, or √(Σ C²) over the layers."""
-        if isinstance(self.max_grad_norm, Sequence):
-            return math.hypot(*map(float, self.max_grad_norm))
-        return float(self.max_grad_norm)
+        given: Any = self.max_grad_norm
+        return math.hypot(*map(float, given)) if isinstance(given, Sequence) else float(given)
 
     def bounds(self, count: int) -> list[float]:
         """One bound, or that of each of so many parameters; one number is shared out among them.
@@ -141,14 +143,14 @@ class PerSample:
         Raises:
             ValueError: For another number of bounds.
         """
-        given = self.max_grad_norm
+        given: Any = self.max_grad_norm
         if self.clipping == "flat":
             bounds = [given]
-        elif isinstance(given, Sequence):
-            bounds = list(given)
+        elif isinstance(given, (Sequence, Mapping)):
+            bounds = list(given) if isinstance(given, Sequence) else [given]
         else:
             bounds = [given / math.sqrt(count)] * count
-        if any(isinstance(bound, Sequence) for bound in bounds) or len(bounds) not in (1, count):
+        if isinstance(bounds[0], (Sequence, Mapping)) or len(bounds) not in (1, count):
             raise ValueError(
                 f"max_grad_norm must be one number{'' if self.clipping == 'flat' else f' or {count}'} with "
                 f"clipping={self.clipping!r}, got {given!r}"
@@ -158,10 +160,10 @@ class PerSample:
                 raise ValueError(f"max_grad_norm must be finite and > 0, got {float(bound)}")
         return [float(bound) for bound in bounds]
 
-    @property
-    def iterations(self) -> int:
-        """Batches whose gradients lie beside each other since the latest step that was taken or skipped."""
-        return self._iterations
+    def iterations(self, parameters: Parameters) -> int:
+        """Batches whose gradients lie beside each other."""
+        held = next((getattr(p, "grad_sample", None) for p in parameters), None)
+        return len(held) if isinstance(held, list) else 1
 
     def keep(self, parameters: Parameters) -> None:
         """Clip and sum `p.grad_sample`.
@@ -176,7 +178,6 @@ class PerSample:
             made = [name for p, name in parameters.items() if p.grad is not None]
             if made:
                 raise ValueError(f"parameter {made[0]!r} has a gradient, but {NOT_PRIVATE}")
-            self._iterations = 1
             return  # no sample at all: an empty batch
         if missing:
             raise ValueError(
@@ -187,14 +188,14 @@ class PerSample:
         if len(sizes) > 1:
             raise ValueError(f"p.grad_sample must be of the same samples everywhere, got {sorted(sizes)}")
         (lengths,) = sizes
-        bounds, self.clipped, self._iterations = self.bounds(len(every)), [], len(lengths)
+        bounds, self.clipped = self.bounds(len(every)), []
         for i in range(len(lengths)):
             held = any(getattr(p, "summed_grad", None) is not None for p in every)
             make = torch.zeros if held else torch.empty
             for p in every:
                 if getattr(p, "summed_grad", None) is None:
-                    p.summed_grad = make(p.shape, dtype=compute_dtype(p.dtype), device=p.device)  # type: ignore[attr-defined]
-            sums = [p.summed_grad for p in every]  # type: ignore[attr-defined]
+                    p.summed_grad = make(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
+            sums = [p.summed_grad for p in every]
             self.clipped.append(clip_and_sum([parts[i] for parts in every.values()], sums, bounds, held))
         for parts in every.values():
             for part in parts:
@@ -208,14 +209,14 @@ class PerSample:
     def used(self, parameters: Parameters) -> None:
         """Let go of sums and of the batch's gradient; what is held per sample goes with `zero_grad`."""
         for p in parameters:
-            p.summed_grad = p.grad = None  # type: ignore[attr-defined]
+            p.summed_grad = p.grad = None
 
     def clear(self, parameters: Parameters, kept: bool) -> None:
         """As Opacus does it."""
         for p in parameters:
-            p.grad_sample = p.grad = None  # type: ignore[attr-defined]
+            p.grad_sample = p.grad = None
             if not kept:
-                p.summed_grad = None  # type: ignore[attr-defined]
+                p.summed_grad = None
 
 
 def _samples(p: Tensor, name: str) -> list[Tensor]:
@@ -227,8 +228,8 @@ def _samples(p: Tensor, name: str) -> list[Tensor]:
     parts = p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]
     if any(hasattr(part, "_processed") for part in parts):
         raise RuntimeError(
-            f"gradients of parameter {name!r} have been used: call zero_grad() after every step(), also after "
-            "one that is skipped"
+            f"gradients of parameter {name!r} have been used: call zero_grad() after every step(), also "
+            "after one that is skipped"
         )
     return parts
 
@@ -240,7 +241,7 @@ class Ghost:
         max_grad_norm: What they have been clipped to.
     """
 
-    clipping, iterations = "flat", 1
+    clipping = "flat"
 
     def __init__(self, max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
@@ -250,10 +251,14 @@ class Ghost:
         """C."""
         return float(self.max_grad_norm)
 
+    def iterations(self, parameters: Parameters) -> int:
+        """Opacus, too, does not count them."""
+        return 1
+
     def keep(self, parameters: Parameters) -> None:
         """Move them aside: the next first backward pass is not clipped."""
         for p, total in zip(parameters, self.take(parameters), strict=True):
-            p.summed_grad = None if total is None else total.to(compute_dtype(p.dtype))  # type: ignore[attr-defined]
+            p.summed_grad = None if total is None else total.to(compute_dtype(p.dtype))
             p.grad = None
 
     def take(self, parameters: Parameters) -> list[Tensor | None]:
@@ -276,7 +281,7 @@ class Ghost:
         for p in parameters:
             p.grad = None
             if not kept:
-                p.summed_grad = None  # type: ignore[attr-defined]
+                p.summed_grad = None
 
 
 def reduced(sums: list[Tensor], group: Any) -> list[Tensor]:

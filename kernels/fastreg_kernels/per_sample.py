@@ -63,7 +63,7 @@ def per_sample_factor_kernel(partial, segments, limits, norms, factors, samples,
     segments  int64[segments, 2]           which programs: first, and the one after the last
     limits    float64[segments]            largest norms
     norms     float64[segments, samples]
-    factors   float64[segments, samples]   0 where the norm is not finite, or too large for float32 to divide by
+    factors   float64[segments, samples]   0 where the norm is not finite, or float32 has no factor
     """
     segment = tl.program_id(0)
     sample = tl.program_id(1)

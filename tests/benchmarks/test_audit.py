@@ -1,9 +1,9 @@
 """The code audit holds every kernel to its documented cost, and notices what it must notice."""
 
 import importlib
-import inspect
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +42,7 @@ def test_every_entry_point_is_audited():
 
 def test_what_is_launched_is_named_as_an_entry_point():
     """`name[grid](...)` in the sources: no kernel escapes the audit by another name."""
-    source = inspect.getsource(fastreg.multi_tensor) + inspect.getsource(fastreg.nn.ops)
+    source = "".join(file.read_text() for file in Path(fastreg.__file__).parent.rglob("*.py"))
     launched = set(re.findall(r"\.(\w+)\[\(.*?\)\]\(", source))
     assert launched == entry_points().keys()
 
@@ -53,6 +53,7 @@ DOCUMENTED = {
     "AveragedModel fp32": 12, "AveragedModel bf16": 12,
     "MSAM+SGD-momentum fp32": 20, "MSAM+AdamW fp32": 28, "SAM+SGD-momentum fp32": 20, "SAM+AdamW fp32": 28,
     "SAM climb fp32": 16, "ASAM climb fp32": 16, "SAM restore fp32": 8,
+    "weight noise fp32": 12, "dp+AdamW fp32": 28, "dp+AdamW bf16": 16, "dp+SGD-momentum fp32": 20,
 }  # fmt: skip
 NORMS = {
     "momentum norm, AdamW fp32": 8, "momentum norm, AdamW mixed": 6, "momentum norm, SGD-momentum fp32": 8,
@@ -92,6 +93,8 @@ def test_documented_bytes_of_norms(name):
         (lambda ps: fastreg.Lookahead(torch.optim.SGD(ps), k=1), ["Lookahead sync"]),
         (lambda ps: fastreg.Lookahead(fastreg.AdamW(ps), k=1), ["AdamW+Lookahead"]),
         (lambda ps: averaged(ps), ["AveragedModel"]),
+        (lambda ps: noisy(ps), ["weight noise", "SAM restore"]),
+        (lambda ps: private(ps), ["dp+AdamW"]),
     ],
 )
 def test_what_is_audited_is_what_runs(make, expected, dtype, storage, monkeypatch):
@@ -111,6 +114,33 @@ def averaged(params):
     model = torch.nn.ParameterList(params)
     made = fastreg.AveragedModel(model)
     return SimpleNamespace(step=lambda: made.update_parameters(model))
+
+
+def noisy(params):
+    """Something whose `step` perturbs weights and brings them back."""
+    made = fastreg.WeightNoise(params, 0.01)
+
+    def step():
+        made.perturb()
+        made.restore()
+
+    return SimpleNamespace(step=step)
+
+
+def private(params):
+    """A private step on the gradients of two samples."""
+    for p in params:
+        p.grad_sample = torch.ones(2, *p.shape, dtype=p.dtype)
+    return fastreg.DPOptimizer(fastreg.AdamW(params), expected_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "name, exact", [("dp+AdamW fp32", True), ("noised norm fp32", True), ("AdamW fp32", False)]
+)
+def test_privacy_noise_is_not_fused(name, exact):
+    """Fused multiply-adds would round it otherwise than the reference does."""
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    assert ("fma.rn.f32" in audit.compile_entry(entry, "sm_90").asm["ptx"]) != exact
 
 
 # What the audit must notice: stages and kernels with a fault each.

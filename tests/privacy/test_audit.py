@@ -1,8 +1,8 @@
 """Privacy audits: what an attacker who sees the noised sums can prove, against what is claimed.
 
-Canaries are samples whose gradients lie along an axis each.  Which of them are in the batch is tossed; the attacker
-guesses from the step.  Guesses that are too good prove that less noise was added, or more signal let through,
-than is claimed.  Variants that are broken on purpose must fail.
+Canaries are samples whose gradients lie along an axis each.  Which of them are in the batch is tossed; the
+attacker guesses from the step.  Guesses that are too good prove that less noise was added, or more signal let
+through, than is claimed.  Variants that are broken on purpose must fail.
 """
 
 import math
@@ -24,7 +24,7 @@ LENGTH = 5.0
 
 
 def observed(canaries, sigma, steps=1, broken=None, seed=0, monkeypatch=None):
-    """One-hot gradients of the canaries that are in, a step on their noised sum: [canaries] each, who is in."""
+    """A step on the noised sum of one-hot gradients, and whose were in: `[canaries]` each."""
     generator = torch.Generator().manual_seed(seed)
     present = torch.rand(canaries, generator=generator) < 0.5
     p = torch.nn.Parameter(torch.zeros(canaries))
@@ -48,7 +48,7 @@ def observed(canaries, sigma, steps=1, broken=None, seed=0, monkeypatch=None):
     seen = []
     for step in range(steps):
         if broken == "the same noise" and step:
-            optimizer._noise.count = 0
+            optimizer._mechanism.noise.count = 0
             sums = torch.zeros(canaries)  # a step on other samples shows the noise by itself
         before = p.detach().clone()
         optimizer.step()
@@ -110,7 +110,7 @@ def test_one_run_refutes(broken, monkeypatch):
 
 
 def distance(monkeypatch, **options):
-    """μ of Gaussian differential privacy that the coordinates prove, each a run of its own, with 95 % confidence."""
+    """μ of Gaussian differential privacy that the coordinates prove with 95 % confidence, each by itself."""
     sigma, runs = 2.0, 20000
     seen, present = observed(runs, sigma, monkeypatch=monkeypatch, **options)
     best = 0.0

@@ -401,7 +401,9 @@ def test_resuming(make):
     model, optimizer = private(**options)
     train(model, optimizer)
     state = saved(model, optimizer)
-    assert not any(str(optimizer._noise.key) in str(group) for group in state["optimizer"]["param_groups"])
+    assert not any(
+        str(optimizer._mechanism.noise.key) in str(group) for group in state["optimizer"]["param_groups"]
+    )
     outcomes = []
     for _ in range(2):
         again, other = restored(state, **options)
@@ -624,7 +626,7 @@ def shared(rank, world):
     if rank == 0:  # the other has an empty batch
         backward(model)
     optimizer.step()
-    return {"mean": mean, "noised": weights(model), "key": optimizer._noise.key}
+    return {"mean": mean, "noised": weights(model), "key": optimizer._mechanism.noise.key}
 
 
 def process(rank, folder):

@@ -1,0 +1,132 @@
+"""The Gaussian mechanism of a step: sums of clipped gradients come out with noise, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optim.engine import Engine
+from .noise import Noise, Noising, PrivateNoise
+from .sources import Parameters, Source, reduced
+
+
+class Mechanism:
+    """Hands sums of clipped gradients to an optimizer, with their noise.
+
+    Args:
+        source: Where the sums come from.
+        noise: Key and count of the noise.
+        group: The processes that share a batch.
+    """
+
+    def __init__(self, source: Source, noise: Noise, group: Any) -> None:
+        self.source, self.noise, self._group = source, noise, group
+        self.piece = PrivateNoise(noise)
+        self._noising = Noising(self.piece)
+        self._shown: dict[Tensor, Tensor] = {}
+        self._grad_dtypes: dict[Tensor, torch.dtype | None] = {}
+        self.share_key()
+
+    @property
+    def world(self) -> int:
+        """How many processes share a batch."""
+        available = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.get_world_size(self._group) if available else 1
+
+    def share_key(self) -> None:
+        """All processes draw the noise of the first."""
+        if self.world > 1:
+            state = [(self.noise.key, self.noise.count)]
+            torch.distributed.broadcast_object_list(state, group=self._group, group_src=0)
+            self.noise.key, self.noise.count = state[0]
+
+    def sums(self, parameters: Parameters) -> list[Tensor]:
+        """Of all samples, not private yet; zeros where none contributes.
+
+        Args:
+            parameters: Of what.
+        """
+        sums = [
+            torch.zeros_like(p, memory_format=torch.preserve_format) if total is None else total
+            for p, total in zip(parameters, self.source.take(parameters), strict=True)
+        ]
+        return reduced(sums, self._group) if self.world > 1 else sums
+
+    @contextlib.contextmanager
+    def fused(
+        self, engine: Engine, parameters: Parameters, sums: list[Tensor], std: float, share: float
+    ) -> Iterator[None]:
+        """Within the block the engine steps by the noised sums, which are nowhere in memory.
+
+        Args:
+            engine: What has the piece.
+            parameters: Of what.
+            sums: As `sums` gives them; used up afterwards, whatever happens.
+            std: Standard deviation of the noise.
+            share: What noised sums are multiplied by.
+        """
+        engine._gradient_of = dict(zip(parameters, sums, strict=True)).get
+        try:
+            with self.piece.armed(std, share, self.noise.advance()):
+                yield
+        finally:
+            del engine._gradient_of
+            self.source.used(parameters)
+
+    @contextlib.contextmanager
+    def written(
+        self, places: list[int], parameters: Parameters, sums: list[Tensor], std: float, share: float
+    ) -> Iterator[None]:
+        """Within the block `p.grad` holds the noised sums, and stays until `forget`.
+
+        Args:
+            places: Of the parameters in their optimizer.
+            parameters: Of what.
+            sums: As `sums` gives them; overwritten.
+            std: Standard deviation of the noise.
+            share: What noised sums are multiplied by.
+        """
+        try:
+            with self.piece.armed(std, share, self.noise.advance()):
+                self._noising.over(sums, places)
+        finally:
+            self.source.used(parameters)
+        self._shown = dict(zip(parameters, map(self._show, parameters, sums), strict=True))
+        with self.piece.armed(0.0, 1.0, 0):  # what there is has its noise
+            yield
+
+    def _show(self, p: Tensor, total: Tensor) -> Tensor:
+        """Put a noised gradient where optimizers look for it, in the dtype that they expect."""
+        if total.dtype != p.dtype:
+            total, dtype = total.to(p.dtype), p.grad_dtype
+            if dtype not in (None, p.dtype):
+                self._grad_dtypes[p] = dtype
+                p.grad_dtype = p.dtype
+        p.grad = total
+        return total
+
+    def forget(self, parameters: Parameters, kept: bool) -> None:
+        """Clear gradients.
+
+        Args:
+            parameters: Of what.
+            kept: Whether sums are kept for a later step.
+        """
+        self.source.clear(parameters, kept)
+        while self._grad_dtypes:
+            p, dtype = self._grad_dtypes.popitem()
+            p.grad_dtype = dtype
+        self._shown = {}
+
+    def check_forgotten(self) -> None:
+        """Refuse gradients that an earlier step has written, and a backward pass may have added to.
+
+        Raises:
+            RuntimeError: If there are any.
+        """
+        if any(p.grad is shown for p, shown in self._shown.items()):
+            raise RuntimeError("p.grad still holds the latest step's: call zero_grad() after every step()")
