@@ -40,7 +40,7 @@ class Layout:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """`[samples, elements]`, contiguous."""
-        return tensor.permute(self.order).contiguous().view(self.shape[0], -1)
+        return tensor.permute(self.order).contiguous().view(self.shape[0], math.prod(self.shape[1:]))
 
     def whole(self, rows: Tensor) -> Tensor:
         """Of the shape of x, with its strides."""
@@ -74,7 +74,7 @@ class Ball:
             raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
         self.norm, self.steepest, self.dtype = norm, steepest and norm == "l1", x.dtype
         self.layout = Layout(x)
-        self.clean = self.layout.rows(x)
+        self.clean = self.layout.rows(x.detach())
         self.epsilon = self.sizes("epsilon", epsilon)
         self._constant: tuple[Tensor, bool, Tensor] | None = None
         self.bounds = None if bounds is None else _checked(x, *bounds, self.layout)
@@ -144,9 +144,8 @@ class Ball:
             compute = compute_dtype(self.dtype)
             moved = move(given, "none", None, compute)[0]
             keep = threshold((moved - self.clean.to(compute)).abs(), self.epsilon)
-            # From where they are: the projection alone is left to do.
-            zero = torch.zeros_like(self.epsilon)
-            given = given._replace(x=moved, numbers=self._numbers(zero, keep))
+            numbers = self._numbers(self.epsilon, keep)
+            given = Given(moved, None, self.clean, numbers, "none")
         return move(given, ball, self.bounds, self.dtype)
 
     def start(self, seed: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Losses:
                 f"{type(objective).__name__}"
             )
         self.objective = objective
-        self.y = y.clone() if isinstance(y, Tensor) and y.is_inference() else y
+        self.y = y
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[samples]`; a scalar if the loss is one.
@@ -75,6 +75,8 @@ class Losses:
         Raises:
             ValueError: If the loss does not depend on the inputs.
         """
+        if isinstance(self.y, Tensor) and self.y.is_inference():
+            self.y = self.y.clone()  # which autograd may keep
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         losses = self(leaf)
         found = (
@@ -123,7 +125,7 @@ def undisturbed(model: nn.Module | None, mode: str, device: torch.device) -> Ite
             if mode != "keep":
                 for module in modules:  # not by train() and eval(), which may do more than that
                     module.training = mode == "train"
-            with _kept_buffers([module for module in modules if module.training]):
+            with _other_buffers([module for module in modules if module.training]):
                 yield
         finally:
             for module, training in zip(modules, modes, strict=True):
@@ -131,18 +133,17 @@ def undisturbed(model: nn.Module | None, mode: str, device: torch.device) -> Ite
 
 
 @contextlib.contextmanager
-def _kept_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    held = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _other_buffers(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block modules have copies of their buffers: those themselves may be part of a graph."""
+    held = [(module, dict(module._buffers)) for module in modules]
+    copies: dict[int, Tensor | None] = {id(None): None}
     try:
+        for module, buffers in held:
+            for name, buffer in buffers.items():
+                if id(buffer) not in copies and buffer is not None:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, former, version in held:
-                if buffer._version != version:
-                    buffer.copy_(former)
-                module._buffers[name] = buffer
+        for module, buffers in held:
+            module._buffers.update(buffers)

@@ -45,10 +45,10 @@ class Given(NamedTuple):
 
     Args:
         x: `[samples, elements]`, where the samples are.
-        gradient: Of the same shape; `None` for noise.
+        gradient: Of the same shape; `None` for noise, and where there is no step.
         clean: Of the same shape, the centres of the balls; x by default.
         numbers: `[samples or 1, 3]` in compute precision: radius, size of the step, what a projection keeps.
-        kind: The direction, see `reference.adversarial.direction`.
+        kind: The direction, see `reference.adversarial.direction`; `"none"` for no step.
         peaks: int64 `[samples]`, for the direction `"peak"`.
         seed: int64, 0-d, for noise.
     """

@@ -46,7 +46,7 @@ def direction(
         if KIND == "sign":
             return sign(g)
         elif KIND == "peak":
-            return tl.where(offsets - first == peak, sign(g), 0.0)
+            return tl.where((offsets - first).to(tl.int32) == peak, sign(g), 0.0)
         else:
             tl.static_assert(KIND == "scaled")
             return finite(g)
@@ -100,13 +100,14 @@ def step_block(
     KIND: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr, COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    along = direction(gradient, key, peak, first, s, offsets, inside, KIND, COMPUTE, VECTOR)
-    here = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
+    y = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
     if clean is None:
-        centre = here
+        centre = y
     else:
         centre = tl.load(clean + offsets, mask=inside, other=0).to(COMPUTE)
-    y = projected(here + size * along, centre, radius, keep, BALL)
+    if KIND != "none":
+        y += size * direction(gradient, key, peak, first, s, offsets, inside, KIND, COMPUTE, VECTOR)
+    y = projected(y, centre, radius, keep, BALL)
     stored = y
     if out.dtype.element_ty.primitive_bitwidth == 16:
         stored = towards(y, centre, out.dtype.element_ty).to(COMPUTE)
@@ -135,12 +136,12 @@ def run_of(inner, blocks, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["blocks", "channels"])
 def adversarial_step_kernel(
     x, gradient, clean, out, master, numbers, peaks, lower, upper, seed, inner, blocks, spatial, channels,
-    KIND: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KIND: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """out = what `reference.step` makes of samples of `inner` elements, in `blocks` programs each.
 
-    gradient  [samples, inner] or None      None where KIND is that of a noise
+    gradient  [samples, inner] or None      None where KIND is that of a noise, or "none": no step
     clean     [samples, inner] or None      the centre of the ball, x by default
     out       [samples, inner]              rounded towards the centre, if it has 16 bits
     master    COMPUTE [samples, inner]      the same, not rounded; or None
@@ -154,10 +155,10 @@ def adversarial_step_kernel(
     own = numbers + row * (3 * OWN)
     radius, size, keep = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     key, peak = 0, 0
-    if gradient is None:
+    if seed is not None:
         key = tl.load(seed)
     if KIND == "peak":
-        peak = tl.load(peaks + row)
+        peak = tl.load(peaks + row).to(tl.int32)
     low, high = 0.0, 0.0
     if BOUNDS == "scalar":
         low, high = tl.load(lower).to(COMPUTE), tl.load(upper).to(COMPUTE)
@@ -194,8 +195,8 @@ def size_block(
 @triton.jit(do_not_specialize=["blocks"])
 def adversarial_norm_kernel(
     x, gradient, clean, partial, numbers, seed, inner, blocks,
-    KIND: tl.constexpr, SQUARES: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KIND: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = Σ w², or Σ |w|, over a run of a sample: w is the direction.
 
@@ -205,7 +206,7 @@ def adversarial_norm_kernel(
     """
     row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
     key, size = 0, 0.0
-    if gradient is None:
+    if seed is not None:
         key = tl.load(seed)
     if clean is not None:
         size = tl.load(numbers + row * (3 * OWN) + 1)
