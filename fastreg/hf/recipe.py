@@ -84,6 +84,13 @@ class AppliedRecipe:
                 f"embeddings would get noise twice: by embedding_noise of the recipe and by "
                 f"neftune_noise_alpha={trainer.args.neftune_noise_alpha} of TrainingArguments; leave one out"
             )
+        if trainer.is_fsdp_enabled:
+            for name in ("weight_noise", "adversarial"):
+                if vars(recipe)[name] is not None:
+                    raise ValueError(
+                        f"{name} holds the parameters of the model, which FSDP replaces: leave it out, or "
+                        "train with DistributedDataParallel"
+                    )
         self.agreement: float | None = None
         if recipe.r_drop is not None:
             if trainer.label_smoother is not None or trainer.compute_loss_func is not None:

@@ -68,13 +68,10 @@ def test_a_loop_that_clips_averages_and_saves(runs, tools, tmp_path) -> None:
 
 def test_a_loop_goes_on_from_what_it_saved(runs, tools, tmp_path) -> None:
     done = run(AVERAGED, runs, tools, tmp_path / "first")
-    resumed = AVERAGED.replace(
-        "for batch in", "accelerator.load_state(folder)\noptimizer.train()\nfor batch in"
-    )
-    assert resumed != AVERAGED
-    again = run(
-        resumed.replace("(folder)  #", "(other)  #"), runs, tools, tmp_path / "first", other=tmp_path / "b"
-    )
+    load = "accelerator.load_state(folder)\noptimizer.train()\n"
+    text = AVERAGED.replace("for batch", f"{load}for batch").replace("state(folder)", "state(other)")
+    text = text.replace("load_state(other)", "load_state(folder)")
+    again = run(text, runs, tools, tmp_path / "first", other=tmp_path / "other")
     whole = AVERAGED.replace("in loader:", "in [*loader, *loader]:")
     expected = run(whole, runs, tools, tmp_path / "whole")
     assert tools.distance(tools.weights(again["model"]), tools.weights(expected["model"])) == 0
@@ -136,8 +133,9 @@ def test_sam_under_a_scaler_that_sees_nothing_of_it(tools, base, overflow) -> No
     model, plain = tools.tiny(0.0), tools.tiny(0.0)
     Accelerator()
     scaler = GradScaler("cpu", init_scale=2.0**8)
-    optimizer = AcceleratedOptimizer(fastreg.SAM(model.parameters(), base, rho=0.3, lr=1e-2), scaler=scaler)
-    reference = fastreg.SAM(plain.parameters(), base, rho=0.3, lr=1e-2)
+    settings = {"rho": 0.3, "lr": 1e-2, "eps": 1e-5}
+    optimizer = AcceleratedOptimizer(fastreg.SAM(model.parameters(), base, **settings), scaler=scaler)
+    reference = fastreg.SAM(plain.parameters(), base, **settings)
     batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
     for index in range(2):
         loss = scaler.scale(model(**batch).loss)
@@ -150,5 +148,5 @@ def test_sam_under_a_scaler_that_sees_nothing_of_it(tools, base, overflow) -> No
         reference.first_step(zero_grad=True)
         plain(**batch).loss.backward()
         reference.second_step()
-    bound = 1e-4 if overflow is None else 0  # eps of Adam beside rounding errors in gradients of 0
+    bound = 1e-5 if overflow is None else 0
     assert tools.distance(tools.weights(model), tools.weights(plain)) <= bound

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
+import fastreg
 from fastreg.hf import FastregTrainer, FastregTrainerMixin
 
 RECIPE: dict[str, Any] = {
@@ -52,6 +53,27 @@ def test_classification(runs, tools) -> None:
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     first, second = tools.logged(trainer, "eval_loss")
     assert second < first
+
+
+QUIET = {"sam": 0.3, "ema": 0.5, "clip": 0.5, "weight_decay": 0.1, "optimizer": {"eps": 1e-5}}
+
+
+def test_on_every_backend(runs, tools, backend) -> None:
+    with fastreg.use_backend("reference"):
+        expected = runs.train(recipe=QUIET, arguments={"max_steps": 2})
+    trainer = runs.train(recipe=QUIET, arguments={"max_steps": 2})
+    assert tools.distance(tools.weights(trainer.model), tools.weights(expected.model)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_model(runs, tools) -> None:
+    recipe = {**QUIET, "embedding_noise": 1.0, "dropout": {"rate": 0.3, "annealing": "linear"}}
+    arguments = {"max_steps": 3, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = runs.train(recipe=QUIET, dropout=0.0, arguments=arguments)
+    plain = runs.train(recipe=QUIET, dropout=0.0, arguments={"max_steps": 3})
+    assert tools.distance(tools.weights(trainer.model), tools.weights(plain.model)) < 1e-5
+    other = runs.train(recipe=recipe, arguments=arguments)
+    assert all(bool(w.isfinite().all()) for w in tools.weights(other.model).values())
 
 
 def test_label_smoothing(runs, tools) -> None:

@@ -241,6 +241,18 @@ def test_deepspeed_is_refused(runs, tools) -> None:
         trainer.create_optimizer()
 
 
+@pytest.mark.parametrize("name", ["weight_noise", "adversarial"])
+def test_what_fsdp_would_hide_is_refused(runs, name) -> None:
+    class Sharded(FastregTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.is_fsdp_enabled = True
+
+    with pytest.raises(ValueError, match=f"{name} holds the parameters.*FSDP"):
+        runs.trainer(Sharded, recipe={name: True})
+    runs.trainer(Sharded, recipe={"sam": True})
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(runs) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     trainer = runs.train(recipe={"weight_noise": 1e-3}, arguments=arguments)
