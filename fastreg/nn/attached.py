@@ -21,8 +21,8 @@ Pattern = str | re.Pattern[str] | type[nn.Module] | tuple[type[nn.Module], ...]
 class Attached:
     """Hooks that stay until `remove()`, or to the end of a `with` block.
 
-    Code that was compiled before keeps them, since torch looks at hooks when it compiles, and not again:
-    `remove()` sets the level to 0 as well, with which that code does nothing.
+    torch looks at hooks when it compiles, and by default not again.  `remove()` therefore sets the level to 0
+    as well, with which code that was compiled before does nothing.
     """
 
     def __init__(self) -> None:
