@@ -227,8 +227,10 @@ def test_every_contender_has_a_default_that_works():
     config = GPT2Config(
         n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8, bos_token_id=None, eos_token_id=None
     )
-    task = SimpleNamespace(initial=lambda seed: GPT2LMHeadModel(config))
-    args = SimpleNamespace(lr=0.01, weight_decay=0.01, steps=400, warmup=1, device=torch.device("cpu"))
+    task = SimpleNamespace(initial=lambda seed: GPT2LMHeadModel(config), train=torch.zeros(32), block_size=8)
+    args = SimpleNamespace(
+        lr=0.01, weight_decay=0.01, steps=400, warmup=1, batch_size=2, device=torch.device("cpu")
+    )
     for name in [*contenders.ENTRIES, *contenders.ALIASES]:
         run = training.Run(choice.parse(name)[0], task, args, 0)
         run.model.train()
