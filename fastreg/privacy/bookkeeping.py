@@ -131,7 +131,7 @@ class BookKeeping:
         bounds = self._bounds()
         if any(isinstance(bound, Tensor) for bound in bounds):
             return torch.stack([torch.as_tensor(bound).double() for bound in bounds]).norm()
-        return math.hypot(*bounds)  # type: ignore[arg-type]
+        return math.hypot(*bounds)
 
     def attach(self) -> None:
         """Take over the gradients of the model.
@@ -148,7 +148,7 @@ class BookKeeping:
         self._names = names
         self._frozen = [(n, p) for n, p in self.model.named_parameters() if p not in names]
         for module, (name, layer) in layers.items():
-            module.forward = Forward(self, name, layer, name in self.shared_inputs or None)  # type: ignore[method-assign]
+            module.forward = Forward(self, name, layer, name in self.shared_inputs or None)
             self._undo.append(functools.partial(vars(module).pop, "forward"))
         for p, name in names.items():
             self._undo.append(p.register_hook(functools.partial(refuse, name)).remove)
@@ -273,12 +273,13 @@ class BookKeeping:
         own = x.shape[dim] if x.dim() > dim else None
         if own == 1 and x.dim() > 1:
             return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :])
-        if forward.shared is None and x.dim() == 1 and not x.is_floating_point() and (own, size) != (1, 1):
+        ids = x.dim() == 1 and not x.is_floating_point() and (own != size or size > 1)
+        if forward.shared is None and ids:
             if own == size and counts_up(x):
                 raise ValueError(
-                    f"{forward.name!r} was given {own} ids that count up in a batch of {size} samples: if they are "
-                    f"positions, the same for all samples, say shared_inputs=({forward.name!r},) or give them "
-                    "as [1, positions]"
+                    f"{forward.name!r} was given {own} ids that count up in a batch of {size} samples: "
+                    "if they are positions, the same for all samples, say "
+                    f"shared_inputs=({forward.name!r},) or give them as [1, positions]"
                 )
             forward.shared = own != size
         if forward.shared:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .ghost import sample_sums
 from .parts import Convolution, Dense, Outer, Part, Rows
 
 Kept = tuple[Tensor, ...]
@@ -178,8 +179,7 @@ class LayerNorm(Layer):
     def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
         """Sums over positions."""
         x, mean, deviation = kept
-        shape = self.module.weight.shape
-        return _scaled(grad, lambda: (x - mean) * deviation, needed, shape)
+        return _scaled(grad, needed, self.module.weight.shape, lambda: x, mean, deviation)
 
 
 class Normalized(Layer):
@@ -196,12 +196,12 @@ class Normalized(Layer):
 
         def normalized() -> Tensor:
             if isinstance(self.module, nn.GroupNorm):
-                return F.group_norm(x, self.module.num_groups, None, None, self.module.eps)
-            return F.instance_norm(x, eps=self.module.eps)
+                values = F.group_norm(x, self.module.num_groups, None, None, self.module.eps)
+            else:
+                values = F.instance_norm(x, eps=self.module.eps)
+            return values.flatten(2).transpose(1, 2)
 
-        by_channel = (t.flatten(2).transpose(1, 2) for t in (normalized() if "weight" in needed else x, grad))
-        values, grad = by_channel
-        return _scaled(grad, lambda: values, needed, grad.shape[2:])
+        return _scaled(grad.flatten(2).transpose(1, 2), needed, grad.shape[1:2], normalized)
 
 
 class RMSNorm(Layer):
@@ -247,7 +247,7 @@ class RMSNorm(Layer):
             ones = self._with(x, torch.ones_like)
             return ones - self._with(x, torch.zeros_like) if self._offset else ones
 
-        return _scaled(grad, normalized, needed, self.module.weight.shape)
+        return _scaled(grad, needed, self.module.weight.shape, normalized)
 
 
 class Conv(Layer):
@@ -278,20 +278,21 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def _summed(grad: Tensor) -> Dense:
-    return Dense(grad.sum(1, dtype=torch.float32 if grad.dtype.itemsize < 4 else None))
+    return Dense(sample_sums(grad)[1])
 
 
-def _scaled(grad: Tensor, normalized: Any, needed: Sequence[str], shape: torch.Size) -> Parts:
-    """Of output = weight · normalized + bias, both of `shape`."""
-    compute = torch.float32 if grad.dtype.itemsize < 4 else grad.dtype
+def _scaled(
+    grad: Tensor, needed: Sequence[str], shape: torch.Size, x: Callable[[], Tensor],
+    mean: Tensor | None = None, deviation: Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Of output = weight · (x - mean) · deviation + bias, both of `shape`."""
     positions = math.prod(grad.shape[1 : grad.dim() - len(shape)])
-    grad = grad.to(compute).reshape(len(grad), positions, *shape)
-    found: Parts = {}
-    if "weight" in needed:
-        found["weight"] = Dense((grad * normalized().to(compute).view(grad.shape)).sum(1))
-    if "bias" in needed:
-        found["bias"] = Dense(grad.sum(1))
-    return found
+    places = len(grad), positions, math.prod(shape)
+    value = x().reshape(places) if "weight" in needed else None
+    means = (None if t is None else t.reshape(places[:2]) for t in (mean, deviation))
+    sums = sample_sums(grad.reshape(places), value, *means)
+    named = zip(("weight", "bias"), sums, strict=True)
+    return {name: Dense(t.view(len(grad), *shape)) for name, t in named if name in needed and t is not None}
 
 
 KINDS: dict[type[nn.Module], type[Layer]] = {

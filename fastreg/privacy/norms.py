@@ -33,14 +33,15 @@ def measured(noted: Sequence[Noted], home: torch.device) -> tuple[Tensor, Tensor
     ghosts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, note in enumerate(noted):
         if note.sums is not None:
-            ghosts.setdefault((note.sums.device, note.sums.dtype), []).append(i)
+            ghosts.setdefault((note.sums.device, note.part.dtype), []).append(i)
         elif note.squares is None:
             found[i] = note.part.squares()
-    for own in ghosts.values():
+    for (_, dtype), own in ghosts.items():
         parts = [noted[i].part for i in own]
         sums = torch.stack([noted[i].sums for i in own])  # type: ignore[misc]
-        shapes = zip(*(part.shape for part in parts), strict=True)
-        results = reference.ghost_squares(sums, [part.terms for part in parts], *map(list, shapes))
+        results = reference.ghost_squares(
+            sums, [part.terms for part in parts], [part.shape for part in parts], dtype  # type: ignore[attr-defined]
+        )
         for i, squares, error in zip(own, *(result.unbind() for result in results), strict=True):
             found[i] = squares, error
     squares, errors = zip(*(pair for pair in found if pair is not None), strict=True)

@@ -187,7 +187,7 @@ class Outer(Part):
         norms = (
             torch.linalg.vector_norm(x.to(compute_dtype(x.dtype)), dim=-1) for x in (self.left, self.right)
         )
-        return math.prod(x.to(wide) for x in norms).sum(1)  # type: ignore[attr-defined]
+        return math.prod(x.to(wide) for x in norms).sum(1)
 
     def per_sample(self, first: int, last: int) -> Tensor:
         """One product of matrices for each sample."""
@@ -199,7 +199,7 @@ class Outer(Part):
         if not self.ghostly:
             return super().squares()
         sums = ghost.ghost_sums(self.left, self.right).unsqueeze(0)
-        found, error = reference.ghost_squares(sums, [self.terms], *([n] for n in self.shape))
+        found, error = reference.ghost_squares(sums, [self.terms], [self.shape], self.dtype)
         return found[0], error[0]
 
     def total(self, weights: Tensor, finite: Tensor | None, out: Tensor | None) -> Tensor:

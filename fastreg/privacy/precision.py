@@ -28,6 +28,6 @@ class plainly(contextlib.ExitStack):  # noqa: N801  (used like a function)
 
 
 _PRODUCTS: dict[str, tuple[Any, ...]] = {
-    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv),
-    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),
+    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv),  # type: ignore[attr-defined]
+    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),  # type: ignore[attr-defined]
 }

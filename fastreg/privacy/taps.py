@@ -1,7 +1,8 @@
-"""Stands between layers and autograd: runs a layer for the engine, and hands it the gradient of the output."""
+"""Stands between layers and autograd: hands the engine what a layer is given and gets."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -24,19 +25,21 @@ class Forward:
         self.engine, self.name, self.layer, self.shared = engine, name, layer, shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer; with a tap on its output where gradients are asked for."""
         module = self.layer.module
         if not torch.is_grad_enabled() or not any(
             p is not None and p.requires_grad for p in module._parameters.values()
         ):
             return type(module).forward(module, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fastreg.privacy.BookKeeping does not work within torch.compile: run the model as it is"
-            )
+        if torch.compiler.is_compiling():  # ends the graph, and runs what follows for real
+            raise RuntimeError("fastreg.privacy: a layer whose gradients are clipped cannot be in a graph")
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise TypeError(f"{self.name!r} must be called with one tensor, got {len(inputs)} arguments")
-        return self.engine.run(self, inputs[0])
+        run = self.engine.run
+        if sys.modules.get("torch._dynamo") and torch._C._dynamo.eval_frame.get_eval_frame_callback():
+            run = torch.compiler.disable(run)
+        return run(self, inputs[0])
 
     def __reduce__(self) -> Any:
         return getattr, (self.layer.module, "forward")
@@ -47,6 +50,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, use: Any, kept: int, *others: Tensor) -> Tensor:
+        """The same tensor."""
         ctx.mark_dirty(out)  # not a new tensor: a view could not be changed in place
         ctx.use = use
         ctx.save_for_backward(*others[:kept])
@@ -54,15 +58,15 @@ class Tap(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The same gradient, noted if that of a parameter is asked for."""
         engine, layer, needed, inside = ctx.use
         nodes = ctx.next_functions[-len(needed) :]
         try:
             asked = [torch._C._will_engine_execute_node(node) for node, _ in nodes]
         except RuntimeError as error:
             raise RuntimeError(
-                "torch.autograd.grad cannot ask for gradients of parameters whose gradients are clipped: call "
-                "backward()"
+                "torch.autograd.grad cannot ask for gradients that are clipped: call backward()"
             ) from error
         wanted = [name for name, is_asked in zip(needed, asked, strict=True) if is_asked]
         if wanted:
@@ -91,7 +95,7 @@ def no_batch_statistics(module: nn.Module, _: Any) -> None:
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> int | None:
-    """How many samples the first input of a model has, or that of transformers' models; `None`: no telling."""
+    """How many samples the main input of a model has: the first, or by name.  `None`: it cannot be told."""
     first = [kwargs[name] for name in _INPUTS if name in kwargs]
     leaves = torch.utils._pytree.tree_leaves((args, first, kwargs))
     found = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim), None)

@@ -15,8 +15,12 @@ CONFIDENCE = 4.0
 
 
 def rounding(terms: int, dtype: torch.dtype) -> float:
-    """By what share of Σ|a||b| a sum of so many products may be off: min(n, λ√n)·u."""
-    return min(terms, CONFIDENCE * terms**0.5) * torch.finfo(compute_dtype(dtype)).eps / 2
+    """By what share of Σ|a||b| a sum of so many products may be off: min(n, λ√n)·u.
+
+    Tensor cores, which take factors of 16 bits, cut off where they add, once in 8 terms: up to 2u each.
+    """
+    cut = terms / 4 if dtype.itemsize < 4 else 0
+    return (min(terms, CONFIDENCE * terms**0.5) + cut) * torch.finfo(compute_dtype(dtype)).eps / 2
 
 
 def gram(x: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def ghost_sums(left: Tensor, right: Tensor, right_gram: Tensor | None = None) ->
 
 
 def ghost_squares(
-    sums: Tensor, positions: Sequence[int], p: Sequence[int], d: Sequence[int]
+    sums: Tensor, positions: Sequence[int], shapes: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The squared norm of every sample, and by how much rounding may have made it too small.
 
@@ -60,14 +64,14 @@ def ghost_squares(
     Args:
         sums: Those of `ghost_sums` for some matrices, `[matrices, 5, samples]`.
         positions: Addends of each matrix.
-        p: Its rows.
-        d: Its columns.
+        shapes: Its rows and columns.
+        dtype: Of the factors.
 
     Returns:
         `[matrices, samples]` twice in double.
     """
-    dtype, wide = sums.dtype, scalar_dtype(sums.device)
-    tiny = torch.finfo(dtype).tiny
+    wide, tiny = scalar_dtype(sums.device), torch.finfo(sums.dtype).tiny
+    p, d = zip(*shapes, strict=True)
     loose = [rounding(n, dtype) + rounding(t, dtype) for n, t in zip(p, positions, strict=True)]
     numbers = loose, [rounding(n, dtype) for n in d], positions, p, d
     loosely, closely, t, p_, d_ = torch.tensor(numbers, dtype=wide).to(sums.device).unsqueeze(-1).unbind()
@@ -75,6 +79,29 @@ def ghost_squares(
     outer, inner = ((x + t.square() * tiny).sqrt() for x in (outer, inner))
     error = loosely * inner * outer_trace + closely * outer * inner_trace
     return squares, error + tiny * (t * (p_ * outer_trace + d_ * inner_trace) + p_ * d_)
+
+
+def sample_sums(
+    grad: Tensor, x: Tensor | None, mean: Tensor | None, deviation: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Σ_t grad_t · (x_t - mean_t) · deviation_t and Σ_t grad_t of every sample.
+
+    Args:
+        grad: `[samples, positions, features]`.
+        x: Likewise; `None` if only the second is wanted.
+        mean: `[samples, positions]`; `None` with `deviation` if x is what it should be.
+        deviation: `[samples, positions]`, what is multiplied with.
+
+    Returns:
+        `[samples, features]` twice in compute precision; the first is `None` without x.
+    """
+    compute = compute_dtype(grad.dtype)
+    if x is None:
+        return None, grad.sum(1, dtype=compute)
+    x, grad = x.to(compute), grad.to(compute)
+    if mean is not None and deviation is not None:
+        x = (x - mean.unsqueeze(-1)) * deviation.unsqueeze(-1)
+    return (grad * x).sum(1), grad.sum(1)
 
 
 def squares(x: Tensor) -> Tensor:

@@ -8,8 +8,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertConfig, BertForSequenceClassification, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel,
-    LlamaConfig, LlamaForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )  # fmt: skip
 
 from fastreg.privacy.bookkeeping import BookKeeping
@@ -24,8 +30,8 @@ VOCABULARY, LENGTH, SAMPLES = 60, 6, 3
 def gpt2():
     return GPT2LMHeadModel(
         GPT2Config(
-            n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=8, resid_pdrop=0.0, attn_pdrop=0.0,
-            embd_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=8, resid_pdrop=0.0,
+            attn_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
 
@@ -33,9 +39,9 @@ def gpt2():
 def decoder(config_class, model_class, **options):
     return model_class(
         config_class(
-            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16, intermediate_size=24,
-            vocab_size=VOCABULARY, max_position_embeddings=8, head_dim=8, pad_token_id=None, bos_token_id=0,
-            eos_token_id=0, **options,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16,
+            intermediate_size=24, vocab_size=VOCABULARY, max_position_embeddings=8, head_dim=8,
+            pad_token_id=None, bos_token_id=0, eos_token_id=0, **options,
         )
     )  # fmt: skip
 
@@ -105,12 +111,12 @@ def test_hugging_face_with_checkpoints(OneByOne):
     expected.check(model, engine.norms)
 
 
-def test_several_forms_of_a_norm_in_one_model(OneByOne):
-    """Adapters on a model of 8-bit activations: parameters that are trained are in float32."""
+def test_adapters_under_autocast():
+    """What is trained is in float32, whatever activations are in."""
     torch.manual_seed(0)
     model = lora()
     batch = batch_of(model)
-    engine = BookKeeping(model, max_grad_norm=0.5)
+    BookKeeping(model, max_grad_norm=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model, *batch)
     loss.backward()

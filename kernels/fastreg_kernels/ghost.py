@@ -1,0 +1,98 @@
+"""Per-sample sums over positions: what ghost norms follow from, and gradients of norm layers and biases.
+
+Deterministic: every sum is taken in a fixed order, without atomics.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inner_products(
+    x, sample, rows, columns, positions, features, PRECISION: tl.constexpr, DEPTH: tl.constexpr
+):
+    """⟨x_r, x_c⟩ for rows r and columns c of positions of one sample; 0 beyond the last."""
+    base = x + sample * positions * features
+    products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    for first in range(0, features, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        mask = k < features
+        a = tl.load(
+            base + rows[:, None] * features + k[None, :],
+            mask=(rows < positions)[:, None] & mask[None, :], other=0.0,
+        )  # fmt: skip
+        b = tl.load(
+            base + columns[None, :] * features + k[:, None],
+            mask=(columns < positions)[None, :] & mask[:, None], other=0.0,
+        )  # fmt: skip
+        products = tl.dot(a.to(tl.float32), b.to(tl.float32), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def ghost_sums_kernel(
+    left, right, partial, positions, p, d,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile of inner products on or below the diagonal: no product of positions reaches memory.
+
+    left       [samples, positions, p], right [samples, positions, d]: contiguous
+    partial    fp32[5, samples, tiles], with tiles counted row by row of the triangle
+    grid       (tiles² of the square, samples); above the diagonal there is nothing to do
+    """
+    tiles = tl.cdiv(positions, BLOCK)
+    row = tl.program_id(0) // tiles
+    column = tl.program_id(0) % tiles
+    sample = tl.program_id(1).to(tl.int64)
+    if column <= row:
+        rows = row * BLOCK + tl.arange(0, BLOCK)
+        columns = column * BLOCK + tl.arange(0, BLOCK)
+        outer = inner_products(left, sample, rows, columns, positions, p, PRECISION, DEPTH)
+        inner = inner_products(right, sample, rows, columns, positions, d, PRECISION, DEPTH)
+        times = tl.where(row == column, 1.0, 2.0)
+        diagonal = rows[:, None] == columns[None, :]
+        count = tiles * (tiles + 1) // 2
+        here = partial + sample * count + row * (row + 1) // 2 + column
+        further = tl.num_programs(1).to(tl.int64) * count
+        tl.store(here, times * tl.sum(outer * inner))
+        tl.store(here + further, times * tl.sum(outer * outer))
+        tl.store(here + 2 * further, times * tl.sum(inner * inner))
+        tl.store(here + 3 * further, tl.sum(tl.where(diagonal, outer, 0.0)))
+        tl.store(here + 4 * further, tl.sum(tl.where(diagonal, inner, 0.0)))
+
+
+@triton.jit
+def sample_sums_kernel(
+    grad, x, mean, deviation, weight, bias, positions, features, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Over the positions of one sample, some features: Σ grad · normalized x, and Σ grad; one read of each.
+
+    grad, x          [samples, positions, features], contiguous
+    mean, deviation  fp32[samples, positions], what x is less and times; None if x is normalized
+    weight, bias     fp32[samples, features]; None if not wanted
+    grid             (blocks of features, samples)
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    base = sample * positions * features
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, positions, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < positions)[:, None] & (columns < features)[None, :]
+        offsets = base + rows[:, None] * features + columns[None, :]
+        g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        sums += g
+        if weight is not None:
+            value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+            if mean is not None:
+                at = sample * positions + rows
+                less = tl.load(mean + at, mask=rows < positions, other=0.0)
+                times = tl.load(deviation + at, mask=rows < positions, other=0.0)
+                value = (value - less[:, None]) * times[:, None]
+            products += g * value
+    out = sample * features + columns
+    if weight is not None:
+        tl.store(weight + out, tl.sum(products, 0), mask=columns < features)
+    if bias is not None:
+        tl.store(bias + out, tl.sum(sums, 0), mask=columns < features)

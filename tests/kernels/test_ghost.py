@@ -1,0 +1,80 @@
+"""Ghost norms and sums over positions: kernel against reference against float64."""
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.privacy import ghost
+from fastreg.reference import ghost as reference
+
+# Sizes below, at and above a tile of 64 positions, 32 features of a turn and 128 of a program.
+SHAPES = [(3, 1, 5, 7), (2, 16, 32, 64), (2, 64, 33, 1), (1, 65, 16, 40), (2, 130, 20, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def drawn(*shapes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("samples, positions, p, d", SHAPES)
+def test_ghost_sums(samples, positions, p, d, dtype):
+    left, right = drawn((samples, positions, p), (samples, positions, d), dtype=dtype)
+    with fastreg.use_backend("triton"):
+        found = ghost.ghost_sums(left, right)
+    exact = reference.ghost_sums(left.double(), right.double())
+    expected = reference.ghost_sums(left, right)
+    assert found.shape == (5, samples) and found.dtype == torch.float32
+    assert ((found - exact).abs() <= 2 * (expected - exact).abs() + 1e-6 * exact[1:].abs().amax(0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("samples, positions, features", [(3, 1, 5), (2, 16, 128), (2, 37, 130)])
+def test_sample_sums(samples, positions, features, normalized, dtype):
+    grad, x = drawn(*[(samples, positions, features)] * 2, dtype=dtype)
+    mean, deviation = drawn(*[(samples, positions)] * 2, dtype=torch.float32)
+    others = () if normalized else (mean, deviation)
+    with fastreg.use_backend("triton"):
+        weight, bias = ghost.sample_sums(grad, x, *others)
+        nothing, alone = ghost.sample_sums(grad)
+    exact = reference.sample_sums(grad.double(), x.double(), *([t.double() for t in others] or [None, None]))
+    for found, expected in zip((weight, bias), exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert nothing is None and torch.equal(alone, bias)
+
+
+def test_strided_factors():
+    left, right = (t.transpose(1, 2) for t in drawn((2, 8, 20), (2, 6, 20), dtype=torch.float32))
+    with fastreg.use_backend("triton"):
+        found = ghost.ghost_sums(left, right)
+    expected = reference.ghost_sums(left, right)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_is_deterministic():
+    left, right = drawn((2, 70, 20), (2, 70, 9), dtype=torch.float32)
+    with fastreg.use_backend("triton"):
+        first, second = (ghost.ghost_sums(left, right) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_inner_products_are_kept_while_the_input_is_the_same():
+    x, other = drawn((2, 4, 5), (2, 4, 5), dtype=torch.float32)
+    grams = ghost.Grams()
+    first = grams.of(x)
+    assert grams.of(x.view(2, 4, 5)) is first
+    assert torch.equal(grams.of(other), reference.gram(other))
+    again = grams.of(x)
+    x += 1
+    assert torch.equal(grams.of(x), reference.gram(x)) and not torch.equal(again, grams.of(x))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_many_positions_are_taken_some_samples_at_a_time(samples, monkeypatch):
+    left, right = drawn((samples, 6, 4), (samples, 6, 5), dtype=torch.float32)
+    expected = ghost.ghost_sums(left, right)
+    monkeypatch.setattr(ghost, "CHUNK", 36)
+    assert torch.equal(ghost.ghost_sums(left, right), expected)
