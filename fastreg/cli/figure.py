@@ -121,18 +121,22 @@ def _panel(
 
 
 def _range(steps: list[list[int]], curves: list[list[float]], last: int) -> tuple[float, float]:
-    """All that happens after the first fall of the loss, but for curves far above the others."""
-    found = []
+    """Where most of it happens after the first fall of the loss, and where curves end.
+
+    Curves far above the others leave the picture: else these would be one line at its bottom.
+    """
+    late = []
     for at, curve in zip(steps, curves, strict=True):
         points = [(step, y) for step, y in zip(at, curve, strict=True) if math.isfinite(y)]
-        late = [y for step, y in points if step >= 0.15 * last] or [y for _, y in points]
-        if late:
-            found.append((min(late), max(late)))
-    if not found:
+        if points:
+            late.append([y for step, y in points if step >= 0.15 * last] or [y for _, y in points])
+    if not late:
         return -0.1, 1.1
-    found.sort()
-    low, usual = found[0][0], max(high for _, high in found[: math.ceil(0.75 * len(found))])
-    high = max(high for lowest, high in found if lowest <= usual + (usual - low))
+    low = min(map(min, late))
+    usual = sorted(ys[-1] for ys in late)[math.ceil(0.75 * len(late)) - 1]
+    inside = [ys for ys in late if ys[-1] <= usual + 2 * (usual - low)]
+    every = sorted(y for ys in inside for y in ys)
+    high = max(every[int(0.9 * (len(every) - 1))], *(ys[-1] for ys in inside))
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
@@ -152,7 +156,10 @@ def _name_ends(
             axes.annotate(name, (step, y), va="center", fontsize=11, color=colour, **beside)
             continue
         across = {"transform": axes.get_yaxis_transform(), "clip_on": False}
-        axes.plot((1, 1.035), (y, place), color=colour, linewidth=0.8, **across)
+        if y <= high:
+            axes.plot((1, 1.035), (y, place), color=colour, linewidth=0.8, **across)
+        else:
+            name += " \N{UPWARDS ARROW}"
         axes.text(1.045, place, name, va="center", fontsize=11, color=colour, **across)
 
 

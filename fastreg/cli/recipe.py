@@ -13,7 +13,7 @@ stays a comment. Use it in `fastreg compare --recipe my.yaml`, or with
 
 ON = {
     "optimizer": ("name",), "weight_decay": ("rate",), "dropout": ("rate", "inject"), "clip": ("max_norm",),
-    "ema": ("decay",),
+    "ema": ("decay", "warmup"),
 }  # fmt: skip
 """What is no comment."""
 
