@@ -48,7 +48,7 @@ def test_each_alone_trains(runs, tools, name) -> None:
 
 
 def test_everything_together_trains(runs, tools) -> None:
-    trainer = runs.train(recipe=EVERYTHING, arguments={**FAST, "gradient_accumulation_steps": 2})
+    trainer = runs.train(recipe=EVERYTHING, arguments=FAST)
     assert falls(tools.logged(trainer, "loss"))
     assert sam_of(trainer.optimizer) is not None
     kinds = {type(piece) for piece in engine_of(trainer.optimizer)._pieces}
