@@ -137,9 +137,10 @@ def made(label, **options):
         "weight_decay": 0.0,
         "steps": 10,
         "warmup": 0,
+        "batch_size": 2,
         "device": torch.device("cpu"),
     } | options
-    task = SimpleNamespace(initial=lambda seed: torch.nn.Linear(3, 1))
+    task = SimpleNamespace(initial=lambda seed: torch.nn.Linear(3, 1), train=torch.zeros(32), block_size=8)
     return training.Run(choice.parse(label)[0], task, SimpleNamespace(**settings), 0)
 
 
