@@ -16,13 +16,15 @@ import torch
 from torch.nn import Parameter
 
 import fastreg
-from fastreg.nn import ops, rates
+from fastreg.adversarial.ball import Ball
+from fastreg.nn import noise_ops, ops, rates
+from fastreg.reference.noise import KINDS
 
 from . import chains
 
 SIZES = (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)
 OFFSETS = (0, 1, 3)
-DROPOUT, PENALTY = "dropout", "penalty"
+DROPOUT, PENALTY, ADVERSARIAL, NOISE = "dropout", "penalty", "adversarial", "noise"
 
 
 def drawn(count: int, dtype: torch.dtype, device: str) -> Iterator[list[torch.Tensor]]:
@@ -57,6 +59,39 @@ def penalised(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tenso
     return [t.cpu().float() for t in found]
 
 
+def attacked(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """A start and a step in every ball, of one sample and of three."""
+    found = []
+    with fastreg.use_backend(backend):
+        for x, gradient in drawn(2, dtype, device):
+            for samples in (1, 3):
+                whole = len(x) // samples * samples
+                inputs, g = (t[:whole].view(samples, -1) for t in (x.sigmoid(), gradient))
+                for norm in ("linf", "l2", "l1") if whole else ():
+                    ball = Ball(inputs, 0.1, norm, (torch.zeros(inputs.shape[1:], device=device), 1.0))
+                    _, point = ball.start(torch.tensor(7, device=device))
+                    found += ball.step(point, g, ball.epsilon)
+    return [t.cpu().float() for t in found]
+
+
+def noised(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """Every kind of noise, of one size and of a size for each row; and noise on weights, there and back."""
+    found, params = [], []
+    with fastreg.use_backend(backend):
+        for (x,) in drawn(1, dtype, device):
+            seed, one = torch.tensor(7, device=device), torch.tensor(0.3, device=device)
+            for kind in KINDS:
+                found.append(noise_ops.noise(x, seed, one, 1, kind))
+                for inner in (8, 3):
+                    rows = torch.linspace(0.1, 1, len(x) // inner, device=device)
+                    found.append(noise_ops.noise(x[: len(rows) * inner], seed, rows, inner, kind))
+            params.append(x)
+        with fastreg.WeightNoise(params, 0.3, seed=0).perturbed():
+            found += [p.clone() for p in params]
+        found += params
+    return [t.cpu().float() for t in found if t.numel()]
+
+
 def trained(chain: str, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     """The weights after two steps."""
     params = []
@@ -77,8 +112,8 @@ def main(names: list[str]) -> int:
     """Run chains, all of them by default, at all dtypes; 1 if any is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
-    for chain in names or (*chains.BUDGETS, DROPOUT, PENALTY):
-        runs = {DROPOUT: dropped, PENALTY: penalised}
+    for chain in names or (*chains.BUDGETS, DROPOUT, PENALTY, ADVERSARIAL, NOISE):
+        runs = {DROPOUT: dropped, PENALTY: penalised, ADVERSARIAL: attacked, NOISE: noised}
         run = runs.get(chain) or functools.partial(trained, chain)
         for dtype in (torch.float32, torch.bfloat16):
             found, expected = run(dtype, device, "triton"), run(dtype, "cpu", "reference")

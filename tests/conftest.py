@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg import multi_tensor
+from fastreg.adversarial import ops as adversarial_ops
 from fastreg.multi_tensor import Batch, Measurand
 from fastreg.nn import noise_ops, ops
 
@@ -116,6 +117,26 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(result if x is out else there(x), *moved_others, result)
         out.copy_(result)
 
+    launch_step, launch_norm = adversarial_ops.launch_step, adversarial_ops.launch_norm
+
+    def step_there(given, ball, bounds, out, master):
+        if out.device.type != "cpu":
+            return launch_step(given, ball, bounds, out, master)
+        results = [None if t is None else there(t) for t in (out, master)]
+        launch_step(each_there(given), ball, None if bounds is None else each_there(bounds), *results)
+        for mine, theirs in zip((out, master), results, strict=True):
+            if mine is not None:
+                mine.copy_(theirs)
+
+    def norm_there(given, order, partial):
+        if partial.device.type != "cpu":
+            return launch_norm(given, order, partial)
+        result = there(partial)
+        launch_norm(each_there(given), order, result)
+        partial.copy_(result)
+
+    monkeypatch.setattr(adversarial_ops, "launch_step", step_there)
+    monkeypatch.setattr(adversarial_ops, "launch_norm", norm_there)
     monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
     for module in (ops, noise_ops):
         monkeypatch.setattr(module, "launch", functools.partial(launch_there, module.launch))
@@ -135,6 +156,11 @@ def there(tensor: Tensor) -> Tensor:
     skipped = tensor.data_ptr() % 16 // tensor.element_size()
     store = torch.empty(tensor.numel() + 16, dtype=tensor.dtype, device=DEVICE)
     return store.as_strided(tensor.shape, tensor.stride(), skipped).copy_(tensor)
+
+
+def each_there(parts: Any) -> Any:
+    """A named tuple with copies of its tensors on the device."""
+    return type(parts)(*(there(part) if isinstance(part, Tensor) else part for part in parts))
 
 
 def moved(batch: Batch) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .norm import SHORT
 from .random import At, laplace, normal, uniform
 from .step import compute_dtype, scalar_dtype
 
@@ -133,12 +134,13 @@ def step(
     radius, size, keep = numbers.split(1, dim=1)
     y = here if kind == "none" else here + size * direction(gradient, seed, peaks, kind, here)
     y = project(y, centre, radius, keep, ball)
-    stored = towards(y, centre, dtype) if dtype.itemsize == 2 else y
+    narrow = towards(y, centre, dtype).to(compute) if dtype.itemsize == 2 else None
     if lower is not None and upper is not None:
         low, high = lower.to(compute), upper.to(compute)
-        stored = torch.minimum(torch.maximum(stored.to(compute), low), high)
         y = torch.minimum(torch.maximum(y, low), high)
-    return stored.to(dtype), y
+        if narrow is not None:
+            narrow = torch.minimum(torch.maximum(narrow, low), high)
+    return y if narrow is None else narrow.to(dtype), y
 
 
 def size(
@@ -147,11 +149,18 @@ def size(
 ) -> Tensor:  # fmt: skip
     """The L1 or L2 norm of the direction of each sample, `[samples, 1]`.
 
-    With clean, it is that of the perturbation x + size · direction - clean.  Summed in double.
+    With clean, it is that of the perturbation x + size · direction - clean.  Summed in double where there is
+    much to sum, or where converting costs nothing: see `norm.SHORT`.
     """
     compute = compute_dtype(x.dtype)
     w = direction(gradient, seed, None, kind, x.to(compute))
     if clean is not None:
         assert numbers is not None
         w = x.to(compute) + numbers[:, 1:2] * w - clean.to(compute)
-    return torch.linalg.vector_norm(w, order, dim=1, keepdim=True, dtype=scalar_dtype(w.device)).to(compute)
+    if torch.compiler.is_compiling():  # Inductor hands norms to what is ten times slower
+        w = w.to(scalar_dtype(w.device))
+        found = w.square().sum(1, keepdim=True).sqrt() if order == 2 else w.abs().sum(1, keepdim=True)
+    else:
+        wide = scalar_dtype(w.device) if w.shape[1] > SHORT else None
+        found = torch.linalg.vector_norm(w, order, dim=1, keepdim=True, dtype=wide)
+    return found.to(compute)

@@ -76,6 +76,16 @@ def test_dropout():
     assert max(map(max, audit.DROPOUT.values())) <= 40
 
 
+def test_adversarial():
+    """A step along the gradient moves what it must: an element is read and written once."""
+    bytes_moved = {"FGSM": (12, 6), "PGD": (16, 14), "PGD, L2": (16, 14), "random start": (8, 8)}
+    for name, (fp32, bf16) in bytes_moved.items():
+        found = {entry.name: entry.bytes for entry in ENTRIES}
+        assert (found[f"{name} fp32"], found[f"{name} bf16"]) == (fp32, bf16)
+    plain = audit.audit(next(entry for entry in ENTRIES if entry.name == "PGD fp32"), "sm_90")
+    assert (plain.shared, plain.loads, plain.stores) == (0, [128], [128]) and plain.instructions <= 17
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_documented_bytes_of_norms(name):
     (entry,) = (entry for entry in ENTRIES if entry.name == name)

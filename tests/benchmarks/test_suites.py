@@ -13,7 +13,19 @@ from fastreg.optim.averaging import Averaging
 from fastreg.optim.decay import Shrinkage
 from fastreg.optim.measurement import Measurement
 from fastreg.optim.rules import Adam
-from fastreg_benchmarks import SUITES, averages, figure, measure, norm, peers, report, sam, steps, suite
+from fastreg_benchmarks import (
+    SUITES,
+    adversarial,
+    averages,
+    figure,
+    measure,
+    norm,
+    peers,
+    report,
+    sam,
+    steps,
+    suite,
+)
 from fastreg_benchmarks.host import HostCase, PerTensorCase
 from fastreg_benchmarks.training import TrainingCase
 
@@ -279,6 +291,19 @@ def test_cases_have_names_of_their_own(name, quick):
     device = torch.device(name)
     names = [c.name for module in SUITES for c in suite.cases(module, device, quick)]
     assert len(names) == len(set(names)) and "AdamW, GPT-2 124M, fp32" in names or (quick and name == "cpu")
+
+
+@pytest.mark.parametrize("attack, storage", [("PGD", "fp32"), ("FGSM", "fp32"), ("FGSM", "bf16")])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_steps_of_attacks(attack, norm, storage, monkeypatch):
+    some = adversarial.AttackCase(attack, norm, 1, storage, 1)
+    workload = some.setup(CPU)
+    for name in ("fastreg", "torch"):
+        assert not any(
+            check.wrong for check in some.verify(name, workload, some.contenders()[name](workload))
+        )
+    wrong = some.verify("fastreg", workload, lambda: workload.point)
+    assert any(check.wrong for check in wrong)
 
 
 # The command -----------------------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""Steps of adversarial inputs, on gradients that are there, against what one writes for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.adversarial.ball import Ball
+
+from .steps import DTYPES
+from .suite import OURS, Case, Check
+
+EPSILON = {"linf": 8 / 255, "l2": 1.0}
+IMAGE = 3, 128, 128
+
+
+@dataclass
+class Workload:
+    """Images, where they have moved to, and the gradients there."""
+
+    clean: Tensor
+    point: Tensor
+    gradient: Tensor
+    epsilon: float
+
+    @property
+    def size(self) -> float:
+        """Of a step: from the edge of the ball, it leads out of it."""
+        return self.epsilon / 4
+
+
+@dataclass(eq=False)  # hashed by identity
+class AttackCase(Case):
+    """A step of FGSM or PGD on images; `norm` is "linf" or "l2"."""
+
+    attack: str
+    norm: str
+    images: int
+    storage: str
+    rounds: int
+    suite: str = "adversarial"
+    baseline: str = "torch"
+
+    def __post_init__(self) -> None:
+        elements = self.images * IMAGE[0] * IMAGE[1] * IMAGE[2]
+        self.name = f"{self.attack} step, {self.norm}, {elements / 2**20:.0f}M {self.storage}"
+        # Read and written; for PGD the clean images, too; for L2 the gradient again, for its norm.
+        passes = 3 + (self.attack == "PGD") + (self.norm == "l2") * (1 + 3 * (self.attack == "PGD"))
+        self.bytes = elements * DTYPES[self.storage].itemsize * passes
+
+    def setup(self, device: torch.device) -> Workload:
+        generator = torch.Generator(device).manual_seed(0)
+        shape, dtype, epsilon = (self.images, *IMAGE), DTYPES[self.storage], EPSILON[self.norm]
+        clean = torch.rand(shape, generator=generator, device=device).to(dtype)
+        gradient = torch.randn(shape, generator=generator, device=device).to(dtype)
+        point = clean
+        if self.attack == "PGD":
+            away = torch.randn(shape, generator=generator, device=device)
+            away = (
+                away.sign()
+                if self.norm == "linf"
+                else away / away.flatten(1).norm(dim=1)[:, None, None, None]
+            )
+            point = (clean + epsilon * away).clamp(0, 1).to(dtype)
+        return Workload(clean, point, gradient, epsilon)
+
+    def contenders(self) -> dict[str, Callable[[Workload], Any]]:
+        """Ours as an attack runs it, and torch's functions, also compiled."""
+        plain = functools.partial(_composite, self.attack == "PGD", self.norm)
+        return {
+            OURS: lambda workload: self._ours(workload),
+            "torch": lambda workload: _of(workload, plain),
+            "torch.compile": lambda workload: _of(workload, torch.compile(plain)),
+        }
+
+    def _ours(self, workload: Workload) -> Callable[[], Tensor]:
+        ball = Ball(workload.clean, workload.epsilon, self.norm, (0.0, 1.0))
+        if self.attack == "FGSM":
+            return lambda: ball.layout.whole(ball.step(None, workload.gradient, ball.epsilon)[0])
+        point, size = ball.layout.rows(workload.point), ball.sizes("size", workload.size)
+        return lambda: ball.layout.whole(ball.step(point, workload.gradient, size)[0])
+
+    def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
+        """Against the same in float64; 16 bits may be rounded to either side."""
+        wide = (t.double() for t in (workload.clean, workload.point, workload.gradient))
+        size = workload.size if self.attack == "PGD" else workload.epsilon
+        exact = _composite(self.attack == "PGD", self.norm, *wide, workload.epsilon, size)
+        bound = 1e-6 if self.storage == "fp32" else torch.finfo(DTYPES[self.storage]).eps
+        if name != OURS:
+            bound *= 4  # each operation rounds
+        return [Check("images", float((run().double() - exact).abs().max()), bound)]
+
+
+def _of(workload: Workload, function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    size = workload.epsilon if workload.point is workload.clean else workload.size
+    given = workload.clean, workload.point, workload.gradient, workload.epsilon, size
+    return lambda: function(*given)
+
+
+def _composite(
+    project: bool, norm: str, clean: Tensor, point: Tensor, gradient: Tensor, epsilon: float, size: float
+) -> Tensor:
+    """As attacks are written."""
+
+    def norms(t: Tensor) -> Tensor:
+        return t.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+
+    step = gradient.sign() if norm == "linf" else gradient / norms(gradient)
+    moved = point + size * step
+    if project:
+        away = moved - clean
+        away = (
+            away.clamp(-epsilon, epsilon) if norm == "linf" else away * (epsilon / norms(away)).clamp(max=1)
+        )
+        moved = clean + away
+    return moved.clamp(0, 1)
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Four million elements on a CPU, 201 million on a GPU."""
+    if device.type != "cuda":
+        turns = 5 if quick else 21
+        return [AttackCase("PGD", norm, 86, "fp32", turns) for norm in (("linf",) if quick else EPSILON)]
+    turns = 10 if quick else 50
+    return [
+        AttackCase(attack, norm, 4096, storage, turns)
+        for attack, storage in (("PGD", "fp32"), ("FGSM", "fp32"), ("FGSM", "bf16"))
+        for norm in EPSILON
+    ]
