@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .setup import Setup, torch_adamw
+from .usage import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,6 +192,31 @@ def _fgm(setup: Setup, epsilon: float) -> None:
 @contender("rdrop", "two passes with different dropout of 0.1, whose divergence counts {} times", 1.0)
 def _rdrop(setup: Setup, alpha: float) -> None:
     setup.add(r_drop={"alpha": alpha}, dropout={"rate": 0.1, "inject": True})
+
+
+@contender("dp", "differentially private: gradients of samples clipped to 1, noise multiplier {}", 0.5)
+def _dp(setup: Setup, noise_multiplier: float) -> None:
+    setup.make = partial(_private, setup.make, noise_multiplier)
+
+
+def _private(make: Any, noise_multiplier: float, setup: Setup) -> Any:
+    """The optimizer that would be made otherwise, inside `fastreg.DPOptimizer`."""
+    import warnings
+
+    from fastreg import DPOptimizer
+
+    require("compare --with dp", "privacy", "opacus")
+    if several := [name for name in ("adversarial", "r_drop") if name in setup.fields]:
+        raise ValueError(f"{several[0]} makes several passes over a sample, whose gradients add up unclipped")
+    optimizer, callbacks = make(setup)
+    with warnings.catch_warnings():  # runs are to be repeated; whoever has the seed has the text as well
+        warnings.filterwarnings("ignore", message="noise_seed")
+        private = DPOptimizer(
+            optimizer, model=setup.model, noise_multiplier=noise_multiplier, max_grad_norm=1.0,
+            expected_batch_size=setup.batch_size, accountant="rdp",
+            sample_rate=min(1.0, setup.batch_size / setup.windows), noise_seed=setup.seed, reproducible=True,
+        )  # fmt: skip
+    return private, callbacks
 
 
 @contender("adadrop", "dropout {} on average, more of neurons that matter less", 0.1)

@@ -53,6 +53,7 @@ def show(console: Console, results: list[Result], memory: str) -> None:
     if (most := max(len(result.runs) for result in results)) > min(len(result.runs) for result in results):
         fewer = (f"{r.label} {len(r.runs)}" for r in results if len(r.runs) < most)
         notes.append(f"{most} seeds, but of {', '.join(fewer)}")
+    notes += [f"{result.label}: {record.budget}" for result in results if (record := result.runs[0]).budget]
     notes += ["losses in nats per token", f"times of undisturbed steps ({QUANTILE:.0%} quantile)", memory]
     console.print("; ".join(notes) + "\n", style="dim", highlight=False)
     console.print(f"[bold]{headline(results)[0]}[/]", highlight=False)
@@ -134,6 +135,7 @@ def _entry(result: Result) -> dict[str, Any]:
     return {
         "label": result.label,
         "summary": result.summary,
+        "privacy_budget": result.runs[0].budget or None,
         "finished": result.finished,
         "train_loss": result.losses[0],
         "validation_loss": result.losses[1],

@@ -28,6 +28,7 @@ class Record:
     peak_memory: int | None = None
     seconds: float = 0.0
     finished: bool = False
+    budget: str = ""  # of private training
 
     @property
     def losses(self) -> tuple[float, float]:

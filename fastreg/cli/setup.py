@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from ..callbacks import Callbacks
+    from ..recipe import Callbacks
 
     Made = tuple[Optimizer, Callbacks]
 
@@ -29,7 +29,7 @@ def torch_adamw(setup: Setup) -> Made:
     """`torch.optim.AdamW` at its best setting."""
     import torch
 
-    from ..callbacks import Callbacks
+    from ..recipe import Callbacks
 
     if setup.fields:
         raise ValueError(
@@ -51,6 +51,8 @@ class Setup:
     weight_decay: float
     seed: int
     steps: int  # of the whole run
+    batch_size: int = 1
+    windows: int = 1  # of the training share, that do not overlap
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a `fastreg.Regularization`
     make: Callable[[Setup], Made] = from_fields
 

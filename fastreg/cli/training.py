@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..callbacks import Callbacks
+from ..recipe import Callbacks
 from . import text
 from .measure import PeakMemory, Stopwatch
 from .results import Record
@@ -46,7 +46,10 @@ class Run:
     def __init__(self, contender: Any, task: text.Task, args: argparse.Namespace, seed: int) -> None:
         self.model = task.initial(seed).to(args.device)
         torch.manual_seed(seed)
-        setup = Setup(self.model, args.lr, args.weight_decay, seed, args.steps)
+        windows = len(task.train) // task.block_size
+        setup = Setup(
+            self.model, args.lr, args.weight_decay, seed, args.steps, args.batch_size, max(windows, 1)
+        )
         contender.apply(setup)
         self.optimizer, self.callbacks = setup.make(setup)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -74,6 +77,16 @@ class Run:
             yield
         finally:
             self.optimizer.train()
+
+    @property
+    def budget(self) -> str:
+        """What private training has spent, and who says so; empty where it is not private."""
+        if getattr(self.optimizer, "accountant", None) is None:
+            return ""
+        return (
+            f"epsilon {self.optimizer.epsilon(1e-5)} for a window, had batches been Poisson-sampled from "
+            "windows that do not overlap"
+        )
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on."""
@@ -162,6 +175,7 @@ def train(
             progress(record, step)
         if max(len(train_windows), len(validation_windows)) > CURVE_WINDOWS:
             record.whole = losses(None)
+        record.budget = run.budget
         record.finished = True
     finally:
         note()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
+import warnings
 from typing import Any
 
 ACCOUNTANTS = {"opacus": ("rdp", "prv"), "dp_accounting": ("rdp", "pld")}
@@ -111,10 +112,12 @@ def noise_multiplier_for(
     source = _source(backend, accountant)
     if backend == "opacus":
         utils = importlib.import_module("opacus.accountants.utils")
-        found = utils.get_noise_multiplier(
-            target_epsilon=target_epsilon, target_delta=delta, sample_rate=sample_rate, steps=int(steps),
-            accountant=accountant,
-        )  # fmt: skip
+        with warnings.catch_warnings():  # of what is only tried
+            warnings.filterwarnings("ignore", message="Optimal order is the")
+            found = utils.get_noise_multiplier(
+                target_epsilon=target_epsilon, target_delta=delta, sample_rate=sample_rate, steps=int(steps),
+                accountant=accountant,
+            )  # fmt: skip
         return Accounted(found, source, delta)
     dp = importlib.import_module("dp_accounting")
     found = dp.calibrate_dp_mechanism(
