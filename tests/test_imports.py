@@ -22,11 +22,6 @@ FLOORS = (
     "fastreg",  # the public names
     "hf",
     "recipe",
-    "assembly",
-    "effects",
-    "sections",
-    "fields",
-    "callbacks",
     "privacy",
     "loops",
     "training",

@@ -12,7 +12,7 @@ from .objective import Losses, Objective, bare, model_of, undisturbed
 from .ops import Bounds
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
 def fgsm(
     model_or_loss: Objective, x: Tensor, y: Any, epsilon: Limit, norm: str = "linf",
     bounds: Range = (0.0, 1.0), targeted: bool = False, *, mode: str = "eval",
@@ -141,7 +141,7 @@ def ffgsm(
     )  # fmt: skip
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
 def pgd(
     model_or_loss: Objective, x: Tensor, y: Any, epsilon: Limit, alpha: Limit | None = None, steps: int = 10,
     norm: str = "linf", bounds: Range = (0.0, 1.0), targeted: bool = False, random_start: bool = True, *,

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 def template() -> str:
     """A recipe in YAML with every setting and what it does; most of it is commented out."""
-    from ..sections import SECTIONS
+    from ..recipe.sections import SECTIONS
 
     lines = [
         "# A recipe for fastreg: all that regularizes a training run. What is not named is off.",

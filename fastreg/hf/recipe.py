@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..callbacks import Callback, Callbacks, SharpnessAware
 from ..recipe import Regularization
+from ..recipe.callbacks import Callback, Callbacks, SharpnessAware
 
 Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
 """A recipe, its fields as a dictionary, or a YAML file of them."""

@@ -15,9 +15,9 @@ tokenizers = pytest.importorskip("tokenizers")
 import torch  # noqa: E402
 
 import fastreg  # noqa: E402
-from fastreg.callbacks import Callback  # noqa: E402
 from fastreg.cli import choice, contenders, main, training  # noqa: E402
 from fastreg.cli.setup import Setup  # noqa: E402
+from fastreg.recipe.callbacks import Callback  # noqa: E402
 
 FEW = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--block-size", "16"]
 SMALL = [*FEW, "--train-tokens", "160", "--val-tokens", "160"]

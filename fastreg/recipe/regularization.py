@@ -178,7 +178,7 @@ class Regularization:
 
         Returns:
             The optimizer, a fastreg optimizer or `fastreg.SAM` around one, and what accompanies it, see
-            `fastreg.callbacks`.
+            `fastreg.recipe.callbacks`.
 
         Raises:
             TypeError: If the model is none.

@@ -10,8 +10,8 @@ import torch
 
 import fastreg
 from fastreg import Regularization
-from fastreg.callbacks import Callbacks
-from fastreg.sections import SECTIONS
+from fastreg.recipe.callbacks import Callbacks
+from fastreg.recipe.sections import SECTIONS
 
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import nn as ours
-from . import optim, schedules
+from .. import nn as ours
+from .. import optim, schedules
+from ..layerwise.setting import by_role
 from .callbacks import Callback, Callbacks, SharpnessAware
 from .effects import (
     Adversarial,
@@ -22,7 +23,6 @@ from .effects import (
     behind_branches,
 )
 from .fields import unknown
-from .layerwise.setting import by_role
 from .sections import SECTIONS
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -204,7 +204,7 @@ def _weight_noise(model: nn.Module, section: Any, factor: Any, seed: int | None)
 
 
 def _adversarial(model: nn.Module, section: Any, factor: Any, seed: int | None) -> Callback:
-    from .adversarial import FGM
+    from ..adversarial import FGM
 
     return Adversarial(FGM(model, **_without(section, "method")))
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layerwise
-from . import nn as ours
+from .. import layerwise
+from .. import nn as ours
+from ..layerwise.apply import remembered
+from ..layerwise.inject import branches
+from ..layerwise.knobs import places, unwrapped
+from ..nn.embedding_noise import input_embeddings
+from ..rdrop import divergence, shifts
 from .callbacks import Callback, Evaluate, Gradients, Passes, Watch
-from .layerwise.apply import remembered
-from .layerwise.inject import branches
-from .layerwise.knobs import places, unwrapped
-from .nn.embedding_noise import input_embeddings
-from .rdrop import divergence, shifts
 
 Times = Callable[[int], float]
 """A factor as a function of the step."""
