@@ -2,6 +2,6 @@
 
 SUITES = (
     "rules", "regularizers", "norm", "penalty", "sam", "averages", "dropout", "noise", "adversarial",
-    "host", "training",
+    "host", "privacy", "training",
 )  # fmt: skip
 """The modules that hold benchmarks, in the order in which they run."""

@@ -27,11 +27,12 @@ from fastreg.chain import Chain
 from fastreg.cli import document
 from fastreg.nn import noise_ops, ops
 from fastreg.penalty import L1, L2, SUM
-from fastreg.privacy import per_sample
+from fastreg.privacy import ghost, per_sample
 from fastreg.reference import adversarial as reference
 from fastreg.reference.activations import ACTIVATIONS
 from fastreg_kernels import adversarial as adversarial_kernels
 from fastreg_kernels import dropout as dropout_kernels
+from fastreg_kernels import ghost as ghost_kernels
 from fastreg_kernels import noise as noise_kernels
 from fastreg_kernels import norm as norm_kernels
 from fastreg_kernels import per_sample as per_sample_kernels
@@ -67,6 +68,7 @@ class Entry:
         budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
         gathers: Loads per element that are not wide: of what a unit shares, out of the cache.
         options: How it is compiled.
+        multiples: Integers that are multiples of 16, which a launch sees to.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Entry:
     budget: float | None = None
     gathers: float = 0
     options: dict[str, Any] = field(default_factory=lambda: {"num_warps": multi_tensor.WARPS})
+    multiples: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -213,13 +216,37 @@ def entries(target: str) -> list[Entry]:
         sums = {**arguments, "out": f"*{units['COMPUTE']}"}
         listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
     listed.append(Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants))
-    listed += per_sample_entries(warp) + noise_entries(warp) + penalty_entries(warp)
+    listed += ghost_entries() + per_sample_entries(warp) + noise_entries(warp) + penalty_entries(warp)
     return listed + dropout_entries(warp) + adversarial_entries(warp)
 
 
 PER_SAMPLE = {"fp32": (6, 21.5), "bf16": (5, 22.5)}
 """Instructions per element on sm_90 of norms and sum of gradients that are held per sample; a program's own
 share of the sum counts as if there were one sample."""
+
+
+def ghost_entries() -> list[Entry]:
+    """Sums over the positions of each sample, of features that are multiples of 16."""
+    listed = []
+    for storage in ("fp32", "bf16"):
+        pointer, dtype = f"*{storage}", STORAGES[storage][0]
+        tiles = {
+            "left": pointer, "right": pointer, "partial": "*fp32", "positions": "i32", "p": "i32", "d": "i32",
+        }  # fmt: skip
+        sums = {"grad": pointer, "x": pointer, "weight": "*fp32", "bias": "*fp32"}
+        rows = {"mean": "*fp32", "deviation": "*fp32", "positions": "i32", "features": "i32"}
+        constants = ghost.ghost_constants(dtype)
+        constants["PRECISION"] = tl.constexpr(constants["PRECISION"])
+        kernel, own = ghost_kernels.ghost_sums_kernel, ("p", "d")
+        options = {"num_warps": ghost.TILE_WARPS}
+        listed.append(
+            Entry(f"ghost sums {storage}", kernel, tiles, constants, options=options, multiples=own)
+        )
+        kernel, ordered = ghost_kernels.sample_sums_kernel, ghost_kernels.sample_sums_kernel.arg_names
+        arguments = {name: (sums | rows)[name] for name in ordered if name in sums | rows}
+        constants = ghost.sample_constants()
+        listed.append(Entry(f"sample sums {storage}", kernel, arguments, constants, multiples=("features",)))
+    return listed
 
 
 def per_sample_entries(warp: int) -> list[Entry]:
@@ -436,8 +463,12 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
 
     for position, (name, value) in enumerate({**entry.arguments, **entry.constants}.items()):
         types[name] = value if isinstance(value, str) else leaves(value, (position,))
-    pointers = [i for i, value in enumerate(types.values()) if isinstance(value, str) and value[0] == "*"]
-    return types, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
+    aligned = [
+        i
+        for i, (name, value) in enumerate(types.items())
+        if isinstance(value, str) and (value[0] == "*" or name in entry.multiples)
+    ]
+    return types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
 
 
 def compile_entry(entry: Entry, target: str) -> Any:

@@ -366,7 +366,10 @@ class BookKeeping:
         sees = home.type != "cuda" or not torch.cuda.is_current_stream_capturing()
         keep = None if sees and bool(finite.all()) else finite
         weights: dict[Any, Tensor] = {}
-        for i, (params, note) in enumerate(zip(owners, notes, strict=True)):
+        noted.clear()
+        notes.reverse()
+        for i, params in enumerate(owners):
+            note = notes.pop()  # what is summed is let go of
             row, device, dtype = 0 if flat else i, params[0].device, compute_dtype(params[0].dtype)
             if (row, device, dtype) not in weights:
                 weights[row, device, dtype] = (factors[row] * scale).to(device, dtype)
@@ -374,6 +377,7 @@ class BookKeeping:
             out = _summand(params[0]) if len(params) == 1 else None
             total = note.part.total(weights[row, device, dtype], chosen, out)
             sizes = note.part.sizes if isinstance(note.part, Stacked) else [total.numel()]
+            del note
             for p, value in zip(params, total.split(sizes) if len(params) > 1 else [total], strict=True):
                 _store(p, value.view(p.shape))
         self.samples += size

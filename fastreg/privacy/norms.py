@@ -40,7 +40,7 @@ def measured(noted: Sequence[Noted], home: torch.device) -> tuple[Tensor, Tensor
         parts = [noted[i].part for i in own]
         sums = torch.stack([noted[i].sums for i in own])  # type: ignore[misc]
         results = reference.ghost_squares(
-            sums, [part.terms for part in parts], [part.shape for part in parts], dtype  # type: ignore[attr-defined]
+            sums, [part.terms for part in parts], [part.shape for part in parts], dtype
         )
         for i, squares, error in zip(own, *(result.unbind() for result in results), strict=True):
             found[i] = squares, error

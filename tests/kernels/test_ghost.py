@@ -1,5 +1,7 @@
 """Ghost norms and sums over positions: kernel against reference against float64."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,12 +11,13 @@ from fastreg.reference import ghost as reference
 
 # Sizes below, at and above a tile of 64 positions, 32 features of a turn and 128 of a program.
 SHAPES = [(3, 1, 5, 7), (2, 16, 32, 64), (2, 64, 33, 1), (1, 65, 16, 40), (2, 130, 20, 3)]
+DEVICE = os.environ.get("FASTREG_TEST_DEVICE", "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def drawn(*shapes, dtype):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -118,7 +118,7 @@ def test_neighbours_differ_by_the_bound_at_most(net):
     st.sampled_from(["random", "equal", "cancelling", "constant", "positive"]), st.floats(-30, 12),
 )  # fmt: skip
 def test_norms_are_never_too_small(positions, p, d, seed, kind, exponent):
-    """Of the products that layers hold, against float64; cancelling is where a ghost norm loses its digits."""
+    """Of what layers hold, against float64; where addends cancel, a ghost norm loses its digits."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randn(2, positions, n, generator=generator) for n in (p, d))
     if kind == "equal":

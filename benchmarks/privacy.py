@@ -1,0 +1,258 @@
+"""A training step with differential privacy, beside Opacus and the same step without: time and memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastreg
+from fastreg.privacy import DPOptimizer
+
+from . import measure
+from .suite import OURS, Case, Check, Unavailable
+
+BASELINE = "torch AdamW, not private"
+LR, NOISE, MAX_NORM = 1e-4, 1.0, 1.0
+VOCABULARY, LENGTH = 1000, 64
+
+
+class Block(nn.Module):
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.attention = nn.LayerNorm(features), nn.Linear(features, 3 * features)
+        self.project, self.after = nn.Linear(features, features), nn.LayerNorm(features)
+        self.up, self.down = nn.Linear(features, 4 * features), nn.Linear(4 * features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attention(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.project(mixed)
+        return x + self.down(F.gelu(self.up(self.after(x))))
+
+
+class Transformer(nn.Module):
+    """A GPT as Opacus can take it: nothing tied, positions for every sample."""
+
+    def __init__(self, layers: int, features: int, heads: int) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(VOCABULARY, features), nn.Embedding(LENGTH, features)
+        self.blocks = nn.Sequential(*(Block(features, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(features), nn.Linear(features, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
+        return self.head(self.norm(self.blocks(self.words(ids) + self.positions(positions))))
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each sample."""
+    own = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return own.view_as(labels).mean(1)
+
+
+@dataclass
+class Workload:
+    """Weights at the start, a batch, and what sums of clipped gradients must be."""
+
+    make: Callable[[], Transformer]
+    start: dict[str, Tensor]
+    batch: tuple[Tensor, Tensor]
+    sums: list[Tensor]
+
+    def model(self) -> Transformer:
+        """One with these weights."""
+        model = self.make()
+        model.load_state_dict(self.start)
+        return model
+
+
+@dataclass
+class Step:
+    """A training step.
+
+    Args:
+        run: Forward, backward, update and the next start.
+        sums: The sums of clipped gradients, after a forward and backward pass; `None`: not private.
+        device: Where.
+    """
+
+    run: Callable[[], None]
+    sums: Callable[[], list[Tensor]] | None
+    device: torch.device
+
+    def __call__(self) -> None:
+        self.run()
+
+
+def plain(workload: Workload) -> Step:
+    """torch's fused AdamW."""
+    model, (ids, labels) = workload.model(), workload.batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def run() -> None:
+        losses(model(ids), labels).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Step(run, None, ids.device)
+
+
+def ours(workload: Workload, around_torch: bool = False) -> Step:
+    """`DPOptimizer` around fastreg's AdamW, or around torch's."""
+    model, (ids, labels) = workload.model(), workload.batch
+    make: Any = torch.optim.AdamW if around_torch else fastreg.AdamW
+    options = {"fused": True} if around_torch else {}
+    optimizer = DPOptimizer(
+        make(model.parameters(), lr=LR, **options), model=model, noise_multiplier=NOISE,
+        max_grad_norm=MAX_NORM, expected_batch_size=len(ids),
+    )  # fmt: skip
+
+    def backward() -> None:
+        losses(model(ids), labels).mean().backward()
+
+    def run() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def sums() -> list[Tensor]:
+        backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        return found
+
+    return Step(run, sums, ids.device)
+
+
+def opacus(workload: Workload, ghost: bool = False) -> Step:
+    """Opacus' hooks, or its ghost norms with two backward passes, around torch's fused AdamW."""
+    try:
+        modules = importlib.import_module("opacus.grad_sample")
+        optimizers = importlib.import_module("opacus.optimizers")
+        utils = importlib.import_module("opacus.utils.fast_gradient_clipping_utils")
+    except ImportError as error:
+        raise Unavailable(f"needs Opacus: pip install 'fastreg[privacy]' ({error})") from None
+    model, (ids, labels) = workload.model(), workload.batch
+    base = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    settings = {
+        "noise_multiplier": NOISE, "max_grad_norm": MAX_NORM, "expected_batch_size": len(ids),
+    }  # fmt: skip
+    if ghost:
+        wrapped = modules.GradSampleModuleFastGradientClipping(
+            model, max_grad_norm=MAX_NORM, use_ghost_clipping=True
+        )
+        optimizer = optimizers.DPOptimizerFastGradientClipping(base, **settings)
+    else:
+        wrapped = modules.GradSampleModule(model)
+        optimizer = optimizers.DPOptimizer(base, **settings)
+
+    def backward() -> None:
+        own = losses(wrapped(ids), labels)
+        (utils.DPTensorFastGradientClipping(wrapped, optimizer, own) if ghost else own.mean()).backward()
+
+    def run() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def sums() -> list[Tensor]:
+        backward()
+        optimizer.accumulate() if ghost else optimizer.clip_and_accumulate()
+        found = [p.summed_grad.view_as(p).clone() for p in model.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+        return found
+
+    return Step(run, sums, ids.device)
+
+
+def one_by_one(model: Transformer, ids: Tensor, labels: Tensor) -> list[Tensor]:
+    """Sums of clipped gradients, in double."""
+    params = list(model.parameters())
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+    for i in range(len(ids)):
+        own = torch.autograd.grad(losses(model(ids[i : i + 1]), labels[i : i + 1]).sum(), params)
+        norm = float(torch.stack([g.double().norm() for g in own]).norm())
+        for total, g in zip(sums, own, strict=True):
+            total.add_(g.double(), alpha=min(1.0, MAX_NORM / norm))
+    return sums
+
+
+@dataclass(eq=False)  # hashed by identity
+class PrivateStepCase(Case):
+    """A small GPT on a batch of so many samples."""
+
+    samples: int
+    layers: int = 4
+    features: int = 256
+    heads: int = 4
+    rounds: int = 11
+    suite: str = "privacy"
+    baseline: str = BASELINE
+
+    def __post_init__(self) -> None:
+        self.name = f"private step, {self.layers} layers of {self.features}, {self.samples} x {LENGTH} tokens"
+
+    def setup(self, device: torch.device) -> Workload:
+        def make() -> Transformer:
+            return Transformer(self.layers, self.features, self.heads).to(device)
+
+        torch.manual_seed(0)
+        model = make()
+        shape = self.samples, LENGTH
+        batch = tuple(torch.randint(VOCABULARY, shape, device=device) for _ in range(2))
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        return Workload(make, start, batch, one_by_one(model, *batch))  # type: ignore[arg-type]
+
+    def contenders(self) -> dict[str, Callable[[Workload], Step]]:
+        """Not private, ours around both optimizers, and Opacus in both ways."""
+        return {
+            BASELINE: plain,
+            OURS: ours,
+            f"{OURS}, torch AdamW": lambda workload: ours(workload, around_torch=True),
+            "Opacus hooks": opacus,
+            "Opacus ghost": lambda workload: opacus(workload, ghost=True),
+        }
+
+    def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
+        """Sums of clipped gradients against those of one sample at a time; then a step must work."""
+        off = 0.0
+        if run.sums is not None:
+            for found, expected in zip(run.sums(), workload.sums, strict=True):
+                off = max(off, float((found.double() - expected).norm() / expected.norm()))
+        run()
+        # Ours rounds norms up, by what rounding may have taken from them.
+        return [Check("clipped sums", off, 1e-3)]
+
+    def details(self, workload: Workload, run: Any) -> dict[str, Any]:
+        """Memory that a step takes at its peak, beyond what is held between steps."""
+        return {"peak_bytes": peak_bytes(run, run.device)}
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Memory of tensors at the peak of a call beyond what is held before it: the same at every call."""
+    if device.type == "cuda":
+        return measure.temporary_bytes(run, device) or 0
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """A GPT of 3.7 M parameters."""
+    if quick:
+        return [PrivateStepCase(4, layers=1, features=64, rounds=3)]
+    return [PrivateStepCase(samples) for samples in (4, 16, 64)]
