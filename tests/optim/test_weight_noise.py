@@ -78,7 +78,8 @@ def test_every_backend_draws_the_same(dtype, relative, same):
             return held(params)
 
     expected = under("reference")
-    assert all(map(torch.equal, under("compiled"), expected))
+    if dtype == torch.float32:  # compiling takes seconds
+        assert all(map(torch.equal, under("compiled"), expected))
     assert all(map(same, under("triton"), expected))
 
 
