@@ -149,7 +149,7 @@ def _sizes(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, int]:
 def optimizer(
     name: str, params: Iterable[Any], max_norm: float = MAX_NORM, rho: float = RHO, **options: Any
 ) -> Any:
-    """The fastreg optimizer that runs the chain of this name.
+    """The fastreg optimizer that runs the chain of this name; with "dp" one that `DPOptimizer` would step.
 
     Args:
         name: Such as "clip+noise+AdamW+EMA".

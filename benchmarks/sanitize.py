@@ -1,6 +1,6 @@
 """Every kernel once over few, odd and misaligned tensors, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN, dropout or penalty ...]
+    compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [CHAIN, dropout or private ...]
 
 Without a GPU it runs in Triton's interpreter.  The exit status tells whether results were those of the
 reference, too.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,7 @@ from . import chains
 SIZES = (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)
 OFFSETS = (0, 1, 3)
 DROPOUT, PENALTY, ADVERSARIAL, NOISE = "dropout", "penalty", "adversarial", "noise"
+PRIVATE = "private"
 
 
 def drawn(count: int, dtype: torch.dtype, device: str) -> Iterator[list[torch.Tensor]]:
@@ -92,6 +94,30 @@ def noised(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     return [t.cpu().float() for t in found if t.numel()]
 
 
+def privately(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """The weights after two private steps on gradients held per sample, one of which is not finite."""
+    found = []
+    for clipping in ("flat", "per_layer"):
+        params, held = [], []
+        for weight, *gradients in drawn(4, dtype, device):
+            params.append(Parameter(weight))
+            held.append(torch.stack([gradients[0], gradients[1] * torch.inf, gradients[2]]))
+        base = chains.optimizer("clip+AdamW", params, lr=0.01, seed=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="noise_seed")
+            optimizer = fastreg.DPOptimizer(
+                base, max_grad_norm=5.0, clipping=clipping, expected_batch_size=3, noise_seed=0
+            )
+        with fastreg.use_backend(backend):
+            for _ in range(2):
+                for p, samples in zip(params, held, strict=True):
+                    p.grad_sample = samples.clone()  # type: ignore[attr-defined]
+                optimizer.step()
+                optimizer.zero_grad()
+        found += [p.detach().cpu().float() for p in params]
+    return found
+
+
 def trained(chain: str, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     """The weights after two steps."""
     params = []
@@ -112,8 +138,11 @@ def main(names: list[str]) -> int:
     """Run chains, all of them by default, at all dtypes; 1 if any is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
-    for chain in names or (*chains.BUDGETS, DROPOUT, PENALTY, ADVERSARIAL, NOISE):
-        runs = {DROPOUT: dropped, PENALTY: penalised, ADVERSARIAL: attacked, NOISE: noised}
+    runs = {
+        DROPOUT: dropped, PENALTY: penalised, ADVERSARIAL: attacked, NOISE: noised, PRIVATE: privately
+    }  # fmt: skip
+    by_themselves = (chain for chain in chains.BUDGETS if "dp" not in chain.split("+"))
+    for chain in names or (*by_themselves, *runs):
         run = runs.get(chain) or functools.partial(trained, chain)
         for dtype in (torch.float32, torch.bfloat16):
             found, expected = run(dtype, device, "triton"), run(dtype, "cpu", "reference")
