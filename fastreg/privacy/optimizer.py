@@ -60,9 +60,9 @@ class DPOptimizer(Wrapper):
     optimizer's own.  After the step of a fastreg optimizer `p.grad` is `None`, as what it held is not
     private; `materialize_grad=True` leaves the noised gradient there.
 
-    With `model`, samples are clipped by `BookKeeping`: backward passes between two steps add up, so that every
-    sample may be in one of them only (not in those of adversarial training or R-Drop as well).  Without,
-    parameters must have `p.grad_sample` from Opacus' `GradSampleModule`.  `accumulate()` and
+    With `model`, samples are clipped by `BookKeeping`: backward passes between two steps add up, so that
+    every sample may be in one of them only (not in those of adversarial training or R-Drop as well).
+    Without, parameters must have `p.grad_sample` from Opacus' `GradSampleModule`.  `accumulate()` and
     `signal_skip_step()` (which Opacus' `BatchMemoryManager` calls) split a batch.  Samples whose gradient is
     not finite count for nothing.  A step without any backward pass, as for an empty batch, adds noise and is
     accounted for like any other.

@@ -120,7 +120,12 @@ def test_every_count_has_noise_of_its_own(count, dtype):
 
 
 @pytest.mark.parametrize(
-    "backend, make", [("compiled", fastreg.SGD), ("triton", fastreg.AdamW), ("triton", fastreg.SGD)]
+    "backend, make",
+    [
+        pytest.param("compiled", fastreg.SGD, marks=pytest.mark.slow),
+        ("triton", fastreg.AdamW),
+        ("triton", fastreg.SGD),
+    ],
 )
 def test_backends_give_the_same_bits(backend, make, same):
     shapes = [(33, 7), (4096 + 19,), ()]
