@@ -19,6 +19,7 @@ from torch.nn import Parameter
 import fastreg
 from fastreg.adversarial.ball import Ball
 from fastreg.nn import noise_ops, ops, rates
+from fastreg.privacy import ghost
 from fastreg.reference.noise import KINDS
 
 from . import chains
@@ -26,7 +27,7 @@ from . import chains
 SIZES = (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)
 OFFSETS = (0, 1, 3)
 DROPOUT, PENALTY, ADVERSARIAL, NOISE = "dropout", "penalty", "adversarial", "noise"
-PRIVATE = "private"
+PRIVATE, GHOST = "private", "ghost"
 
 
 def drawn(count: int, dtype: torch.dtype, device: str) -> Iterator[list[torch.Tensor]]:
@@ -118,6 +119,24 @@ def privately(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tenso
     return found
 
 
+def summed(dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    """Ghost norms and sums over positions, below and above a tile."""
+    found = []
+    with fastreg.use_backend(backend):
+        for left, right in drawn(2, dtype, device):
+            for samples, positions in ((1, 1), (3, 5), (1, 127)):
+                features = len(left) // (samples * positions)
+                a, b = (
+                    t[: samples * positions * features].view(samples, positions, -1) for t in (left, right)
+                )
+                if features:
+                    mean, deviation = a.float().mean(-1), b.float().abs().mean(-1)
+                    found += ghost.ghost_sums(a, b)
+                    found += [t for t in ghost.sample_sums(a, b, mean, deviation) if t is not None]
+                    found.append(ghost.sample_sums(a)[1])
+    return [t.cpu().float() for t in found]
+
+
 def trained(chain: str, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     """The weights after two steps."""
     params = []
@@ -139,7 +158,8 @@ def main(names: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
     runs = {
-        DROPOUT: dropped, PENALTY: penalised, ADVERSARIAL: attacked, NOISE: noised, PRIVATE: privately
+        DROPOUT: dropped, PENALTY: penalised, ADVERSARIAL: attacked, NOISE: noised, PRIVATE: privately,
+        GHOST: summed,
     }  # fmt: skip
     by_themselves = (chain for chain in chains.BUDGETS if "dp" not in chain.split("+"))
     for chain in names or (*by_themselves, *runs):

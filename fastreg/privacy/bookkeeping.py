@@ -31,6 +31,10 @@ from .taps import Forward, Tap, batch_size, counts_up, no_batch_statistics, refu
 
 Bound = float | Tensor
 
+_NOT_DISTRIBUTED = (
+    "DistributedDataParallel sums gradients that are not clipped: use the model by itself, DPOptimizer sums "
+    "over processes"
+)
 SLACK = 1 + 2**-21
 """What a norm is multiplied with before it is compared: factors are rounded to the precision of gradients."""
 
@@ -180,9 +184,7 @@ class BookKeeping:
     def _covered(self) -> tuple[dict[Parameter, str], dict[nn.Module, tuple[str, Layer]]]:
         """Trainable parameters and the layers that own them."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "the model must not be wrapped in DistributedDataParallel: it sums unclipped gradients"
-            )
+            raise ValueError(_NOT_DISTRIBUTED)
         names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         layers: dict[nn.Module, tuple[str, Layer]] = {}
         owners: dict[Parameter, int] = {}
@@ -237,6 +239,8 @@ class BookKeeping:
     # Forward
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError(_NOT_DISTRIBUTED)
         if self._within == 0:
             self._batch = batch_size(args, kwargs, self.batch_dim)
         self._within += 1

@@ -332,6 +332,20 @@ def test_gradients_of_gradients_and_of_parameters(net):
         net(drawn(2)).sum().backward(create_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_data_parallel(net, tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        BookKeeping(net)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(RuntimeError, match="use the model by itself"):
+            wrapped(drawn(2))
+        with pytest.raises(ValueError, match="use the model by itself"):
+            BookKeeping(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_compiled_models(net):
     """Graphs end at layers that are covered; one whole graph is refused."""
     x, scales = drawn(3), torch.ones(3)
