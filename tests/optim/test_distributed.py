@@ -246,6 +246,18 @@ def sharded_net(seed: int = 7) -> tuple[nn.Module, fastreg.AdamW]:
     return net, adamw(net.parameters(), seed=seed)
 
 
+def perturbed_net(net: nn.Module) -> dict[str, Any]:
+    """Weights with noise, what the net makes of them, and the weights that came back."""
+    weight_noise, x = fastreg.WeightNoise(net.parameters(), 0.1, seed=7), batch(0)[0]
+    with torch.no_grad():
+        net(x)  # what FSDP2 has gathered for this must not be used again
+    with weight_noise.perturbed():
+        noisy = [whole(p) for p in net.parameters()]
+        output = net(x)
+        output.sum().backward()
+    return {"noisy": noisy, "output": [output.detach()], "back": [whole(p) for p in net.parameters()]}
+
+
 def flat_case(name: str) -> Callable[[int], dict[str, Any]]:
     return lambda rank: train_flat(sharded(Net().double(), "first"), name, half(rank))
 
@@ -342,6 +354,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "noise triton": tensors_case(noise, "triton"),
     "adamw partial gradients": partial_gradients,
     "columns": columns,
+    "weight noise": lambda rank: perturbed_net(sharded(Net(), "first", "norm", "last")),
     "fsdp": fsdp,
     "checkpoint": checkpoint(full=False),
     "full checkpoint": checkpoint(full=True),
@@ -458,6 +471,15 @@ def test_units_and_largest_norms_of_shards(outcomes: list[dict[str, Any]], close
         for name in ("weights", "momentum_buffer"):
             close(found[name], expected[name])
         assert found["norms"] == expected["norms"]
+
+
+@about("weight noise")
+def test_shards_of_weights_get_the_noise_of_the_whole(outcomes: list[dict[str, Any]], close: Close) -> None:
+    expected = perturbed_net(Net())
+    for found in outcomes:
+        assert all(map(torch.equal, found["noisy"], expected["noisy"]))
+        assert all(map(torch.equal, found["back"], [p.detach() for p in Net().parameters()]))
+        close(found["output"], expected["output"])
 
 
 @about("columns")
