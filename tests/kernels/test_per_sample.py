@@ -10,7 +10,7 @@ import fastreg
 from fastreg.privacy.per_sample import clip_and_sum
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE", "cpu")
-SHAPES = [(9, 31), (127,), (), (0,), (4096 + 17,), (16, 64)]
+SHAPES = [(9, 31), (127,), (), (0,), (4096 + 17,), (4, 64)]
 BACKENDS = ["reference", "triton"]
 TINY = 2.0**-20
 
@@ -48,19 +48,16 @@ def clip(backend, samples, max_norms, out=None, accumulate=False):
     return out, found
 
 
+FLAT, LAYERS = [3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]
+DTYPES = [
+    (torch.float32,), (torch.bfloat16,), (torch.float16,), (torch.float64,), (torch.bfloat16, torch.float32)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float32,),
-        (torch.bfloat16,),
-        (torch.float16,),
-        (torch.float64,),
-        (torch.bfloat16, torch.float32),
-    ],
-    ids=str,
+    "dtypes, max_norms", [*((dtypes, FLAT) for dtypes in DTYPES), (DTYPES[0], LAYERS)], ids=str
 )
-@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
 def test_equals_a_loop_over_samples(backend, dtypes, max_norms, close):
     samples = draw(dtypes=dtypes)
     out, found = clip(backend, samples, max_norms)
@@ -68,9 +65,9 @@ def test_equals_a_loop_over_samples(backend, dtypes, max_norms, close):
     assert found.norms.shape == found.factors.shape == (len(max_norms), 5)
 
 
-@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
+@pytest.mark.parametrize("max_norms", [FLAT, LAYERS], ids=["flat", "per layer"])
 def test_kernels_equal_the_reference(max_norms, close):
-    samples = draw(7)
+    samples = draw(3)
     out, found = clip("triton", samples, max_norms)
     expected, reference = clip("reference", samples, max_norms)
     close(out, expected)
@@ -78,16 +75,16 @@ def test_kernels_equal_the_reference(max_norms, close):
 
 
 def test_kernels_give_the_same_bits_every_time():
-    samples = draw(7)
+    samples = draw(3)
     assert all(map(torch.equal, clip("triton", samples, [1.0])[0], clip("triton", samples, [1.0])[0]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulates(backend, close):
-    samples = draw(6)
+    samples = draw(4)
     whole, _ = clip(backend, samples, [2.0])
-    out, _ = clip(backend, [g[:4] for g in samples], [2.0])
-    clip(backend, [g[4:] for g in samples], [2.0], out, accumulate=True)
+    out, _ = clip(backend, [g[:3] for g in samples], [2.0])
+    clip(backend, [g[3:] for g in samples], [2.0], out, accumulate=True)
     close(out, whole)
 
 
@@ -109,8 +106,8 @@ def test_no_samples(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("max_norms", [[3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]], ids=["flat", "per layer"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("max_norms", [FLAT, LAYERS], ids=["flat", "per layer"])
 def test_samples_that_are_not_finite_count_for_nothing(backend, bad, max_norms, close):
     """Flat: nothing of the sample is left; per layer, where each is a mechanism of its own: nothing there."""
     samples = draw(5)
@@ -123,7 +120,7 @@ def test_samples_that_are_not_finite_count_for_nothing(backend, bad, max_norms, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e19, 1e30, 5e37])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 5e37])
 def test_no_sample_is_longer_than_it_may_be(backend, scale):
     """Measured in double: its clipped norm exceeds C by less than a millionth.
 

@@ -106,12 +106,12 @@ class Run:
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 @pytest.mark.parametrize("how", ["plain", "parts", "poisson", "poisson in parts"])
 def test_the_same_steps(base, reduction, clipping, how, close):
-    """Around a fastreg optimizer, fused, and around torch's."""
+    """Around a fastreg optimizer, fused, and around one of torch's."""
     options = {"clipping": clipping, "reduction": reduction, "poisson": how.startswith("poisson")}
-    physical = 3 if how.endswith("parts") else None
+    physical = 5 if how.endswith("parts") else None
     theirs, ours = BASES[base]
     expected = Run(Stock, theirs, **options).train(physical)
-    for make in (ours, theirs):
+    for make in (ours, theirs) if base == "SGD" else (ours,):
         run = Run(PrivacyEngine, make, **options).train(physical)
         assert isinstance(run.optimizer, DPOptimizer) and isinstance(run.optimizer, StockOptimizer)
         assert run.sizes == expected.sizes
