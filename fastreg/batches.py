@@ -50,11 +50,28 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
         )
     inputs, labels = batch
     outputs = _logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
-    return (loss_fn or F.cross_entropy)(outputs, labels)
+    return (loss_fn or _cross_entropy)(outputs, labels)
+
+
+def part(outputs: Any, name: str) -> Any:
+    """What a model has returned by this name; `None` where it has not."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _cross_entropy(outputs: Any, labels: Any) -> Tensor:
+    if isinstance(outputs, Tensor) and isinstance(labels, Tensor):
+        single = outputs.dim() == 0 or outputs.shape[min(1, outputs.dim() - 1)] < 2  # the loss would be 0
+        if single or (labels.is_floating_point() and labels.shape != outputs.shape):
+            raise ValueError(
+                f"outputs of shape {tuple(outputs.shape)} with labels of {labels.dtype} and shape "
+                f"{tuple(labels.shape)} are no classification: give loss_fn=, such as F.mse_loss or "
+                "F.binary_cross_entropy_with_logits"
+            )
+    return F.cross_entropy(outputs, labels)
 
 
 def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    loss = part(outputs, "loss")
     if loss is None:
         fix = "give loss_fn=" if labelled else "the batch has no 'labels'; add them, or give compute_loss="
         raise ValueError(f"the output of {type(model).__name__} has no loss: {fix}")
@@ -62,7 +79,8 @@ def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
 
 
 def _logits(outputs: Any) -> Any:
-    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+    logits = part(outputs, "logits")
+    return outputs if logits is None else logits
 
 
 def samples(batch: Any) -> int:

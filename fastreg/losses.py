@@ -34,7 +34,7 @@ def l2_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
         params: A model, of which the parameters that require gradients count, without its frozen ones; or
             tensors or named tensors, of which all count as often as they are listed.  Any real or complex
             floating dtypes and devices; of DTensors, sharded or replicated, the whole counts on every rank.
-        strength: Factor, ≥ 0.
+        strength: Factor, ≥ 0; a 0-d tensor, which is not checked, stays on its device and may learn.
 
     Returns:
         0-d, on the device of the first tensor; float32, or float64 where a tensor is.
@@ -46,7 +46,8 @@ def l2_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
     Reference:
         Krogh & Hertz 1991, "A simple weight decay can improve generalization".
     """
-    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in _listed(params, "l2_penalty()")]
+    given = _listed(params, "l2_penalty()")
+    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in given]
     return _scaled(tensors, False, strength)
 
 
@@ -57,7 +58,7 @@ def l1_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
 
     Args:
         params: See `l2_penalty`; no complex ones.
-        strength: Factor, ≥ 0.
+        strength: See `l2_penalty`.
 
     Returns:
         0-d, on the device of the first tensor; float32, or float64 where a tensor is.
@@ -101,8 +102,14 @@ def _listed(params: Any, name: str) -> Iterator[Tensor]:
 def _scaled(tensors: list[Tensor], absolute: bool, strength: float | Tensor) -> Tensor:
     if not isinstance(strength, Tensor) and not 0 <= strength < math.inf:
         raise ValueError(f"strength must be finite and >= 0, got {strength=}")
+    if isinstance(strength, Tensor) and strength.numel() != 1:
+        raise ValueError(f"strength must be one number, got shape {tuple(strength.shape)}")
     value = _value(tensors, absolute)
-    return value if isinstance(strength, (int, float)) and strength == 1 else value * strength
+    return (
+        value
+        if isinstance(strength, (int, float)) and strength == 1
+        else value * (strength.reshape(()) if isinstance(strength, Tensor) else strength)
+    )
 
 
 def _value(tensors: list[Tensor], absolute: bool) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from .batches import part
 from .layerwise.knobs import unwrapped
 
 
@@ -96,7 +97,8 @@ def r_drop(
     that its shifting of labels, class weights and auxiliary losses stay as they are; or it is `loss_fn`.
 
     Args:
-        model: A Hugging Face model, or any that returns logits `[..., classes]`.
+        model: A Hugging Face model, or any that returns logits `[..., classes]`; for a mapping as batch, a
+            mapping or an object of `loss` and `logits`, or a tuple that begins with both.
         batch: A mapping with `labels`, all of it given to the model; or (inputs, labels).
         alpha: Weight of the KL divergence, ≥ 0; the paper takes 1 to 5.
         passes: `"together"`: one pass over a batch of twice the size, so that BatchNorm sees both at once.
@@ -249,10 +251,13 @@ def _pass(model: nn.Module, batch: Any, loss_fn: Any, items: Any) -> tuple[Tenso
     if not isinstance(batch, Mapping):
         inputs, labels = batch
         logits = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        logits = getattr(logits, "logits", logits)
+        named = part(logits, "logits")
+        logits = logits if named is None else named
         return logits, loss_fn(logits, labels)
     outputs = model(**batch, **({} if items is None else {"num_items_in_batch": items}))
-    logits, loss = getattr(outputs, "logits", None), getattr(outputs, "loss", None)
+    if type(outputs) is tuple:
+        outputs = dict(zip(("loss", "logits"), outputs, strict=False))
+    logits, loss = part(outputs, "logits"), part(outputs, "loss")
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the output of {type(unwrapped(model)).__name__} has no logits; run it twice yourself and use "

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import fastreg
-from fastreg.rdrop import _SymmetricKL
+from fastreg.rdrop import RDrop, _SymmetricKL
 
 PENALTIES = {
     "l1": (fastreg.l1_penalty, lambda t: t.abs().sum()),
@@ -122,6 +122,7 @@ def test_penalty_of_complex_numbers(close):
     (found,) = torch.autograd.grad(fastreg.l2_penalty([p]), p)
     (expected,) = torch.autograd.grad(p.abs().square().sum(), p)
     close(torch.view_as_real(found), torch.view_as_real(expected))
+    assert torch.equal(fastreg.l2_penalty(p.detach().conj()), fastreg.l2_penalty(p.detach()))
     with pytest.raises(TypeError, match="l1_penalty"):
         fastreg.l1_penalty([p])
 
@@ -155,7 +156,7 @@ def test_what_penalties_refuse(penalty, given, error, message):
         penalty[0](given)
 
 
-@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, torch.ones(2)], ids=str)
 def test_strengths_out_of_range(penalty, strength):
     with pytest.raises(ValueError, match="strength must be"):
         penalty[0]([torch.zeros(1)], strength)
@@ -361,6 +362,23 @@ def test_a_classifier_with_its_own_loss():
     found = fastreg.r_drop(net, batch, 2.0)
     expected = fastreg.r_drop_loss(found.logits, found.logits2, batch["labels"], 2.0)
     assert number(found.loss) == pytest.approx(number(expected), rel=1e-6) and found.kl > 0
+
+
+@pytest.mark.parametrize("kind", ["mapping", "tuple", "object"])
+@pytest.mark.parametrize("passes", ["together", "apart"])
+def test_models_that_return_their_loss_and_logits_in_other_ways(kind, passes):
+    class Own(nn.Linear):
+        def forward(self, x, labels):
+            logits = super().forward(x)
+            loss = F.cross_entropy(logits, labels)
+            if kind == "tuple":
+                return loss, logits
+            return {"loss": loss, "logits": logits} if kind == "mapping" else RDrop(loss, logits, *[None] * 3)
+
+    net, x, y = Own(6, 4), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    found = fastreg.r_drop(net, {"x": x, "labels": y}, passes=passes)
+    logits = F.linear(x, net.weight, net.bias)
+    assert torch.allclose(found.logits, logits) and torch.allclose(found.loss, F.cross_entropy(logits, y))
 
 
 @pytest.mark.parametrize(
