@@ -58,6 +58,7 @@ class FastregTrainerMixin:
         given = None if recipe is None else read(recipe)
         self._second_pass, self._clipping = SecondPass(same_masks), Clipping()
         self._applied: AppliedRecipe | None = None
+        self._agreed = False
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if given is not None:
@@ -123,7 +124,11 @@ class FastregTrainerMixin:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Tensor:
-        """As in Trainer, and what the regularizers need besides: other passes, SAM's second one."""
+        """As in Trainer, and what the regularizers need besides: other passes, SAM's second one.
+
+        Raises:
+            RuntimeError: If a `compute_loss` of a subclass leaves out the recipe's R-Drop.
+        """
         trainer: Any = self
         stock = super().training_step  # type: ignore[misc]
         if is_ours(trainer.optimizer):  # Trainer does so within a pass, when noise is on the weights already
@@ -133,7 +138,14 @@ class FastregTrainerMixin:
             gradients = _bound(stock, model, inputs, items, **kwargs)
             for callback in self._applied.callbacks if self._applied is not None else ():
                 gradients = callback.around_gradients(gradients, contextlib.nullcontext())
-            return gradients()
+            self._agreed = self._applied is None or self._applied.agreement is None
+            loss = gradients()
+            if not self._agreed:
+                raise RuntimeError(
+                    f"r_drop is computed by FastregTrainerMixin.compute_loss, which {type(self).__name__}."
+                    "compute_loss has not called: take the loss of super().compute_loss, or leave r_drop out"
+                )
+            return loss
 
         if (sam := sam_of(trainer.optimizer)) is None:
             return backward(model, inputs, num_items_in_batch)
@@ -147,8 +159,8 @@ class FastregTrainerMixin:
         stock: Any = super().compute_loss  # type: ignore[misc]
         alpha = None if self._applied is None else self._applied.agreement
         called: Any = model
-        if alpha is not None and model.training and not return_outputs:
-            called = Agreeing(model, alpha)
+        if alpha is not None and model.training:
+            called, self._agreed = Agreeing(model, alpha), True
         return stock(called, inputs, return_outputs, num_items_in_batch, **kwargs)
 
     # Checkpoints ----------------------------------------------------------------------------------------

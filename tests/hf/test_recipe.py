@@ -181,7 +181,28 @@ def test_r_drop_counts_how_far_both_passes_are_apart(runs, tools) -> None:
     assert r_drop_loss(*shifted, alpha=2.0) > r_drop_loss(*shifted, alpha=0.0) + 1e-3
 
 
+def test_r_drop_reaches_a_loss_that_is_overridden(runs, tools) -> None:
+    class Own(FastregTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return (loss, outputs) if return_outputs else loss
+
+    given = {"recipe": {"r_drop": 2.0}, "arguments": {"max_steps": 2, "eval_strategy": "steps"}}
+    plain, own = runs.train(**given), runs.train(Own, **given)
+    for what in ("loss", "eval_loss"):
+        assert tools.logged(own, what) == tools.logged(plain, what)
+
+
 # Refusals -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_leaves_r_drop_out_is_refused(runs) -> None:
+    class Own(FastregTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(**inputs).loss
+
+    with pytest.raises(RuntimeError, match="which Own.compute_loss has not called"):
+        runs.train(Own, recipe={"r_drop": 1.0})
 
 
 @pytest.mark.parametrize("kind", ["optimizers", "optimizer_cls_and_kwargs", "scheduler"])
