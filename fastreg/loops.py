@@ -25,7 +25,7 @@ from . import layerwise
 from . import nn as ours
 from .layerwise.apply import FIELD, ORIGINAL
 from .layerwise.knobs import unwrapped
-from .optim import L2SP, AdamW, ClipNorm, Piece, param_groups
+from .optim import L2SP, SAM, AdamW, ClipNorm, Piece, param_groups
 from .schedules import Linear
 from .training import DivergedError, History, Settings, train
 
@@ -237,6 +237,11 @@ def _maker(
         made = optimizer(groups(), **options)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(made).__name__}")
+        if isinstance(made, SAM):
+            raise TypeError(
+                "SAM needs two passes a step, and these loops make one: fastreg.Regularization(sam=...) "
+                "comes with callbacks that make both"
+            )
         return made
 
     return make

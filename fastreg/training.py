@@ -111,10 +111,12 @@ class Settings:
             for batches of any kind.
         validation: Batches to validate with after each epoch, under the averaged weights where there are any.
         callback: Called with the history after every step; what returns `True` ends the training.
-        history: Of a training to go on with, with its optimizer and all its counts.
+        history: Of a training of the same model to go on with, with all its counts and its optimizer, which
+            no other learning rate, decay or regularizers take the place of.
         progress: Whether to show a bar, if tqdm is installed.
 
     Raises:
+        TypeError: For what should be called and cannot be.
         ValueError: For values out of range.
     """
 
@@ -137,6 +139,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be an integer >= {least}, got {name}={value!r}")
+        for name in ("schedule", "loss_fn", "compute_loss", "callback"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be a function, got {name}={value!r}")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("give epochs= or max_steps=, got None for both")
         if self.amp not in (None, "bf16", "fp16"):
@@ -168,7 +174,8 @@ def train(
 
     Raises:
         DivergedError: At a loss that is NaN or infinite.
-        ValueError: For data without batches, batches without labels, models without loss.
+        ValueError: For data without batches, batches without labels, models without loss, and the history of
+            another model.
         TypeError: For batches of an unknown kind.
     """
     if not isinstance(model, nn.Module):
@@ -176,6 +183,13 @@ def train(
     if settings.device is not None:
         model.to(settings.device)
     history = History() if settings.history is None else settings.history
+    if history.optimizer is not None:
+        trained = {id(p) for group in history.optimizer.param_groups for p in group["params"]}
+        if trained.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                "history= is of another model, and its optimizer would leave this one as it is: give the "
+                "model that it was for, history.model"
+            )
     history.model, history.interrupted = model, False
     if history.optimizer is None:
         history.optimizer = make_optimizer()
@@ -241,7 +255,7 @@ class _Loop:
         self.model.train()
         sampler: Any = getattr(self.dataloader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+            sampler.set_epoch(len(self.history.epochs))
         start, batches = self.history.steps, iter(self.dataloader)
         try:
             while not self._enough() and (

@@ -305,6 +305,19 @@ def test_goes_on_with_a_history(first):
     assert all(map(torch.equal, whole.parameters(), parted.parameters()))
 
 
+def test_samplers_shuffle_anew_also_with_a_history():
+    class Sampler(torch.utils.data.SequentialSampler):
+        epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    net, data = mlp(), loader(count=64, sampler=Sampler(range(64)))
+    history = train_with_weight_decay(net, data, lr=1e-2, epochs=2, **quiet)
+    train_with_weight_decay(net, data, lr=1e-2, history=history, **quiet)
+    assert Sampler.epochs == [0, 1, 2]
+
+
 def test_an_interruption_keeps_what_there_is():
     net, hooks = gpt2(), []
 
@@ -389,6 +402,8 @@ def test_a_bar_where_tqdm_is_installed(capsys):
         ({"optimizer": torch.optim.SGD, "regularizers": [fastreg.EMA(0.9)]}, TypeError, "no regularizers"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, TypeError, "must be a class"),
         ({"optimizer": lambda groups, lr: {}}, TypeError, "must make"),
+        ({"optimizer": lambda g, lr: fastreg.SAM(g, fastreg.SGD, lr=lr)}, TypeError, "SAM needs two passes"),
+        ({"schedule": 0.5}, TypeError, "schedule must be a function"),
         ({"loss_fn": lambda out, y: out}, ValueError, "one number"),
         ({"validation": []}, ValueError, "validation has no batches"),
     ],
@@ -406,11 +421,22 @@ def test_wrong_arguments(options, error, message):
         ([torch.zeros(2)], ValueError, "loss_fn"),
         ([(torch.zeros(2), torch.zeros(2), torch.zeros(2))], TypeError, "3 parts"),
         (["text"], TypeError, "str"),
+        ([(torch.zeros(2, 1), torch.zeros(2, 1))], ValueError, "no classification"),
+        ([(torch.zeros(2, 1), torch.zeros(2).long())], ValueError, "no classification"),
+        ([(torch.zeros(2, 3), torch.zeros(2))], ValueError, "no classification"),
     ],
 )
 def test_wrong_batches(batches, error, message):
     with pytest.raises(error, match=message):
         train_with_weight_decay(Tiny(), batches, lr=1e-2, **quiet)
+
+
+def test_a_history_of_another_model():
+    history = train_with_weight_decay(mlp(), loader(), lr=1e-2, max_steps=1, **quiet)
+    model = history.model
+    with pytest.raises(ValueError, match="of another model"):
+        train_with_weight_decay(mlp(), loader(), lr=1e-2, history=history, **quiet)
+    assert history.model is model and history.steps == 1
 
 
 def test_a_model_without_loss_and_an_iterator_that_is_used_up():
