@@ -1,5 +1,6 @@
 """The ready-made loops: batches, mixed precision, accumulation, validation, and what they leave behind."""
 
+import contextlib
 import functools
 import json
 import math
@@ -138,11 +139,16 @@ def test_tokens_count_without_padding():
 
 
 def test_a_loss_of_ones_own():
-    net = mlp(0.5)
-    history = train_with_weight_decay(
-        net, loader(), lr=1e-2, max_steps=2, compute_loss=lambda *given: fastreg.r_drop(*given).loss, **quiet
-    )
-    assert history.steps == 2
+    net, found = mlp(0.5), []
+
+    def compute_loss(model, batch):
+        assert model is net
+        found.append(fastreg.r_drop(model, batch, 5.0))
+        return found[-1].loss
+
+    history = train_with_weight_decay(net, loader(), lr=1e-2, max_steps=2, compute_loss=compute_loss, **quiet)
+    assert history.losses == [each.loss.item() for each in found] and len(found) == 2
+    assert all(each.kl > 0 for each in found)
 
 
 def test_accumulation_is_one_large_batch():
@@ -157,6 +163,25 @@ def test_accumulation_is_one_large_batch():
     rest = train_with_weight_decay(mlp(), loader(16, 80), accumulate=4, **options)
     whole = train_with_weight_decay(mlp(), [next(iter(loader(64, 80))), digits()[64:80]], **options)
     assert rest.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_processes_share_gradients_once_a_step():
+    class Shared(nn.Sequential):
+        alone, passes = False, []
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.alone = True
+            yield
+            self.alone = False
+
+        def forward(self, x):
+            self.passes.append(self.alone)
+            return super().forward(x)
+
+    net = Shared(mlp())
+    train_with_weight_decay(net, loader(16, 80), lr=1e-2, accumulate=3, **quiet)
+    assert net.passes == [True, True, False, True, False]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
