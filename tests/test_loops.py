@@ -324,8 +324,10 @@ def test_goes_on_with_a_history(first):
     whole, parted = mlp(), mlp()
     once = train_with_weight_decay(whole, data[:first] + data, **options)
     history = train_with_weight_decay(parted, data[:first], **options)
+    history.seconds = 1000.0
     again = train_with_weight_decay(parted, data, history=history, **options)
     assert again is history and history.losses == once.losses and history.lr == once.lr
+    assert history.seconds > 1000
     assert history.samples == once.samples and len(history.epochs) == 2
     assert all(map(torch.equal, whole.parameters(), parted.parameters()))
 
