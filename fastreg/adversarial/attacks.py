@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def fgsm(
             nothing.
         targeted: Whether to lower the loss, with y as what the model shall say.
         mode: What the model is in meanwhile: `"eval"`, `"train"`, or `"keep"` for what it is in.
-        model: The model, where the first argument is a function: whose modes and buffers to keep.
+        model: The model, where the first argument is a function: whose mode to set and whose buffers to keep;
+            without it, `mode` does nothing, and buffers that the function changes stay changed.
         steepest: See above.
 
     Returns:
@@ -188,7 +190,7 @@ def pgd(
         attacks".
     """
     for name, count in (("steps", steps), ("restarts", restarts)):
-        if count < 1 or count != int(count):
+        if not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {name}={count!r}")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts need a random start to differ, got {restarts=} and {random_start=}")

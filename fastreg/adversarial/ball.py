@@ -58,7 +58,7 @@ class Ball:
         steepest: Whether a step of `"l1"` moves a single element.
 
     Raises:
-        TypeError: If x is not of a floating dtype.
+        TypeError: If x is not of a floating dtype, or bounds are not two.
         ValueError: For values out of range and shapes that do not fit.
     """
 
@@ -77,7 +77,7 @@ class Ball:
         self.clean = self.layout.rows(x.detach())
         self.epsilon = self.sizes("epsilon", epsilon)
         self._constant: tuple[Tensor, bool, Tensor] | None = None
-        self.bounds = None if bounds is None else _checked(x, *bounds, self.layout)
+        self.bounds = None if bounds is None else _checked(x, *_both(bounds), self.layout)
 
     def sizes(self, name: str, value: Limit) -> Tensor:
         """A number for each sample, or one for all, `[samples or 1, 1]`.
@@ -173,6 +173,19 @@ class Ball:
         """`[samples or 1, 3]`: radius, size of the step, what a projection keeps."""
         columns = (self.epsilon, size, torch.ones_like(size) if keep is None else keep)
         return torch.cat(torch.broadcast_tensors(*columns), 1).contiguous()
+
+
+def _both(bounds: Any) -> tuple[Limit, Limit]:
+    """The lower and the upper one.
+
+    Raises:
+        TypeError: If they are not two.
+    """
+    try:
+        low, high = bounds
+    except (TypeError, ValueError):
+        raise TypeError(f"bounds must be (lower, upper) or None, got {bounds!r}") from None
+    return low, high
 
 
 def _checked(x: Tensor, low: Limit, high: Limit, layout: Layout) -> Bounds:

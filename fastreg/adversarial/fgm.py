@@ -25,9 +25,10 @@ class FGM:
     optimizer.step()
     ```
 
-    The norm is that of all of a weight's gradient, computed on the device without waiting for it. A gradient
-    that is 0 or not finite moves nothing. Weights come back bit for bit. A loss that is scaled by a
-    `torch.amp.GradScaler` moves them just as far: do not unscale before.
+    What is tied to the embeddings, such as the weight of a head, moves with them. The norm is that of all of
+    a weight's gradient, computed on the device without waiting for it. A gradient that is 0 or not finite
+    moves nothing. Weights come back bit for bit. A loss that is scaled by a `torch.amp.GradScaler` moves them
+    just as far: do not unscale before.
 
     Args:
         model: The model. Its `get_input_embeddings()` is perturbed by default.
@@ -77,7 +78,9 @@ class FGM:
         """
         self.restore()
         if all(p.grad is None for p in self.parameters):
-            raise RuntimeError("attack() needs gradients of the embeddings: call loss.backward() before")
+            frozen = not any(p.requires_grad for p in self.parameters)
+            fix = "they are frozen, set modules or requires_grad" if frozen else "call loss.backward() before"
+            raise RuntimeError(f"attack() needs gradients of the embeddings: {fix}")
         for climber in self._passes if self.epsilon else ():
             climber.param_groups[0]["rho"] = self.epsilon
             self._attacked.append((climber, climber.climb()))

@@ -43,7 +43,7 @@ class Losses:
 
         Raises:
             TypeError: If what is returned is no loss, or are no logits.
-            ValueError: If there are not as many losses as samples.
+            ValueError: If there are not as many losses as samples, or fewer than two classes.
         """
         found: Any
         if not isinstance(self.objective, nn.Module):
@@ -55,6 +55,12 @@ class Losses:
                 raise TypeError(
                     f"the model must return logits or something with .logits, got {type(output).__name__}; "
                     "give a loss instead: lambda x, y: loss(model(x)[0], y)"
+                )
+            if logits.dim() < 2 or logits.shape[1] < 2:  # whose cross-entropy is 0, or over the samples
+                raise ValueError(
+                    f"the model must return logits [samples, classes, ...] of at least 2 classes, got shape "
+                    f"{tuple(logits.shape)}; for a single logit give its loss instead: lambda x, y: "
+                    'binary_cross_entropy_with_logits(model(x), y, reduction="none")'
                 )
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             found = functional.cross_entropy(logits, self.y, reduction="none")

@@ -48,7 +48,8 @@ def adversarial_training(
             or for a step of your own.
         epsilon: As in `fgsm`.
         alpha: The weight of the clean loss, in [0, 1]; one that is 0 or 1 leaves out a pass.
-        attack: `fgsm`, `ffgsm`, `pgd` or a function called in the same way.
+        attack: `fgsm`, `ffgsm`, `pgd` or a function called in the same way; a step's length, which has the
+            name of that weight, goes in by `functools.partial(pgd, alpha=2 / 255)`.
         scaler: A `torch.amp.GradScaler`: scales the losses, steps and updates.
         zero_grad: Whether to clear gradients before; they are not where there is no optimizer.
         model: As in `fgsm`.

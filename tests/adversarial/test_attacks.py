@@ -381,6 +381,11 @@ def test_the_best_is_kept():
 # Errors ---------------------------------------------------------------------------------------------------
 
 
+def single(*layers):
+    """One logit for each sample, whose cross-entropy would move nothing."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(60, 1), *layers)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -395,9 +400,15 @@ def test_the_best_is_kept():
         ({"bounds": (torch.zeros(2), torch.ones(2))}, ValueError, "broadcast"),
         ({"bounds": (0.0, 0.5)}, ValueError, "normalized"),
         ({"mode": "evaluate"}, ValueError, "mode must be one of"),
+        ({"bounds": 1.0}, TypeError, r"\(lower, upper\) or None"),
+        ({"bounds": (0.0, 0.5, 1.0)}, TypeError, r"\(lower, upper\) or None"),
         ({"steps": 0}, ValueError, "steps"),
+        ({"steps": 3.0}, ValueError, "whole number"),
+        ({"steps": math.inf}, ValueError, "whole number"),
         ({"alpha": -1.0}, ValueError, "alpha"),
         ({"restarts": 2, "random_start": False}, ValueError, "random start"),
+        ({"model_or_loss": single()}, ValueError, "at least 2 classes, got shape \\(6, 1\\)"),
+        ({"model_or_loss": single(nn.Flatten(0)), "y": torch.ones(6)}, ValueError, "at least 2 classes"),
         ({"model_or_loss": 3}, TypeError, "model that returns logits"),
         ({"model_or_loss": lambda x, y: 1.0}, TypeError, "tensor"),
         ({"model_or_loss": lambda x, y: x.detach().sum()}, ValueError, "does not depend on x"),

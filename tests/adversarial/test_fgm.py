@@ -168,3 +168,6 @@ def test_errors():
         FGM(model, modules=nn.Tanh())
     with pytest.raises(RuntimeError, match="backward"):
         FGM(model).attack()
+    model.word_embeddings.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen"):
+        FGM(model).attack()
