@@ -277,6 +277,27 @@ def test_learning_rates_fall_by_default():
     assert steady.lr == [1e-3, 1e-3]
 
 
+def test_fine_tuning_goes_on_with_a_history():
+    """Rates fall over both trainings together, from where the first has come to."""
+    net, options = gpt2(), {"lr": 1e-3, "dropout": (0.3, 0.3), "epochs": None, **quiet}
+    history = fine_tune_with_adaptive_regularization(net, language(3), max_steps=3, **options)
+    seen = []
+    net.register_forward_pre_hook(lambda *_: seen.append(net.transformer.h[0].mlp.dropout.p))
+    fine_tune_with_adaptive_regularization(net, language(3), max_steps=3, history=history, **options)
+    assert history.steps == 6 and seen[-3:] == pytest.approx([0.15, 0.1, 0.05], abs=1e-6)
+    assert history.lr[3:] == pytest.approx([0.5e-3, 1e-3 / 3, 1e-3 / 6])
+
+
+def test_what_a_checkpoint_says_of_its_rates_stays(tmp_path):
+    net = gpt2()
+    fastreg.layerwise.set_dropout(net, 0.2)
+    net.save_pretrained(tmp_path)
+    net = type(net).from_pretrained(tmp_path)
+    said = net.config.to_dict()["fastreg"]
+    fine_tune_with_adaptive_regularization(net, language(1), epochs=1, **quiet)
+    assert net.config.to_dict()["fastreg"] == said
+
+
 def test_a_model_by_its_name(tmp_path):
     gpt2().save_pretrained(tmp_path)
     history = fine_tune_with_adaptive_regularization(str(tmp_path), language(2), epochs=1, **quiet)

@@ -1,6 +1,7 @@
 """Penalties and R-Drop against plain PyTorch."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import fastreg
-from fastreg.rdrop import RDrop, _SymmetricKL
+from fastreg.rdrop import RDrop, _SymmetricKL, shifts
 
 PENALTIES = {
     "l1": (fastreg.l1_penalty, lambda t: t.abs().sum()),
@@ -349,6 +350,35 @@ def test_sums_divided_by_the_trainers_number():
     for passes in ("together", "apart"):
         found = fastreg.r_drop(net, batch, 1.0, passes=passes, num_items_in_batch=4 * count)
         assert number(found.loss) == pytest.approx(number(net(**batch).loss) / 4, rel=1e-5)
+        found = fastreg.r_drop(gpt2(0.3), batch, 1.0, passes=passes, num_items_in_batch=4 * count)
+        shifted = found.logits[:, :-1], found.logits2[:, :-1], batch["labels"][:, 1:]
+        assert found.kl > 0
+        assert number(found.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted)) / 4, rel=1e-5)
+
+
+def test_what_all_samples_share_passes_once():
+    net, batch = gpt2(0.0), language_batch()
+    found = fastreg.r_drop(net, {**batch, "position_ids": torch.arange(8)[None]})
+    assert number(found.loss) == pytest.approx(number(net(**batch).loss), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "expected"),
+    [
+        ("GPT2LMHeadModel", False, True),
+        ("LlamaForCausalLM", False, True),
+        ("LlavaForConditionalGeneration", False, True),
+        ("T5ForConditionalGeneration", True, False),
+        ("XLMWithLMHeadModel", False, False),
+        ("BertForMaskedLM", False, False),
+    ],
+)
+def test_which_models_predict_the_next_token(name, encoder, expected):
+    net = type(name, (nn.Linear,), {"config": types.SimpleNamespace(is_encoder_decoder=encoder)})(2, 2)
+    assert shifts(net) is expected
+    adapted = nn.Module()
+    adapted.get_base_model = lambda: net
+    assert shifts(adapted) is expected
 
 
 def test_a_classifier_with_its_own_loss():

@@ -1,8 +1,8 @@
 """R-Drop in a Trainer: its loss is scaled as that of the model, also over accumulated steps.
 
-Models that take `num_items_in_batch` and leave it unused (T5 and BART of transformers 5.23) have the mean over
-each micro-batch as their loss, which Trainer adds up instead of averaging; the divergence stays a mean, with a
-weight that is the smaller.  `trainer.model_accepts_loss_kwargs = False` mends both.
+Models that take `num_items_in_batch` and leave it unused (T5 and BART of transformers 5.23) have the mean
+over each micro-batch as their loss, which Trainer adds up instead of averaging; the divergence stays a mean,
+with a weight that is the smaller.  `trainer.model_accepts_loss_kwargs = False` mends both.
 """
 
 from __future__ import annotations
