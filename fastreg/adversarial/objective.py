@@ -60,7 +60,7 @@ class Losses:
                 raise ValueError(
                     f"the model must return logits [samples, classes, ...] of at least 2 classes, got shape "
                     f"{tuple(logits.shape)}; for a single logit give its loss instead: lambda x, y: "
-                    'binary_cross_entropy_with_logits(model(x), y, reduction="none")'
+                    'binary_cross_entropy_with_logits(model(x), y, reduction="none"), with model=model'
                 )
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             found = functional.cross_entropy(logits, self.y, reduction="none")

@@ -22,7 +22,7 @@ class Attached:
     """Hooks that stay until `remove()`, or to the end of a `with` block.
 
     torch looks at hooks when it compiles, and by default not again.  `remove()` therefore sets the level to 0
-    as well, with which code that was compiled before does nothing.
+    as well, with which code that was compiled before does nothing.  It stays 0 then, whatever sets it.
     """
 
     def __init__(self) -> None:
@@ -58,9 +58,8 @@ class Noisy:
     """
 
     def __init__(self, std: float, kind: str, device: torch.device) -> None:
-        self.noise = ActivationNoise(std, kind).to(
-            device
-        )  # no child of the module: `Sequential` would call it
+        # No child of the module: `Sequential` would call it.
+        self.noise = ActivationNoise(std, kind).to(device)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The output with noise."""
@@ -115,11 +114,15 @@ class AttachedNoise(Attached):
 
     @std.setter
     def std(self, value: float) -> None:
-        for noisy in self._noisy:
-            noisy.noise.std = value
+        if self._hooks:
+            self._set(value)
 
     def _silence(self) -> None:
-        self.std = 0.0
+        self._set(0.0)
+
+    def _set(self, value: float) -> None:
+        for noisy in self._noisy:
+            noisy.noise.std = value
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(std={self.std}, kind={self.kind!r}, names={self.names})"

@@ -103,8 +103,12 @@ class EmbeddingNoise(Leveled):
         """
         if self.idle:
             return input
+        if not input.is_floating_point():
+            raise TypeError(f"embeddings must be of a floating dtype, got {input.dtype}")
         if input.dim() < 2:
             raise ValueError(f"embeddings must have shape (batch, length, d), got {tuple(input.shape)}")
+        if not input.numel():
+            return input  # of no tokens, whose noise would be infinite
         if self.generator == "torch":
             return self._as_trainer(input)
         kind = "additive" if self.gaussian else "uniform"
@@ -167,7 +171,8 @@ class AttachedEmbeddingNoise(Attached):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.noise.alpha = value
+        if self._hooks:
+            self.noise.alpha = value
 
     @property
     def std(self) -> float | None:
@@ -176,7 +181,8 @@ class AttachedEmbeddingNoise(Attached):
 
     @std.setter
     def std(self, value: float) -> None:
-        self.noise.std = value
+        if self._hooks:
+            self.noise.std = value
 
     def _silence(self) -> None:
         self.noise._set(0.0, "level")

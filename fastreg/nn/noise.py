@@ -177,7 +177,7 @@ class TokenNoise(Rated):
 
         Raises:
             TypeError: If the input is not of an integer dtype.
-            ValueError: If the mask has another shape.
+            ValueError: If the mask has another shape, or the dtype does not hold every token.
         """
         if self.idle:
             return input

@@ -98,7 +98,8 @@ def token_noise(
 
     Raises:
         TypeError: If the input is not of an integer dtype.
-        ValueError: If the rate or a special token is out of range, or the mask has another shape.
+        ValueError: If the rate or a special token is out of range, the mask has another shape, or the dtype
+            does not hold every token.
     """
     rates.single(rate, "rate")
     special = torch.tensor(checked_special(special_tokens, vocab_size), dtype=torch.int64)
@@ -117,6 +118,8 @@ def replaced(
             f"token noise needs tokens of an integer dtype, got {input.dtype}; for continuous inputs use "
             "fastreg.nn.InputNoise"
         )
+    if vocab_size - 1 > torch.iinfo(input.dtype).max:
+        raise ValueError(f"tokens of {input.dtype} cannot hold those of vocab_size={vocab_size}")
     if mask is not None and mask.shape != input.shape:
         raise ValueError(
             f"mask must have the shape of the tokens, {tuple(input.shape)}, got {tuple(mask.shape)}"

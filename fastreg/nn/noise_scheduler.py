@@ -102,13 +102,13 @@ def _knobs(target: Any) -> list[tuple[Any, str]]:
         groups = [(group, "std") for group in target.param_groups if "std" in group]
         if groups:
             return groups
-    own = [(target, name) for name in LEVELS if isinstance(getattr(target, name, None), (int, float))]
-    if own:
-        return own
-    if isinstance(target, nn.Module):
+    if isinstance(target, nn.Module):  # before its own: a model may well have an `alpha` that is no noise
         held = [m for m in target.modules() if m is not target and isinstance(m, (Leveled, TokenNoise))]
         if held:
             return [knob for module in held for knob in _knobs(module)]
+    own = [(target, name) for name in LEVELS if isinstance(getattr(target, name, None), (int, float))]
+    if own:
+        return own
     raise TypeError(
         f"{type(target).__name__} has no level of noise: give modules of noise, what attach_..._noise() "
         "returns, or a WeightNoise"

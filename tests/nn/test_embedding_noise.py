@@ -58,8 +58,9 @@ def added(model, *args, **kwargs):
 # As transformers does ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("alpha", [5.0, 0.1, 15])
+@pytest.mark.parametrize(
+    "alpha, dtype", [(5.0, torch.float32), (0.1, torch.float64), (5.0, torch.bfloat16), (15, torch.bfloat16)]
+)
 def test_padded_equals_the_trainers_hook(alpha, dtype):
     """The same bits under one seed, several times in a row, and the same gradients."""
     ids, mask = batch()
@@ -208,7 +209,7 @@ def test_checkpoints_draw_the_same_noise(options):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"length": "true"}], ids=str)  # each generator once
 def test_compiles_once(options):
     """With levels that change; counters draw the same as in eager mode."""
     graphs = []
@@ -276,6 +277,21 @@ def test_a_bare_embedding():
     assert torch.equal(embedding(ids), clean)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_tokens_have_no_noise(options):
+    for shape in ((0, 3, 4), (2, 0, 4)):
+        assert EmbeddingNoise(**options)(torch.ones(shape)).shape == shape
+
+
+def test_a_schedule_that_goes_on_leaves_removed_noise_removed():
+    """Compiled code looks at the level alone."""
+    attached = attach_embedding_noise(nn.Embedding(5, 4))
+    scheduler = NoiseScheduler(attached, Linear(1.0, steps=4))
+    attached.remove()
+    scheduler.step()
+    assert attached.alpha == 0 and attached.noise.level == 0
+
+
 def test_what_is_wrong_says_so():
     model = llama()
     with pytest.raises(ValueError, match="length must be 'padded' or 'true', got 'longest'"):
@@ -307,3 +323,5 @@ def test_what_is_wrong_says_so():
         model(input_ids=ids, attention_mask={"full_attention": mask})
     with pytest.raises(ValueError, match="embeddings must have shape"):
         EmbeddingNoise()(torch.ones(3))
+    with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
+        EmbeddingNoise()(torch.ones(2, 3, 4, dtype=torch.int64))
