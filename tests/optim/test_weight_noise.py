@@ -1,7 +1,6 @@
 """Noise on weights: its moments, and that weights come back, whatever happens."""
 
 import copy
-import itertools
 import math
 import warnings
 
@@ -39,11 +38,8 @@ def bits(tensors):
     return [t.detach().reshape(-1).view(torch.uint8) for t in tensors]
 
 
-@pytest.mark.parametrize(
-    "backend, dtype",
-    [*itertools.product(("reference", "triton"), DTYPES), ("compiled", torch.float32)],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton"])  # the compiled one: below
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
 def test_weights_come_back_bit_for_bit(backend, dtype):
     with fastreg.use_backend(backend):
@@ -73,9 +69,12 @@ def come_back(dtype):
 def test_every_backend_draws_the_same(dtype, relative, same):
     def under(backend):
         params = draw(dtype)
-        noise = WeightNoise(params, 0.1, relative, seed=7)
-        with fastreg.use_backend(backend), noise.perturbed():
-            return held(params)
+        before, noise = held(params), WeightNoise(params, 0.1, relative, seed=7)
+        with fastreg.use_backend(backend):
+            with noise.perturbed():
+                noisy = held(params)
+        assert all(map(torch.equal, bits(params), bits(before)))
+        return noisy
 
     expected = under("reference")
     if dtype == torch.float32:  # compiling takes seconds
