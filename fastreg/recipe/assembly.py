@@ -170,6 +170,8 @@ def groups(recipe: Any, model: nn.Module, lr: float | None) -> Any:
         return list(model.parameters())
     lr_decay = None if layers is None else layers.get("rate", 0.9)
     found = optim.param_groups(model, rate, lr, lr_decay, perturb=perturb, adaptive=adaptive)
+    if perturb == "norms" and all(group.get("rho") == 0 for group in found):
+        raise ValueError(f"sam.perturb is 'norms', and {type(model).__name__} has none: choose 'all'")
     if not exclude:
         for group in found:
             group |= {"weight_decay": rate, "name": group["name"].replace(", no decay", ", vectors")}
@@ -297,3 +299,5 @@ def _told_where(where: str, make: Callable[..., Any], *args: Any, **kwargs: Any)
         return make(*args, **kwargs)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -237,7 +238,7 @@ class Agreement(Passes):
 
     def __init__(self, model: nn.Module, alpha: float) -> None:
         super().__init__("r_drop")
-        self._alpha = alpha
+        self._alpha, self._compared = alpha, False
         self._seen: list[tuple[Tensor, Tensor, Any]] | None = None  # of the calls within a loss
         self._hook = unwrapped(model).register_forward_hook(self._see, with_kwargs=True)
 
@@ -256,6 +257,14 @@ class Agreement(Passes):
                     f"r_drop needs one call of the model in each evaluation of the loss, got {len(seen)} in 2"
                 )
             (logits, counts, items), (logits2, *_) = seen
+            if not self._compared:
+                self._compared = True  # once: the answer has to be waited for
+                if torch.equal(logits, logits2):
+                    warnings.warn(
+                        "r_drop: both passes over the first batch gave the same logits, so there is nothing "
+                        "to agree on; it needs dropout (of a model in training mode) or other noise",
+                        stacklevel=4,
+                    )
             if items is None:
                 apart = divergence(logits, logits2, counts, "mean")
             else:  # a share of several micro-batches

@@ -52,14 +52,20 @@ class Section:
         if value is True:
             return {}
         if isinstance(value, Mapping):
+            known = {key: self._known(name, key) for key in value}
             return {
-                key: self._known(name, key).read(f"{name}.{key}", item)
-                for key, item in value.items()
-                if item is not None
+                key: known[key].read(f"{name}.{key}", item) for key, item in value.items() if item is not None
             }
         if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
-            return [self.read(f"{name}[{i}]", item) or {} for i, item in enumerate(value)]  # type: ignore[misc]
+            return [self._one(f"{name}[{i}]", item) for i, item in enumerate(value)]
         return {self.short: self.keys[self.short].read(name, value)}
+
+    def _one(self, name: str, value: Any) -> dict[str, Any]:
+        """A section of several, which is on."""
+        read = self.read(name, value)
+        if not isinstance(read, dict):
+            raise ValueError(f"{name} must be settings, or true for defaults, got {value!r}: leave it out")
+        return read
 
     def _known(self, name: str, key: Any) -> Key:
         if key not in self.keys:
@@ -100,7 +106,7 @@ def duration(name: str, value: Any) -> int | float:
     share = isinstance(value, float) or (isinstance(value, str) and not value.strip().lstrip("+-").isdigit())
     if share and 0 <= given <= 1:
         return given
-    if given < 0 or given == float("inf") or int(given) != given:
+    if not 0 <= given < float("inf") or int(given) != given:
         raise ValueError(
             f"{name} must be a whole number of steps, or a share of the run from 0.0 to 1.0, got {value!r}"
         )
@@ -140,6 +146,13 @@ def numbers(name: str, value: Any) -> list[float]:
     return [number(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
+def pair(name: str, value: Any) -> list[float]:
+    """Two numbers."""
+    if len(given := numbers(name, value)) != 2:
+        raise ValueError(f"{name} must be two numbers, got {value!r}")
+    return given
+
+
 def ids(name: str, value: Any) -> list[int]:
     """A list of whole numbers."""
     if isinstance(value, str) or not isinstance(value, Sequence):
@@ -156,14 +169,15 @@ def names(name: str, value: Any) -> list[str]:
 
 
 def either(*reads: Read) -> Read:
-    """The first that can read it; the last one's complaint."""
+    """The first that can read it, or the complaints of all."""
 
     def read(name: str, value: Any) -> Any:
-        for attempt in reads[:-1]:
+        complaints = []
+        for attempt in reads:
             try:
                 return attempt(name, value)
-            except ValueError:
-                continue
-        return reads[-1](name, value)
+            except ValueError as error:
+                complaints.append(str(error))
+        raise ValueError("; or ".join(complaints))
 
     return read

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import assembly
 from .callbacks import Callbacks
-from .fields import unknown
+from .fields import unknown, whole
 from .sections import SECTIONS
 
 Setting = float | str | bool | Mapping[str, Any] | Sequence[Any] | None
@@ -130,11 +130,12 @@ class Regularization:
         Raises:
             ImportError: Without pyyaml.
             OSError: If it cannot be read.
-            ValueError: If it is no such file, with its name.
+            ValueError: If it is no such file, with its name; for names that are there twice, and for sections
+                with nothing in them.
         """
         yaml = _yaml()
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            settings = _read(yaml, Path(path).read_text(encoding="utf-8"))
             return cls.from_dict({} if settings is None else settings)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
@@ -181,13 +182,13 @@ class Regularization:
             `fastreg.recipe.callbacks`.
 
         Raises:
-            TypeError: If the model is none.
+            TypeError: If the model is none, or does not tell its embeddings where these get noise.
             ValueError: For values out of range, for shares of a run of unknown length, and for what the model
                 has no place for.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"apply() takes a model, got {type(model).__name__}")
-        if steps is not None and (isinstance(steps, bool) or steps != int(steps) or steps < 1):
+        if steps is not None and (steps := whole("steps", steps)) < 1:
             raise ValueError(f"steps must be a whole number >= 1, got {steps=}")
         return assembly.assemble(self, model, lr, steps, seed)
 
@@ -208,6 +209,29 @@ def _told(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _read(yaml: Any, text: str) -> Any:
+    """YAML, where a name that is there twice and a section left empty are errors."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    settings = yaml.load(text, Loader)
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if value is None:
+            raise ValueError(
+                f"{name}: nothing is in it; write {name}: true for the defaults, or {name}: false for off"
+            )
+    return settings
 
 
 def _yaml() -> Any:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from .fields import Key, Section, duration, either, flag, ids, names, number, numbers, one_of, text, whole
+from .fields import (
+    Key,
+    Section,
+    duration,
+    either,
+    flag,
+    ids,
+    names,
+    number,
+    numbers,
+    one_of,
+    pair,
+    text,
+    whole,
+)  # fmt: skip
 
 ANNEALING = Section(
     "How the rate changes with the step: a factor of it, or the rate itself where none is given.",
@@ -36,7 +50,7 @@ SECTIONS: dict[str, Section] = {
         "The update rule, with options of its own.",
         {
             "name": Key(one_of(*OPTIMIZERS), "adamw", "adamw, adam, sgd or lion"),
-            "betas": Key(numbers, [0.9, 0.999], "of adamw, adam and lion"),
+            "betas": Key(pair, [0.9, 0.999], "of adamw, adam and lion"),
             "eps": Key(number, 1e-8, "of adamw and adam"),
             "amsgrad": Key(flag, False, "of adamw and adam"),
             "momentum": Key(number, 0.9, "of sgd"),
