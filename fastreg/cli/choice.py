@@ -27,10 +27,7 @@ class Contender:
     @property
     def summary(self) -> str:
         """What it does, with its strengths."""
-        return "; ".join(
-            entry.summary.format(f"{strength:g}" if strength is not None else "")
-            for entry, strength in self.parts
-        )
+        return "; ".join(entry.described(strength) for entry, strength in self.parts)
 
     def apply(self, setup: Setup) -> None:
         """Edit the setup."""

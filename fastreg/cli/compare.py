@@ -153,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     found = results.by_label(kept.records)
     report.write_json(out / "compare.json", found, task, args, interrupted)
     figure.draw(out / "compare.png", found, verdicts.headline(found))
+    if not interrupted:
+        kept.remove()  # not before the results are written, which may fail
     report.show(console, found, PeakMemory(args.device).method)
     console.print(
         f"\n[bold]{out / 'compare.png'}[/]  {out / 'compare.json'}", highlight=False, soft_wrap=True
@@ -205,5 +207,4 @@ def _train_all(chosen: Any, task: Any, args: argparse.Namespace, kept: RunFile, 
                 if not records[-1].steps:
                     records.pop()
                 return True
-    kept.remove()
     return False

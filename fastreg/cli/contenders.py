@@ -27,6 +27,11 @@ class Entry:
     summary: str
     strength: float | None
     apply: Callable[..., None]
+    told: Callable[[float], str] = "{:g}".format
+
+    def described(self, strength: float | None) -> str:
+        """What it does, with this strength."""
+        return self.summary if strength is None else self.summary.format(self.told(strength))
 
 
 ENTRIES: dict[str, Entry] = {}
@@ -35,7 +40,7 @@ DEFAULT = "torch,plain,clip,noise,ema,decay,all"
 
 
 def contender(
-    name: str, summary: str, strength: float | None = None
+    name: str, summary: str, strength: float | None = None, told: Callable[[float], str] = "{:g}".format
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function `apply(setup, strength)`, or `apply(setup)` where no strength is given.
 
@@ -43,10 +48,11 @@ def contender(
         name: What `--with` calls it.
         summary: What it does; `{}` stands for the strength.
         strength: Default of the one number that sets how strongly it regularizes.
+        told: How the summary says it.
     """
 
     def register(apply: Callable[..., None]) -> Callable[..., None]:
-        ENTRIES[name] = Entry(name, summary, strength, apply)
+        ENTRIES[name] = Entry(name, summary, strength, apply, told)
         return apply
 
     return register
@@ -92,9 +98,13 @@ def _ema(setup: Setup, decay: float) -> None:
     setup.add(ema={"decay": decay})
 
 
-@contender("swa", "evaluates the mean of the weights from step {} on", 150)
+def _moment(start: float) -> str:
+    return f"{start:.3g} of the run" if start < 1 else f"step {start:g}"
+
+
+@contender("swa", "evaluates the mean of the weights from {} on", 0.3, _moment)
 def _swa(setup: Setup, start: float) -> None:
-    setup.add(swa={"start": int(start) if start >= 1 and start == int(start) else start})
+    setup.add(swa={"start": int(start) if start >= 1 and start.is_integer() else start})
 
 
 @contender("lookahead", "goes half the way back every {} steps, and evaluates where it went", 5)

@@ -77,6 +77,21 @@ def interrupt(monkeypatch, at):
     monkeypatch.setattr(training.Run, "step", stopping)
 
 
+def test_training_is_not_lost_where_results_cannot_be_written(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figure, "draw", full)
+        with pytest.raises(OSError):
+            main(["compare", *SMALL, "--with", "plain", "--out", str(tmp_path)])
+        patch.setattr(training.Run, "step", full)
+        patch.setattr(figure, "draw", lambda *_: None)
+        assert main(["compare", "--resume", str(tmp_path)]) == 0  # nothing is trained again
+    assert results(tmp_path)["contenders"][0]["finished"]
+    assert not (tmp_path / "resume.pt").exists()
+
+
 def test_seeds_and_recipes_beside_contenders(recipe, tmp_path, capsys):
     arguments = ["--with", "plain,noise", "--recipe", str(recipe), "--seeds", "2", "--seed", "5"]
     assert main(["compare", *SMALL, *arguments, "--out", str(tmp_path / "out")]) == 0
