@@ -10,6 +10,9 @@ from .results import Result, deviation
 SLIGHT = 0.005
 """Differences below this share of the baseline's loss are never called one."""
 
+POINTS = 7
+"""Of a curve, below which nobody knows how much it scatters."""
+
 NAMED = 6
 """Contenders that the headline names: those that helped most."""
 
@@ -63,6 +66,8 @@ def _verdict(result: Result, base: Result) -> Verdict:
     over = f" over {seeds} seeds" if seeds > 1 else ""
     if abs(gain) < clear:
         within = f"within the scatter of ±{clear:.2f}"
+        if math.isinf(clear):
+            within = "from curves too short to tell: more steps, a lower --eval-every, or --seeds"
         sentence = f"val loss {loss:.2f} against {reference:.2f}{over}, {within}; {cost}"
         return Verdict(result.label, "no clear difference", sentence, gain)
     way = "below" if gain > 0 else "above"
@@ -83,11 +88,13 @@ def _chance(result: Result, base: Result) -> tuple[float, int]:
     """By how much final losses may differ by chance, and over how many seeds this is known.
 
     Seeds that both have trained with give differences of pairs, whose mean has a confidence interval of 95 %;
-    of one seed, the scatter of the curves has to do.
+    of one seed, the scatter of the curves has to do; infinite where it is not known.
     """
     there = {record.seed: record.losses[1] for record in base.runs}
     gains = [there[record.seed] - record.losses[1] for record in result.runs if record.seed in there]
     if len(gains) < 2:
+        if min(len(result.validation), len(base.validation)) < POINTS:
+            return math.inf, 1
         return 2 * math.hypot(scatter(result), scatter(base)), 1
     return T95[min(len(gains) - 2, len(T95) - 1)] * deviation(gains) / math.sqrt(len(gains)), len(gains)
 

@@ -58,6 +58,15 @@ def test_no_verdict_about_or_against_an_unfinished_run():
     assert verdict.sentence == "no verdict: plain was stopped at step 20"
 
 
+def test_short_curves_of_one_seed_tell_nothing():
+    halved = [loss / 2 for loss in RISING]
+    (verdict,) = verdicts.verdicts([record("plain", RISING[:6]), record("half", halved[:6])])
+    assert (verdict.outcome, verdict.gain) == ("no clear difference", 1.5)
+    assert "too short to tell" in verdict.sentence
+    (verdict,) = verdicts.verdicts([record("plain", RISING[:7]), record("half", halved[:7])])
+    assert verdict.outcome == "helped"
+
+
 def test_scatter_is_that_of_noise_around_a_trend():
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(4000, generator=generator, dtype=torch.float64)
