@@ -199,9 +199,9 @@ class Normalized(Layer):
                 values = F.group_norm(x, self.module.num_groups, None, None, self.module.eps)
             else:
                 values = F.instance_norm(x, eps=self.module.eps)
-            return values.flatten(2).transpose(1, 2)
+            return _channels_last(values)
 
-        return _scaled(grad.flatten(2).transpose(1, 2), needed, grad.shape[1:2], normalized)
+        return _scaled(_channels_last(grad), needed, grad.shape[1:2], normalized)
 
 
 class RMSNorm(Layer):
@@ -268,13 +268,18 @@ class Conv(Layer):
         if "weight" in needed:
             found["weight"] = Convolution(self.module, kept[0], grad)
         if "bias" in needed:
-            found["bias"] = _summed(grad.flatten(2).transpose(1, 2))
+            found["bias"] = _summed(_channels_last(grad))
         return found
 
 
 def _positions(x: Tensor) -> Tensor:
     """`[samples, ..., features]` to `[samples, positions, features]`."""
     return x if x.dim() == 3 else x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """`[samples, channels, ...]` to `[samples, positions, channels]`."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
 def _summed(grad: Tensor) -> Dense:
@@ -325,7 +330,8 @@ def layer_of(module: nn.Module) -> Layer:
         Refused: If it is not; the message says why and what to do.
     """
     cls = type(module)
-    if "forward" in vars(module):
+    own = vars(module).get("forward")  # copies of models that were attached have their own method there
+    if own is not None and not (getattr(own, "__self__", None) is module and own.__func__ is cls.forward):
         raise Refused("its forward method was replaced: attach before whatever replaces it")
     kind: type[Layer] | None = None
     for known, candidate in KINDS.items():
@@ -347,4 +353,6 @@ def layer_of(module: nn.Module) -> Layer:
         raise Refused(hint or "freeze it, or build it of the layers that are known")
     if unknown := [n for n, p in module._parameters.items() if p is not None and n not in kind.names]:
         raise Refused(f"its parameter {unknown[0]!r} is not known")
+    if missing := [n for n in kind.names if n not in module._parameters]:
+        raise Refused(f"its {missing[0]} is made of other parameters: remove the parametrization")
     return kind(module)

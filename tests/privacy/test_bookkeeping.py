@@ -102,6 +102,7 @@ LAYERS = [
     layer(lambda: nn.LayerNorm((4, 6), bias=False), 3, 4, 6),
     layer(lambda: nn.RMSNorm(6), 3, 6),
     layer(lambda: nn.GroupNorm(2, 6), 6, 3, 2),
+    layer(lambda: nn.GroupNorm(2, 6), 6),
     layer(lambda: nn.InstanceNorm2d(6, affine=True), 6, 3, 2),
     layer(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), 4, 20),
     layer(lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), 4, 9),
@@ -369,6 +370,12 @@ def test_copies_are_ordinary_models(how):
     loss_of(clone, *batch).backward()
     assert all(torch.equal(p.grad, e) for p, e in zip(clone.parameters(), expected, strict=True))
     assert all(p.grad is None for p in model.parameters())
+    clone.zero_grad()
+    engine = BookKeeping(clone, max_grad_norm=math.inf)  # which can be clipped in their turn
+    loss_of(clone, *batch).backward()
+    assert engine.samples == 4
+    engine.detach()
+    assert not any("forward" in vars(module) for module in clone.modules())
 
 
 def test_gradients_of_inputs_alone():
