@@ -27,7 +27,7 @@ from .layers import Layer, Refused, layer_of
 from .norms import Noted, ghostly, measured, small
 from .parts import Convolution, Dense, Outer, Part, Stacked, joined
 from .precision import plainly
-from .taps import Forward, Tap, batch_size, counts_up, no_batch_statistics, refuse
+from .taps import Forward, Tap, counts_up, identity, main_input, no_batch_statistics, refuse
 
 Bound = float | Tensor
 
@@ -44,7 +44,9 @@ class BookKeeping:
 
     After `loss.backward()`, `p.grad` of every trainable parameter is the sum over the samples of their
     clipped gradients, divided by nothing, in float32 for 16-bit parameters too; further backward passes add
-    to it.  `p.grad` is written when the backward pass ends.
+    to it.  `p.grad` is written when the backward pass ends.  A sample may be in one of these passes only:
+    two that start from the same input tensor are refused, copies of it are not noticed.  Within one pass the
+    model may run several times, on the same samples in the same order: what sample i gets is clipped as one.
 
     The gradient of a sample is that of what it adds to the loss, times the number of samples if the loss is
     a mean over them.  Where a loss is a mean over tokens, its number of tokens must not depend on the
@@ -100,6 +102,10 @@ class BookKeeping:
         self._shared: set[Parameter] = set()
         self._undo: list[Any] = []
         self._batch: int | None = None
+        self._input: Any = None
+        self._inputs: set[Any] = set()  # of the pass at hand, and of those in `p.grad`
+        self._counted: set[Any] = set()
+        self._clipped_to: list[Bound] = []
         self._within = 0
         self._task: int | None = None
         self._noted: dict[Parameter, list[Noted]] = {}
@@ -137,6 +143,11 @@ class BookKeeping:
             return torch.stack([torch.as_tensor(bound).double() for bound in bounds]).norm()
         return math.hypot(*bounds)
 
+    @property
+    def clipped_to(self) -> set[float]:
+        """The sensitivities with which what is in `p.grad` was clipped."""
+        return {float(bound) for bound in self._clipped_to}
+
     def attach(self) -> None:
         """Take over the gradients of the model.
 
@@ -173,13 +184,18 @@ class BookKeeping:
                 p.grad = None
         while self._undo:
             self._undo.pop()()
-        self._names, self._frozen, self._within = {}, [], 0
+        self._names, self._frozen = {}, []
         self.reset()
 
     def reset(self) -> None:
         """Forget samples and unfinished passes; `p.grad` is left alone."""
-        self.samples = 0
+        self._within = 0  # a forward pass that was interrupted does not leave
+        self._fresh()
         self._drop()
+
+    def _fresh(self) -> None:
+        self.samples = 0
+        self._counted, self._clipped_to = set(), []
 
     def _covered(self) -> tuple[dict[Parameter, str], dict[nn.Module, tuple[str, Layer]]]:
         """Trainable parameters and the layers that own them."""
@@ -242,7 +258,9 @@ class BookKeeping:
         if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(_NOT_DISTRIBUTED)
         if self._within == 0:
-            self._batch = batch_size(args, kwargs, self.batch_dim)
+            x = main_input(args, kwargs, self.batch_dim)
+            self._batch = None if x is None else x.shape[self.batch_dim]
+            self._input = None if x is None or torch.compiler.is_compiling() else identity(x)
         self._within += 1
 
     def _leave(self, *_: Any) -> None:
@@ -264,7 +282,7 @@ class BookKeeping:
         x = self._with_samples(forward, x)
         first = x.movedim(self.batch_dim, 0)
         out, kept = layer.run(first if self.batch_dim else x)
-        use = self, layer, needed, torch._C._current_graph_task_id()
+        use = self, layer, needed, torch._C._current_graph_task_id(), self._input
         out = Tap.apply(out, use, len(kept), *(t.detach() for t in kept), *params)
         return out.movedim(0, self.batch_dim) if self.batch_dim else out
 
@@ -272,7 +290,12 @@ class BookKeeping:
         """The input with all samples: one that is the same for all of them is expanded."""
         recomputed = not self._within and torch._C._current_graph_task_id() != -1
         size, dim = self._batch, self.batch_dim
-        if size is None or not (self._within or recomputed):
+        if not (self._within or recomputed):
+            raise RuntimeError(
+                f"{forward.name!r} was called outside of the model's forward(), where it is not known what "
+                "its samples are: call the model, or give the module that is called as the model"
+            )
+        if size is None:
             return x
         own = x.shape[dim] if x.dim() > dim else None
         if own == 1 and x.dim() > 1:
@@ -298,7 +321,13 @@ class BookKeeping:
     # Backward
 
     def note(
-        self, layer: Layer, kept: tuple[Tensor, ...], grad: Tensor, needed: list[str], inside: int
+        self,
+        layer: Layer,
+        kept: tuple[Tensor, ...],
+        grad: Tensor,
+        needed: list[str],
+        inside: int,
+        source: Any,
     ) -> None:
         """What a layer gives to its parameters."""
         task = torch._C._current_graph_task_id()
@@ -314,7 +343,15 @@ class BookKeeping:
                     "another backward pass did not end: call zero_grad() and reset(), and start anew"
                 )
             self._task = task
+            self._inputs = set()
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+        if source is not None and source not in self._inputs:
+            if source in self._counted and any(p.grad is not None for p in self._names):
+                raise RuntimeError(
+                    "a second backward pass from the same input would count its samples twice: add up losses "
+                    "and call backward() once, or zero_grad() in between"
+                )
+            self._inputs.add(source)
         with plainly(grad.device):
             for name, part in layer.parts(kept, grad, needed).items():
                 p = layer.module._parameters[name]
@@ -353,7 +390,10 @@ class BookKeeping:
 
     def _sum(self, noted: dict[Parameter, list[Noted]], size: int, home: torch.device) -> None:
         if all(p.grad is None for p in self._names):
-            self.samples = 0
+            self._fresh()
+        bound = self.sensitivity
+        self._clipped_to.append(bound.clone() if isinstance(bound, Tensor) else bound)
+        self._counted |= self._inputs
         owners, notes = self._grouped(noted)
         squares, errors = measured(notes, home)
         scale = size if self.loss_reduction == "mean" else 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
 from .layers import Layer
 
@@ -60,7 +61,11 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The same gradient, noted if that of a parameter is asked for."""
-        engine, layer, needed, inside = ctx.use
+        engine, layer, needed, inside, source = ctx.use
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: layers run on detached weights, gradients of gradients are not known"
+            )
         nodes = ctx.next_functions[-len(needed) :]
         try:
             asked = [torch._C._will_engine_execute_node(node) for node, _ in nodes]
@@ -70,11 +75,7 @@ class Tap(torch.autograd.Function):
             ) from error
         wanted = [name for name, is_asked in zip(needed, asked, strict=True) if is_asked]
         if wanted:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "create_graph=True: gradients of per-sample clipped gradients are not known"
-                )
-            engine.note(layer, ctx.saved_tensors, grad, wanted, inside)
+            engine.note(layer, ctx.saved_tensors, grad, wanted, inside, source)
         return grad, None, None, *[None] * (ctx.kept + len(needed))
 
 
@@ -94,12 +95,23 @@ def no_batch_statistics(module: nn.Module, _: Any) -> None:
         )
 
 
-def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> int | None:
-    """How many samples the main input of a model has: the first, or by name.  `None`: it cannot be told."""
+def main_input(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Tensor | None:
+    """What tells how many samples a model is given: the first input, or by name.  `None`: nothing does."""
     first = [kwargs[name] for name in _INPUTS if name in kwargs]
     leaves = torch.utils._pytree.tree_leaves((args, first, kwargs))
-    found = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim), None)
-    return None if found is None else found.shape[dim]
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim), None)
+
+
+class _Reference(WeakIdRef):
+    """Of a tensor, which may be gone; equal for the same one only."""
+
+    def __reduce__(self) -> Any:  # copies of models have tensors of their own
+        return object, ()
+
+
+def identity(x: Tensor) -> Any:
+    """Equal for the same tensor with the same content only."""
+    return _Reference(x), 0 if x.is_inference() else x._version
 
 
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")

@@ -189,7 +189,7 @@ class Replaced(nn.Linear):
         (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm"),
         (lambda: nn.Embedding(3, 3, sparse=True), "sparse"),
         (lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True), "running statistics"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "original0"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "weight is made of other"),
         (lambda: nn.ConvTranspose1d(3, 3, 2), "'weight' of ConvTranspose1d"),
         (lambda: nn.ModuleDict({"relative_attention_bias": nn.Embedding(3, 3)}), "used without samples"),
     ],
@@ -290,8 +290,55 @@ def test_ids_that_may_be_positions():
     with pytest.raises(ValueError, match=r"shared_inputs=\('labels',\)"):
         model(x, count)
     model(x, count.flip(0)).sum().backward()
+    model.zero_grad()
     model(x, count).sum().backward()
     assert model.labels.weight.grad is not None
+
+
+def test_layers_outside_of_the_model(net):
+    """Positions would be taken for samples, each of which may count as much as the bound."""
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+    BookKeeping(model)
+    positions = model[0](torch.randn(1, 50, 3)).view(50, 3)
+    with pytest.raises(RuntimeError, match="'1' was called outside of the model"):
+        model[1](positions)
+    with torch.no_grad():
+        model[1](positions)
+
+
+def test_a_sample_in_two_backward_passes(net):
+    engine, x = BookKeeping(net, max_grad_norm=BOUND), drawn(3)
+    loss = net(x).sum()
+    loss.backward(retain_graph=True)
+    kept = {name: p.grad.clone() for name, p in net.named_parameters()}
+    for again in (lambda: loss.backward(retain_graph=True), lambda: net(x).sum().backward()):
+        with pytest.raises(RuntimeError, match="count its samples twice"):
+            again()
+        assert all(torch.equal(p.grad, kept[name]) for name, p in net.named_parameters())
+    net(drawn(3, seed=1)).sum().backward()
+    net(x)  # is none
+    x.copy_(drawn(3, seed=2))  # as where batches share memory
+    net(x).sum().backward()
+    assert engine.samples == 9
+    net.zero_grad()
+    engine.reset()
+    net(x).sum().backward()
+    assert engine.samples == 3
+
+
+def test_an_interrupted_forward_pass(net):
+    engine = BookKeeping(net, max_grad_norm=BOUND)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = net.register_forward_hook(interrupt, prepend=True)
+    with pytest.raises(KeyboardInterrupt):
+        net(drawn(3))
+    handle.remove()
+    engine.reset()
+    net(drawn(2)).sum().backward()
+    assert engine.samples == 2
 
 
 def test_parameters_that_come_later():
@@ -330,6 +377,9 @@ def test_gradients_of_gradients_and_of_parameters(net):
         torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
     with pytest.raises(RuntimeError, match="create_graph"):
         net(drawn(2)).sum().backward(create_graph=True)
+    x = drawn(2).requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph"):  # its own gradient would lack that of weights
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore")
