@@ -45,15 +45,30 @@ class Mechanism:
             self.noise.key, self.noise.count = state[0]
 
     def sums(self, parameters: Parameters) -> list[Tensor]:
-        """Of all samples, not private yet; zeros where none contributes.
+        """Of the samples of this process, not private yet; zeros where none contributes.
 
         Args:
             parameters: Of what.
+
+        Raises:
+            RuntimeError: For sums of samples that were clipped to something else than the noise is for.
         """
-        sums = [
+        if other := self.source.clipped_to - {float(self.source.sensitivity)}:
+            raise RuntimeError(
+                f"samples were clipped to {max(other):g} before max_grad_norm was changed to a sensitivity "
+                f"of {float(self.source.sensitivity):g}: change it after step() and before backward passes"
+            )
+        return [
             torch.zeros_like(p, memory_format=torch.preserve_format) if total is None else total
             for p, total in zip(parameters, self.source.take(parameters), strict=True)
         ]
+
+    def reduced(self, sums: list[Tensor]) -> list[Tensor]:
+        """Of the samples of all processes.
+
+        Args:
+            sums: As `sums` gives them; may be overwritten.
+        """
         return reduced(sums, self._group) if self.world > 1 else sums
 
     @contextlib.contextmanager

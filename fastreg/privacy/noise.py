@@ -133,6 +133,10 @@ class PrivateNoise(Piece):
             self._armed = None
 
     def prepare(self, work: Work) -> None:
+        """Refuse a step that nobody has clipped for."""
+        self.check()
+
+    def check(self) -> None:
         """Refuse a step that nobody has clipped for.
 
         Raises:

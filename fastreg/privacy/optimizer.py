@@ -9,6 +9,7 @@ step()            how the step is accounted for, before anything is released
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ class DPOptimizer(Wrapper):
     private; `materialize_grad=True` leaves the noised gradient there.
 
     With `model`, samples are clipped by `BookKeeping`: backward passes between two steps add up, so that
-    every sample may be in one of them only (not in those of adversarial training or R-Drop as well).
+    every sample may be in one of them only; one that starts from the same input tensor as another, as in
+    adversarial training (`FGM`), is refused.  All passes of a model that one backward pass goes through, as in
+    R-Drop, must be of the same samples in the same order.
     Without, parameters must have `p.grad_sample` from Opacus' `GradSampleModule`.  `accumulate()` and
     `signal_skip_step()` (which Opacus' `BatchMemoryManager` calls) split a batch.  Samples whose gradient is
     not finite count for nothing.  A step without any backward pass, as for an empty batch, adds noise and is
@@ -170,8 +173,14 @@ class DPOptimizer(Wrapper):
         self._names: dict[Tensor, str] = {}
         self._source = source
         self._mechanism = Mechanism(source, noise, process_group)
+        self._guard: Any = None
         if self.engine is not None:
             self.engine._insert(self._mechanism.piece)
+        else:
+            inner: Any = base
+            while isinstance(inner, Wrapper):
+                inner = inner.base_optimizer
+            self._guard = inner.register_step_pre_hook(lambda *_: self._mechanism.piece.check())
 
     def _attend(self, model: nn.Module | None, accountant: Any, sample_rate: float | None) -> None:
         if accountant is not None:
@@ -195,6 +204,7 @@ class DPOptimizer(Wrapper):
                 "freeze it by requires_grad_(False), or give it to the optimizer"
             )
         self._source.engine.attach()  # type: ignore[attr-defined]
+        self._scale()
 
     def detach(self) -> torch.optim.Optimizer:
         """Give optimizer and model back as they were.
@@ -206,6 +216,8 @@ class DPOptimizer(Wrapper):
             self._source.engine.detach()
         if self.engine is not None:
             self.engine._remove(self._mechanism.piece)
+        if self._guard is not None:
+            self._guard.remove()
         return self.base_optimizer
 
     # What may be read and changed between steps ---------------------------------------------------------
@@ -361,12 +373,21 @@ class DPOptimizer(Wrapper):
             materialize: Write the noised gradients to `p.grad` in any case.
         """
         parameters, mechanism, engine = self._trainable(), self._mechanism, self.engine
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not p.requires_grad:
+                    raise RuntimeError(
+                        f"parameter {self._names.get(p, '')!r} of shape {tuple(p.shape)} is frozen but has a "
+                        "gradient, which would be used without noise: call zero_grad() where it is frozen"
+                    )
+        sigma, sensitivity = self._scale()
         with torch.no_grad():
             sums = mechanism.sums(parameters)
-        sigma = checked("noise_multiplier", float(self.noise_multiplier), 0)
-        sensitivity = self.sensitivity
-        what = parameters, sums, sigma * sensitivity, self._share()
+        share = self._share()
         self._account(sigma, sensitivity)
+        with torch.no_grad():
+            sums = mechanism.reduced(sums)
+        what = parameters, sums, sigma * sensitivity, share
         try:
             if engine is None or materialize or self.materialize_grad:
                 every = {
@@ -379,6 +400,13 @@ class DPOptimizer(Wrapper):
                     yield
         finally:
             self._is_last_step_skipped = False
+
+    def _scale(self) -> tuple[float, float]:
+        """Noise multiplier and sensitivity, both as they are at the moment."""
+        sigma, sensitivity = checked("noise_multiplier", float(self.noise_multiplier), 0), self.sensitivity
+        if not 0 < sensitivity < math.inf:
+            raise ValueError(f"max_grad_norm must be finite and > 0, got {self.max_grad_norm!r}")
+        return sigma, sensitivity
 
     def _share(self) -> float:
         """What sums are multiplied by."""
@@ -393,6 +421,10 @@ class DPOptimizer(Wrapper):
             set_to_none: Taken as in torch, without effect: `p.grad` is `None` afterwards.
         """
         self._mechanism.forget(self._trainable(), self._is_last_step_skipped)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    p.grad = None
 
     # Checkpoints ----------------------------------------------------------------------------------------
 

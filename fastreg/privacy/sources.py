@@ -40,6 +40,10 @@ class Source(Protocol):
     def sensitivity(self) -> float:
         """By how much one sample changes all sums together at most."""
 
+    @property
+    def clipped_to(self) -> set[float]:
+        """The sensitivities with which the sums that are kept were clipped."""
+
     def iterations(self, parameters: Parameters) -> int:
         """How many batches there are that count as batches of their own."""
 
@@ -84,6 +88,11 @@ class BookKept:
     def sensitivity(self) -> float:
         """That of the engine."""
         return float(self.engine.sensitivity)
+
+    @property
+    def clipped_to(self) -> set[float]:
+        """As the engine did it."""
+        return self.engine.clipped_to
 
     def iterations(self, parameters: Parameters) -> int:
         """What adds up is one."""
@@ -130,6 +139,7 @@ class PerSample:
     def __init__(self, max_grad_norm: float | Sequence[float], clipping: str) -> None:
         self.max_grad_norm, self.clipping = max_grad_norm, clipping
         self.clipped: list[Clipped] = []
+        self.clipped_to: set[float] = set()
 
     @property
     def sensitivity(self) -> float:
@@ -150,7 +160,8 @@ class PerSample:
             bounds = list(given) if isinstance(given, Sequence) else [given]
         else:
             bounds = [given / math.sqrt(count)] * count
-        if isinstance(bounds[0], (Sequence, Mapping)) or len(bounds) not in (1, count):
+        wanted = 1 if self.clipping == "flat" else count
+        if isinstance(bounds[0], (Sequence, Mapping)) or len(bounds) != wanted:
             raise ValueError(
                 f"max_grad_norm must be one number{'' if self.clipping == 'flat' else f' or {count}'} with "
                 f"clipping={self.clipping!r}, got {given!r}"
@@ -189,6 +200,7 @@ class PerSample:
             raise ValueError(f"p.grad_sample must be of the same samples everywhere, got {sorted(sizes)}")
         (lengths,) = sizes
         bounds, self.clipped = self.bounds(len(every)), []
+        self.clipped_to.add(self.sensitivity)
         for i in range(len(lengths)):
             held = any(getattr(p, "summed_grad", None) is not None for p in every)
             make = torch.zeros if held else torch.empty
@@ -208,11 +220,14 @@ class PerSample:
 
     def used(self, parameters: Parameters) -> None:
         """Let go of sums and of the batch's gradient; what is held per sample goes with `zero_grad`."""
+        self.clipped_to = set()
         for p in parameters:
             p.summed_grad = p.grad = None
 
     def clear(self, parameters: Parameters, kept: bool) -> None:
         """As Opacus does it."""
+        if not kept:
+            self.clipped_to = set()
         for p in parameters:
             p.grad_sample = p.grad = None
             if not kept:
@@ -242,6 +257,7 @@ class Ghost:
     """
 
     clipping = "flat"
+    clipped_to: set[float] = set()  # that is Opacus' business
 
     def __init__(self, max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
@@ -270,6 +286,7 @@ class Ghost:
                 out.append(p.grad if kept is None else kept)
             else:
                 out.append(kept.add_(p.grad))
+                p.grad = None  # a step that is taken again must not add it again
         return out
 
     def used(self, parameters: Parameters) -> None:

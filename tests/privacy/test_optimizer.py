@@ -538,6 +538,95 @@ def test_gradients_that_were_made_elsewhere():
         optimizer.step()
 
 
+@pytest.mark.parametrize("make", [fastreg.SGD, torch.optim.SGD])
+@pytest.mark.parametrize("options", [{}, {"materialize_grad": True}])
+def test_gradients_of_frozen_parameters_are_not_used(make, options):
+    """They have no noise: what was left before freezing, by a step at hand or by training without privacy."""
+    model = network()
+    backward(model)
+    model[0].weight.requires_grad_(False)
+    before = weights(model)
+    model, optimizer = private(model, make, **options)
+    with pytest.raises(RuntimeError, match="'0.weight'.* frozen but has a gradient"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model)
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="'2.weight'.* frozen but has a gradient"):
+        optimizer.step()
+    assert all(map(torch.equal, weights(model), before))
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    changed = [not torch.equal(*pair) for pair in zip(weights(model), before, strict=True)]
+    assert changed == [False, True, False, True]
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_a_bound_that_changes_while_there_are_sums(clipping):
+    """Noise for a smaller bound than that of the samples is too little."""
+    model, optimizer = private(max_grad_norm=4.0, clipping=clipping)
+    before = weights(model)
+    backward(model, rows=slice(4))
+    optimizer.accumulate()
+    optimizer.zero_grad()
+    optimizer.max_grad_norm = 0.5
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="clipped to 4 before max_grad_norm was changed"):
+            optimizer.step()
+        backward(model, rows=slice(4, 6))
+    assert all(map(torch.equal, weights(model), before))
+    optimizer._is_last_step_skipped = False
+    optimizer.zero_grad()
+    train(model, optimizer)
+    optimizer.max_grad_norm = 2.0
+    train(model, optimizer)
+
+
+def test_a_bound_that_changes_while_there_are_sums_of_samples_held():
+    model = network()
+    optimizer = DPOptimizer(
+        fastreg.SGD(model.parameters(), lr=0.1), max_grad_norm=4.0, expected_batch_size=3, noise_seed=3
+    )
+    for p in model.parameters():
+        p.grad_sample = torch.ones(3, *p.shape)
+    optimizer.accumulate()
+    optimizer.zero_grad()
+    optimizer.max_grad_norm = 0.5
+    with pytest.raises(RuntimeError, match="clipped to 4 before"):
+        optimizer.step()
+    optimizer.max_grad_norm = 4.0
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.max_grad_norm = 0.5
+    optimizer.step()
+
+
+@pytest.mark.parametrize("wrap", [lambda base: base, fastreg.Lookahead])
+@pytest.mark.parametrize("make", [fastreg.SGD, torch.optim.SGD])
+def test_steps_of_the_base_alone(make, wrap):
+    model, optimizer = private(make=lambda params, lr: wrap(make(params, lr=lr)))
+    train(model, optimizer)
+    before = weights(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match="not private"):
+        optimizer.base_optimizer.step()
+    assert all(map(torch.equal, weights(model), before))
+    optimizer.detach()
+    backward(model)
+    optimizer.base_optimizer.step()
+
+
+@pytest.mark.parametrize("bound", [math.inf, torch.tensor(-1.0), torch.tensor(math.nan)])
+def test_bounds_without_a_scale_of_noise(bound):
+    with pytest.raises(ValueError, match="finite and > 0"):
+        private(max_grad_norm=bound)
+    model, optimizer = private(accountant="rdp", sample_rate=0.1)
+    optimizer.max_grad_norm = bound
+    with pytest.raises(ValueError, match="finite and > 0"):
+        optimizer.step()
+    assert not optimizer.accountant.history
+
+
 def test_a_parameter_that_thaws():
     model = network()
     model[0].requires_grad_(False)
