@@ -296,7 +296,10 @@ class BookKeeping:
                 "its samples are: call the model, or give the module that is called as the model"
             )
         if size is None:
-            return x
+            raise RuntimeError(
+                f"no input of the model tells {forward.name!r} how many samples there are: give the model a "
+                f"tensor with samples in dimension {dim}"
+            )
         own = x.shape[dim] if x.dim() > dim else None
         if own == 1 and x.dim() > 1:
             return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :])

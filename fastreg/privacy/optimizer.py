@@ -63,8 +63,8 @@ class DPOptimizer(Wrapper):
 
     With `model`, samples are clipped by `BookKeeping`: backward passes between two steps add up, so that
     every sample may be in one of them only; one that starts from the same input tensor as another, as in
-    adversarial training (`FGM`), is refused.  All passes of a model that one backward pass goes through, as in
-    R-Drop, must be of the same samples in the same order.
+    adversarial training (`FGM`), is refused.  Where one backward pass goes through several forward passes,
+    as in R-Drop, these must be of the same samples in the same order.
     Without, parameters must have `p.grad_sample` from Opacus' `GradSampleModule`.  `accumulate()` and
     `signal_skip_step()` (which Opacus' `BatchMemoryManager` calls) split a batch.  Samples whose gradient is
     not finite count for nothing.  A step without any backward pass, as for an empty batch, adds noise and is
@@ -429,13 +429,13 @@ class DPOptimizer(Wrapper):
     # Checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, that of the base optimizer, with the accountant's history.
+        """As in torch, that of the base optimizer, with the accountant's history, if it has one.
 
         Key and count of the noise are in it under `reproducible=True` only.
         """
         saved = super().state_dict()
         held: dict[str, Any] = {}
-        if self.accountant is not None:
+        if getattr(self.accountant, "history", None) is not None:
             held["history"] = [tuple(entry) for entry in self.accountant.history]
         if self._mechanism.noise.state():
             held["noise"] = self._mechanism.noise.state()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,8 +100,16 @@ def no_batch_statistics(module: nn.Module, _: Any) -> None:
 def main_input(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Tensor | None:
     """What tells how many samples a model is given: the first input, or by name.  `None`: nothing does."""
     first = [kwargs[name] for name in _INPUTS if name in kwargs]
-    leaves = torch.utils._pytree.tree_leaves((args, first, kwargs))
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > dim), None)
+    for leaf in torch.utils._pytree.tree_leaves((args, first, kwargs)):
+        if isinstance(leaf, Mapping):  # which is no dict, such as a BatchEncoding
+            found = main_input((), dict(leaf), dim)
+        elif dataclasses.is_dataclass(leaf):
+            found = main_input((), vars(leaf), dim)
+        else:
+            found = leaf if isinstance(leaf, Tensor) and leaf.dim() > dim else None
+        if found is not None:
+            return found
+    return None
 
 
 class _Reference(WeakIdRef):

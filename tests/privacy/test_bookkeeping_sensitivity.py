@@ -1,6 +1,10 @@
 """No sample changes a sum by more than C, whatever it is; what cannot be clipped is refused by name."""
 
+import dataclasses
 import math
+import types
+from collections import UserDict
+from typing import Any
 
 import pytest
 import torch
@@ -304,6 +308,29 @@ def test_layers_outside_of_the_model(net):
         model[1](positions)
     with torch.no_grad():
         model[1](positions)
+
+
+def test_where_samples_are_looked_for():
+    @dataclasses.dataclass
+    class Batch:
+        x: Any
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, batch):
+            x = batch.x if hasattr(batch, "x") else batch["x"]
+            return self.layer(x.view(-1, 3))
+
+    model, x = Flat(), torch.randn(2, 5, 3)
+    BookKeeping(model)
+    for batch in (Batch(x), UserDict(x=x), {"x": x}):
+        with pytest.raises(ValueError, match="should have the 2 samples"):
+            model(batch)
+    with pytest.raises(RuntimeError, match="no input of the model tells 'layer'"):
+        model(types.SimpleNamespace(x=x))
 
 
 def test_a_sample_in_two_backward_passes(net):

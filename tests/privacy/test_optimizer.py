@@ -358,6 +358,22 @@ def test_steps_are_accounted_for_exactly():
     assert found == optimizer.accountant.get_epsilon(1e-5) and "RDP" in found.source
 
 
+def test_an_accountant_without_history():
+    class Steps:
+        taken = 0
+
+        def step(self, **_):
+            self.taken += 1
+
+        def get_epsilon(self, delta):
+            return float(self.taken)
+
+    _, optimizer = private(accountant=Steps(), sample_rate=0.1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.epsilon(1e-5) == 1.0
+
+
 def test_a_step_is_accounted_for_before_it_is_taken(monkeypatch):
     model, optimizer = private(accountant="rdp", sample_rate=0.1)
     monkeypatch.setattr(fastreg.multi_tensor, "run", lambda batch: 1 / 0)
