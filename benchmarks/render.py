@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
 
-COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48}
+COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48, "dp": 28}
 """Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, `_foreach_lerp_` (with
-`_foreach_copy_`), and of SAM around a step as davda54/sam makes it: norm 12, copy 8, perturbation 28."""
+`_foreach_copy_`), of SAM around a step as davda54/sam makes it: norm 12, copy 8, perturbation 28; and of what
+Opacus does to a sum of clipped gradients: zeros 4, normal 4, add 12, scale 8."""
 BESIDE = ("EMA", "SWA", "Lookahead")
 """Parts whose state the step moves, 8 bytes, and a composition in a pass of its own."""
 
@@ -33,17 +34,19 @@ the CPU path."""
 MACHINE_CODE = """\
 Machine code for an H100 (sm_90; `make audit` also reads sm_80, sm_100 and gfx942): all main-path accesses
 are 128 bits wide, nothing spills, nothing lies in local memory. Where clipping needs the norm, its read of
-the gradients is included. An H200 can issue about 7.8 instructions per byte it copies; these need 1 to 2,
+the gradients is included. An H200 can issue about 7.8 instructions per byte it copies; these need 1 to 3.5,
 so they should be bound by memory."""
 COMPOSED_OF = """\
 The last column counts the bytes of `clip_grad_norm_` (12), the rule's own fused step, `_foreach_lerp_`
 (12), and `randn_like` with `add_` (16)."""
 COMPOSED_OF_SAM = """\
 Lookahead's is the step that synchronises, every fifth, with `_foreach_lerp_` and `_foreach_copy_` (20).
-SAM's are both of its steps, around torch's fused one as davda54/sam makes them (48). MSAM has none."""
-ABOUT_DROPOUT = """\
-Bytes of biases and of rates for each channel are counted, though they come from a cache. With 2.5 to 5
-instructions per byte these leave less room than an optimizer's step."""
+SAM's are both of its steps, around torch's fused one as davda54/sam makes them (48). MSAM has none. A
+private step (dp) starts from the sum of clipped gradients, with noise and scaling as Opacus has them (28)."""
+ABOUT_MODULES = """\
+Bytes of biases and of rates for each channel are counted, though they come from a cache. Dropout's 2.5 to
+5 instructions per byte leave less room than an optimizer's step; Gaussian noise in bfloat16 takes 10, which
+even at perfect issue bounds it to three quarters of the rate of a copy."""
 ABOUT = """\
 Rendered by `make render` from the JSON files in this folder; `make results` measures the CPU anew.
 Contenders of a case take turns and times are medians; *times faster* is against the contender that has
@@ -76,7 +79,7 @@ def performance() -> str:
     if not any(map(_on_gpu, found.values())):
         parts.append(NO_GPU)
     parts += [_summary(name, run) for name, run in found.items() if _on_gpu(run)]
-    parts += [_machine_code(), _machine_code_of_dropout()]
+    parts += [_machine_code(), _machine_code_of_modules()]
     parts += [_summary(name, run) for name, run in found.items() if not _on_gpu(run)]
     parts.append("All tables: [benchmarks/results](benchmarks/results/README.md).")
     return "\n\n".join(parts)
@@ -84,7 +87,7 @@ def performance() -> str:
 
 def _machine_code() -> str:
     rows = {row["kernel"]: row for row in audited()["rows"] if row["target"] == "sm_90"}
-    shown, lines = {kernel.rpartition(" ")[0] for kernel in rows} - NOT_SHOWN, []
+    shown, lines = {kernel.rpartition(" ")[0] for kernel in rows} & SHOWN, []
     for kernel, row in rows.items():
         chain, _, storage = kernel.rpartition(" ")
         if storage != "fp32" or chain not in shown:
@@ -108,19 +111,21 @@ def _machine_code() -> str:
     return f"{MACHINE_CODE}\n\n{report.markdown(headings, lines)}\n\n{about}"
 
 
-def _machine_code_of_dropout() -> str:
+def _machine_code_of_modules() -> str:
     rows = {row["kernel"]: row for row in audited()["rows"] if row["target"] == "sm_90"}
     lines = [
         [name, str(row["bytes"]), f"{row['instructions']:.0f}", str(row["registers"])]
-        for name in audit.DROPOUT
+        for name in MODULES
         if (row := rows.get(f"{name} bf16"))
     ]
-    headings = ["dropout, bfloat16", "bytes per element", "instructions", "registers"]
-    return f"{report.markdown(headings, lines)}\n\n{ABOUT_DROPOUT}"
+    headings = ["on activations and inputs, bfloat16", "bytes per element", "instructions", "registers"]
+    return f"{report.markdown(headings, lines)}\n\n{ABOUT_MODULES}"
 
 
-NOT_SHOWN = {"norm", "AdamW+pullback", *chains.PASSES, *audit.MEASURED, *audit.DROPOUT}
-"""What is no step, or not all of one."""
+SHOWN = {*chains.BUDGETS, "largest", "unit squares"} - {"AdamW+pullback"}
+"""Whole steps, and norms that torch has as well."""
+MODULES = (*audit.DROPOUT, *audit.NOISE, *audit.ADVERSARIAL)
+"""What is done to activations and inputs."""
 
 
 def _passes_of(parts: list[str]) -> list[str]:
@@ -129,7 +134,8 @@ def _passes_of(parts: list[str]) -> list[str]:
         return ["norm", "SAM climb"]
     if "MSAM" in parts:
         return [f"momentum norm, {chains.rule('+'.join(parts))}"]
-    return ["norm"] if "clip" in parts else []
+    measured = "noised norm" if "dp" in parts else "norm"
+    return [measured] if "clip" in parts else []
 
 
 def _summary(name: str, run: dict[str, Any]) -> str:
