@@ -264,9 +264,7 @@ def _partial_norms_there(batch: Batch, of: Measurand) -> Tensor:
     """Partial sums, or the largest of each, by the reference or its compiled form."""
     stages, chain = of.of(batch.chain), batch.chain
     if not stages:
-        return reference_norm.partial_norms(
-            map(flat, batch.gradients), of.largest, batch.device, of.absolute
-        )
+        return reference_norm.partial_norms(map(flat, batch.gradients), of.largest, batch.device, of.absolute)
 
     def plain(*arguments: Any) -> Tensor:
         _, u = run_stages(stages, False, chain, *arguments)
