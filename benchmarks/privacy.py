@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +157,9 @@ def opacus(workload: Workload, ghost: bool = False) -> Step:
 
     def backward() -> None:
         own = losses(wrapped(ids), labels)
-        (utils.DPTensorFastGradientClipping(wrapped, optimizer, own) if ghost else own.mean()).backward()
+        with warnings.catch_warnings():  # of torch about Opacus' hooks of embeddings
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            (utils.DPTensorFastGradientClipping(wrapped, optimizer, own) if ghost else own.mean()).backward()
 
     def run() -> None:
         backward()
@@ -239,6 +243,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Memory of tensors at the peak of a call beyond what is held before it: the same at every call."""
     if device.type == "cuda":
         return measure.temporary_bytes(run, device) or 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells that it starts and stops
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -23,6 +23,7 @@ UNITS = {
     "first_ms": "the first step, with compilation where caches did not have it",
     "temporary_bytes": "peak of a step above what is held before it",
     "saved_bytes": "kept for the backward pass, besides what comes in",
+    "peak_bytes": "memory of tensors at the peak of a training step beyond what is held between steps",
     "errors": "largest difference from the judge, relative to the largest value",
 }
 
@@ -81,6 +82,7 @@ COLUMNS: dict[str, Cell] = {
     "of copy": _optional("gbps", lambda result, value: f"{value / result['copy_gbps']:.0%}"),
     "extra MiB": _optional("temporary_bytes", lambda _, value: f"{value / 2**20:.0f}"),
     "saved MiB": _optional("saved_bytes", lambda _, value: f"{value / 2**20:.1f}"),
+    "peak MiB": _optional("peak_bytes", lambda _, value: f"{value / 2**20:.0f}"),
     "first step": _optional("first_ms", lambda _, value: duration(value)),
     "per tensor": lambda _, row: (
         duration(row["ms"]["median"] / row["tensors"]) if row.get("tensors") and "ms" in row else ""
