@@ -8,7 +8,7 @@ help:
 	@echo 'make demo    compare training with and without fastreg'
 	@echo 'make test    run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
 	@echo 'make check   lint, formatting and types'
-	@echo 'make bench   time fastreg against torch and other libraries, in up to ten minutes'
+	@echo 'make bench   time fastreg against torch and other libraries, in about twenty minutes'
 	@echo 'make audit   read the machine code of every kernel for all targets'
 	@echo 'make results measure and audit anew what the READMEs tell; make render only writes them'
 	@echo 'make clean   remove .venv, caches and build products'

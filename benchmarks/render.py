@@ -34,7 +34,7 @@ the CPU path."""
 MACHINE_CODE = """\
 Machine code for an H100 (sm_90; `make audit` also reads sm_80, sm_100 and gfx942): all main-path accesses
 are 128 bits wide, nothing spills, nothing lies in local memory. Where clipping needs the norm, its read of
-the gradients is included. An H200 can issue about 7.8 instructions per byte it copies; these need 1 to 3.5,
+the gradients is included. An H200 can issue about 7.8 instructions per byte it copies; these need 1 to 4.5,
 so they should be bound by memory."""
 COMPOSED_OF = """\
 The last column counts the bytes of `clip_grad_norm_` (12), the rule's own fused step, `_foreach_lerp_`

@@ -13,7 +13,7 @@ from .usage import UsageError, device, folder, require
 DESCRIPTION = """\
 Time fastreg against torch's own parts and other libraries on this machine: contenders take turns, and what
 computes something else than its baseline is refused. Prints a table for each case and writes a picture and
-everything as JSON. The full run takes up to ten minutes, --quick less than two."""
+everything as JSON. The full run takes about twenty minutes, --quick about five."""
 
 
 def add_parser(commands: Any) -> None:
