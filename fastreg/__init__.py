@@ -37,9 +37,10 @@ from .recipe import Regularization
 __version__ = "0.1.0"
 
 __all__ = [
-    "EMA", "FGM", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
-    "ClipNorm", "ClipValue", "DPOptimizer", "GradientNoise", "Lion", "Lookahead", "NoiseScheduler", "Phase", "Piece",
-    "Regularization", "SlowWeights", "WeightNoise", "adversarial", "fgsm", "frozen_running_stats",
-    "get_ema_multi_avg_fn", "info", "l1_penalty", "l2_penalty", "layerwise", "loops", "nn", "param_groups",
-    "pgd", "privacy", "r_drop", "r_drop_loss", "schedules", "update_bn", "use_backend",
+    "EMA", "FGM", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip",
+    "AveragedModel", "ClipNorm", "ClipValue", "DPOptimizer", "GradientNoise", "Lion", "Lookahead",
+    "NoiseScheduler", "Phase", "Piece", "Regularization", "SlowWeights", "WeightNoise", "adversarial",
+    "fgsm", "frozen_running_stats", "get_ema_multi_avg_fn", "info", "l1_penalty", "l2_penalty",
+    "layerwise", "loops", "nn", "param_groups", "pgd", "privacy", "r_drop", "r_drop_loss", "schedules",
+    "update_bn", "use_backend",
 ]  # fmt: skip
