@@ -1,11 +1,18 @@
 """Clipped sums, one sample at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def flags_may_be_set() -> Iterator[None]:
+    """Opacus sets those of cudnn, which torch's own tests, imported by others here, forbid to the process."""
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        yield
 
 
 class OneByOne:
