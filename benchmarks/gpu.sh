@@ -36,8 +36,8 @@ if [ -z "$dry" ]; then
         { echo "no GPU that torch can use; benchmarks/gpu.sh --dry runs without one" >&2; exit 2; }
     unset TRITON_INTERPRET
     tests=(env FASTREG_TEST_DEVICE=cuda "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels
-        tests/nn/test_ops.py tests/nn/test_dropout.py tests/nn/test_fused.py tests/optim/test_gpu.py tests/test_random.py tests/benchmarks/test_audit.py)
-    chosen=(clip+noise+AdamW+EMA SGD-momentum dropout)
+        tests/nn/test_ops.py tests/nn/test_noise.py tests/nn/test_dropout.py tests/nn/test_fused.py tests/optim/test_gpu.py tests/test_random.py tests/benchmarks/test_audit.py)
+    chosen=(clip+noise+AdamW+EMA SGD-momentum dropout noise adversarial penalty private ghost)
     suites=(--quick)
 else
     tests=(env FASTREG_TEST_DEVICE=cpu TRITON_INTERPRET=1 "$python" -m pytest -q -p no:cacheprovider
@@ -47,12 +47,13 @@ else
 fi
 
 failed=()
-# step NAME SECONDS COMMAND...: run it, keep its output, carry on if it fails.
+# step NAME SECONDS COMMAND...: run it, keep its output, carry on if it fails.  Interrupted at its limit, so that
+# what was measured until then is kept.
 step() {
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
     echo "== $name"
-    timeout -k 10 "$limit" "$@" >"$site/log" 2>&1
+    timeout -s INT -k 10 "$limit" "$@" >"$site/log" 2>&1
     status=$?
     { echo "== $name: exit status $status after $((SECONDS - start)) s"; cat "$site/log"; } >>"$out/log.txt"
     tail -n 15 "$site/log"
@@ -62,7 +63,7 @@ step() {
 sanitize() {
     local under=(compute-sanitizer --tool "$1" --error-exitcode 9)
     [ -z "$dry" ] || under=(env TRITON_INTERPRET=1)
-    step "$1" 55 "${under[@]}" "$python" -m fastreg_benchmarks.sanitize "${chosen[@]}"
+    step "$1" 75 "${under[@]}" "$python" -m fastreg_benchmarks.sanitize "${chosen[@]}"
 }
 
 : >"$out/log.txt"

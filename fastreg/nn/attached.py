@@ -164,7 +164,7 @@ def attach_activation_noise(
             candidates = list(named)
         else:
             candidates = sorted({type(module).__name__ for module in named.values()})
-        shown = ", ".join(candidates[:SHOWN]) + (
+        shown = ", ".join(candidates[:SHOWN] or ["none"]) + (
             f" and {len(candidates) - SHOWN} more" if len(candidates) > SHOWN else ""
         )
         raise ValueError(f"{pattern!r} matches no module of {type(model).__name__}; there are: {shown}")
