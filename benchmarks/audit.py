@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastreg import multi_tensor
-from fastreg.adversarial import ops as adversarial
-from fastreg.chain import Chain
 from fastreg.cli import document
-from fastreg.nn import noise_ops, ops
-from fastreg.penalty import L1, L2, SUM
-from fastreg.privacy import ghost, per_sample
-from fastreg.reference import adversarial as reference
-from fastreg.reference.activations import ACTIVATIONS
-from fastreg_kernels import adversarial as adversarial_kernels
-from fastreg_kernels import dropout as dropout_kernels
-from fastreg_kernels import ghost as ghost_kernels
-from fastreg_kernels import noise as noise_kernels
-from fastreg_kernels import norm as norm_kernels
-from fastreg_kernels import per_sample as per_sample_kernels
 from fastreg_kernels import step as step_kernels
-from fastreg_kernels import units as unit_kernels
 
-from . import sass
-from .chains import STORAGES, Shipped, momentum_read, moved, rule, shipped
+from . import kernels, sass
+from .kernels import Entry
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,39 +38,6 @@ H200_LANES = 132 * 128 * 1.98e9
 """Instructions an H200 can issue per second, over all lanes."""
 H200_BYTES = 4.3e12
 """Bytes per second of a copy on an H200."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A kernel entry point with the arguments it is compiled for.
-
-    Args:
-        name: What the table calls it.
-        kernel: The `@triton.jit` function.
-        arguments: Types of the run-time arguments by name; tuples of stages as they are.
-        constants: Compile-time arguments.
-        reads: Bytes read per element.
-        writes: Bytes written per element.
-        budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
-        gathers: Loads per element that are not wide: of what a unit shares, out of the cache.
-        options: How it is compiled.
-        multiples: Integers that are multiples of 16, which a launch sees to.
-    """
-
-    name: str
-    kernel: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    reads: int = 0
-    writes: int = 0
-    budget: float | None = None
-    gathers: float = 0
-    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": multi_tensor.WARPS})
-    multiples: tuple[str, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        return self.reads + self.writes
 
 
 @dataclass
@@ -134,319 +87,6 @@ class Report:
             return None
         fraction = self.entry.bytes / H200_BYTES * H200_LANES / self.instructions
         return ("memory", 1.0) if fraction >= 1 else ("issue", fraction)
-
-
-def step_entry(
-    name: str, chain: Any, dtypes: tuple[torch.dtype, ...], warp: int = 32, budget: float | None = None
-) -> Entry:
-    """The step kernel as the launcher would run it for a chain on tensors of these dtypes."""
-    stages, storage = multi_tensor.device_chain(chain, dtypes)
-    constants = multi_tensor.step_constants(chain, dtypes, warp)
-    arguments = {
-        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
-        "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
-    }  # fmt: skip
-    return Entry(
-        name, step_kernels.step_kernel, arguments, constants, *moved(chain, dtypes), budget,
-        gathers=len(chain.units), options=multi_tensor.options(chain.stages),
-    )  # fmt: skip
-
-
-def norm_entry(
-    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: multi_tensor.Measurand, warp: int,
-    budget: float | None, reads: int | None = None,
-) -> Entry:  # fmt: skip
-    """The norm kernel as the launcher would run it; by default it reads gradients alone."""
-    stages, storage = multi_tensor.device_chain(chain, dtypes)
-    constants = multi_tensor.norm_constants(chain, dtypes, of, warp)
-    arguments = {
-        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
-        "work": "*i32", "partial": "*fp64", "stages": stages[: of.of(chain)], "storage": storage,
-    }  # fmt: skip
-    reads = dtypes[1].itemsize if reads is None else reads
-    options = multi_tensor.options(chain.stages[: of.of(chain)])
-    return Entry(name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget, options=options)
-
-
-# Instructions per element on sm_90 of norms of what stages make of the gradient, for each of the storages.
-MEASURED = {
-    "momentum norm, SGD-momentum": (12.5, 14, 15, 16.7),
-    "momentum norm, SGD-momentum-decay": (12.5, 14, 15, 16.7),
-    "momentum norm, AdamW": (10, 10.3, 11.5, 10.4),
-    "adaptive norm": (11, None, 12, None),
-    "noised norm": (61, 61, 61, 61),
-}
-
-
-def _measured(shipped: Shipped) -> tuple[str, multi_tensor.Measurand | None, int]:
-    """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
-    parts = shipped.name.split("+")
-    if "MSAM" in parts:
-        of = multi_tensor.Measurand(momentum=True)
-        return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
-    if {"dp", "clip"} <= set(parts):
-        return "noised norm", multi_tensor.Measurand(stages=1), shipped.dtypes[1].itemsize
-    if shipped.name == "ASAM climb":
-        return "adaptive norm", multi_tensor.Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
-    return "", None, 0
-
-
-def entries(target: str) -> list[Entry]:
-    """Every entry point of `fastreg_kernels` on a target; the step kernel once per shipped chain."""
-    warp, chains = TARGETS[target].warp_size, list(shipped())
-    listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, warp, c.budget) for c in chains]
-    for kind, largest, budgets in (("norm", False, (4.7, 5.2)), ("largest", True, (5.7, 5.8))):
-        for name, dtype, budget in zip(
-            ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
-        ):
-            of = multi_tensor.Measurand(largest=largest)
-            listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, warp, budget))
-    for c in chains:
-        kind, of, read = _measured(c)
-        if of:
-            name, budget = f"{kind} {c.storage}", MEASURED[kind][list(STORAGES).index(c.storage)]
-            listed.append(norm_entry(name, c.chain, c.dtypes, of, warp, budget, read))
-    finish = {"partial": "*fp64", "count": "i32", "limits": "*fp64", "out": "*fp64"}
-    constants = {"LARGEST": False, "BLOCK": multi_tensor.PARTIALS}
-    adaptive = next(c for c in chains if c.chain.units)
-    arguments = {"table": "*i64", "gradients": "*i64", "work": "*i32"}
-    for dtype, name, budget in ((torch.float32, "fp32", 18), (torch.bfloat16, "bf16", 20)):
-        units = multi_tensor.unit_constants(adaptive.chain, (dtype, dtype), warp)
-        kernel, read = unit_kernels.unit_squares_kernel, 2 * dtype.itemsize
-        sums = {**arguments, "out": f"*{units['COMPUTE']}"}
-        listed.append(Entry(f"unit squares {name}", kernel, sums, units, read, 0, budget))
-    listed.append(Entry("clip factor", norm_kernels.clip_factor_kernel, finish, constants))
-    listed += ghost_entries() + per_sample_entries(warp) + noise_entries(warp) + penalty_entries(warp)
-    return listed + dropout_entries(warp) + adversarial_entries(warp)
-
-
-PER_SAMPLE = {"fp32": (6, 21.5), "bf16": (5, 22.5)}
-"""Instructions per element on sm_90 of norms and sum of gradients that are held per sample; a program's own
-share of the sum counts as if there were one sample."""
-
-
-def ghost_entries() -> list[Entry]:
-    """Sums over the positions of each sample, of features that are multiples of 16."""
-    listed = []
-    for storage in ("fp32", "bf16"):
-        pointer, dtype = f"*{storage}", STORAGES[storage][0]
-        tiles = {
-            "left": pointer, "right": pointer, "partial": "*fp32", "positions": "i32", "p": "i32", "d": "i32",
-        }  # fmt: skip
-        sums = {"grad": pointer, "x": pointer, "weight": "*fp32", "bias": "*fp32"}
-        rows = {"mean": "*fp32", "deviation": "*fp32", "positions": "i32", "features": "i32"}
-        constants = ghost.ghost_constants(dtype)
-        constants["PRECISION"] = tl.constexpr(constants["PRECISION"])
-        kernel, own = ghost_kernels.ghost_sums_kernel, ("p", "d")
-        options = {"num_warps": ghost.TILE_WARPS}
-        listed.append(
-            Entry(f"ghost sums {storage}", kernel, tiles, constants, options=options, multiples=own)
-        )
-        kernel, ordered = ghost_kernels.sample_sums_kernel, ghost_kernels.sample_sums_kernel.arg_names
-        arguments = {name: (sums | rows)[name] for name in ordered if name in sums | rows}
-        constants = ghost.sample_constants()
-        listed.append(Entry(f"sample sums {storage}", kernel, arguments, constants, multiples=("features",)))
-    return listed
-
-
-def per_sample_entries(warp: int) -> list[Entry]:
-    """Clipping of gradients that are held per sample; bytes are those of one sample."""
-
-    def arguments(held: str) -> dict[str, Any]:
-        return {"table": "*i64", "work": "*i32", held: "*fp64", "samples": "i32"}
-
-    listed = []
-    for storage, budgets in PER_SAMPLE.items():
-        dtype = STORAGES[storage][0]
-        norm, total = per_sample_kernels.per_sample_norm_kernel, per_sample_kernels.per_sample_sum_kernel
-        constants = (
-            per_sample.norm_constants(dtype, warp),
-            per_sample.sum_constants(dtype, torch.float32, False, warp),
-        )
-        listed += [
-            Entry(
-                f"per-sample norm {storage}", norm, arguments("partial"), constants[0], dtype.itemsize, 0,
-                budgets[0],
-            ),
-            Entry(  # a factor for all that a thread has of a sample
-                f"per-sample sum {storage}", total, arguments("factors"), constants[1], dtype.itemsize, 0,
-                budgets[1], gathers=1 / multi_tensor.PER_THREAD,
-            ),
-        ]  # fmt: skip
-    finish = {
-        "partial": "*fp64", "segments": "*i64", "limits": "*fp64", "norms": "*fp64", "factors": "*fp64",
-        "samples": "i32",
-    }  # fmt: skip
-    constants = {"BLOCK": multi_tensor.PARTIALS}
-    return [
-        *listed,
-        Entry("per-sample factors", per_sample_kernels.per_sample_factor_kernel, finish, constants),
-    ]
-
-
-PENALTIES = {"L2": (L2, 6.2, 6.7), "L1": (L1, 10.5, 10)}
-"""Chains of the gradients, and their instructions per element on sm_90, in float32 and in bfloat16."""
-
-
-def penalty_entries(warp: int) -> list[Entry]:
-    """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
-    listed = []
-    for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        of = multi_tensor.Measurand(absolute=True)
-        listed.append(norm_entry(f"magnitudes {storage}", SUM, (dtype, dtype), of, warp, 5.7))
-        for name, (chain, *budgets) in PENALTIES.items():
-            entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), warp)
-            budget = budgets[dtype == torch.bfloat16]
-            # The place of a gradient is only written, and what a chain calls its gradient is the weight.
-            listed.append(replace(entry, reads=dtype.itemsize, writes=dtype.itemsize, budget=budget))
-    return listed
-
-
-DROPOUT = {
-    "dropout": (15, 15),
-    "dropout+add": (18, 18),
-    "bias+dropout+add": (22, 22),
-    "bias+relu+dropout": (22, 22),
-    "bias+silu+dropout+add": (33, 33),
-    "bias+gelu_tanh+dropout+add": (35, 35),
-    "bias+gelu+dropout": (33, 33),
-    "bias+gelu+dropout+add": (36, 36),
-    "bias+relu+dropout backward": (24, 24),
-    "bias+silu+dropout backward": (36, 36),
-    "bias+gelu_tanh+dropout backward": (40, 40),
-    "bias+gelu+dropout backward": (40, 40),
-    "dropout, a rate for each channel": (34, 34),
-}
-"""Instructions per element on sm_90, in float32 and in bfloat16."""
-FEATURES = 768
-
-
-def dropout_entries(warp: int) -> list[Entry]:
-    """Dropout and what is fused around it."""
-    listed = []
-    for name, budgets in DROPOUT.items():
-        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
-            listed.append(dropout_entry(name, storage, warp, budget))
-    return listed
-
-
-def dropout_entry(name: str, storage: str, warp: int, budget: float) -> Entry:
-    """A kernel of dropout by what it does, such as "bias+gelu+dropout backward"; a bias is cached."""
-    what, backward = name.removesuffix(" backward"), name.endswith(" backward")
-    parts, channels = what.split("+"), name.endswith("channel")
-    dtype = STORAGES[storage][0]
-    activation = next((part for part in parts if part in ACTIVATIONS), "identity")
-    thresholds = torch.zeros(FEATURES if channels else (), dtype=torch.int32)
-    bias = torch.zeros(FEATURES) if "bias" in parts else None
-    constants = ops.constants(bias, thresholds, 1, activation, dtype, warp)
-    constants["ACTIVATION"] = tl.constexpr(activation)
-    pointer = f"*{storage}"
-    arguments = {
-        "x": pointer, "bias": pointer if "bias" in parts else None,
-        "residual": pointer if "add" in parts else None, "gradient": pointer if backward else None,
-        "out": pointer, "seed": "*i64", "thresholds": "*i32", "n": "i32", "inner": 1,
-    }  # fmt: skip
-    kernel = dropout_kernels.dropout_kernel
-    reads = dtype.itemsize * (1 + backward + ("bias" in parts) + ("add" in parts)) + 4 * channels
-    return Entry(f"{name} {storage}", kernel, arguments, constants, reads, dtype.itemsize, budget)
-
-
-ADVERSARIAL = {
-    "FGSM": ("sign", "none", "scalar", (12, 28)),
-    "FGSM, L2": ("scaled", "none", "scalar", (11, 28)),
-    "PGD": ("sign", "linf", "scalar", (17, 37)),
-    "PGD, bounds of each channel": ("sign", "linf", "table", (52, 73)),
-    "PGD, L2": ("scaled", "l2", "scalar", (14, 35)),
-    "PGD, L1, projection": ("none", "l1", "scalar", (15, 34.5)),
-    "FGSM, L1, steepest": ("peak", "none", "none", (13, 27.5)),
-    "random start": ("uniform", "none", "scalar", (23.5, 44.5)),
-    "random start, L2": ("normal", "none", "scalar", (44.5, 66)),
-}
-"""Direction, ball and bounds of a step; instructions per element on sm_90, in float32 and in bfloat16."""
-SIZES = {
-    "gradient size": ("scaled", False, (7, 7.5)),
-    "perturbation size": ("scaled", True, (11.5, 13)),
-    "normal noise size": ("normal", False, (None, None)),
-    "Laplace noise size": ("laplace", False, (None, None)),
-}
-"""What norms are taken of, whether behind a step, and the same; of noise they are taken once an attack."""
-
-
-def adversarial_entries(warp: int) -> list[Entry]:
-    """Steps of adversarial inputs, and the norms that they need; inputs of 16 bits move in float32."""
-    every = {name: (kind, name.startswith("PGD"), row) for name, (kind, *_, row) in ADVERSARIAL.items()}
-    listed = []
-    for name, (kind, behind, budgets) in {**every, **SIZES}.items():
-        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
-            dtype, pointer, noise = STORAGES[storage][0], f"*{storage}", kind in reference.NOISES
-            own, wide = dtype.itemsize, "*fp32" if behind else pointer
-            given = adversarial.Given(torch.zeros(2, 2), None, None, torch.zeros(2, 3), kind)
-            constants: dict[str, Any] = adversarial.constants(given, dtype, warp)
-            seed, gradient, clean = ("*i64", None, None) if noise else (None, pointer, None)
-            if kind == "none":
-                gradient = None
-            reads, writes = own * (gradient is not None) + (own + 4) * behind, 0
-            if behind:
-                clean = pointer
-            if name in SIZES:
-                kernel = adversarial_kernels.adversarial_norm_kernel
-                arguments = {
-                    "x": wide, "gradient": gradient, "clean": clean, "partial": "*fp64", "numbers": "*fp32",
-                    "seed": seed, "inner": "i32", "blocks": "i32",
-                }  # fmt: skip
-                constants["SQUARES"] = kind != "laplace"
-                gathers = 0
-            else:
-                kernel = adversarial_kernels.adversarial_step_kernel
-                _, constants["BALL"], constants["BOUNDS"], _ = ADVERSARIAL[name]
-                limit = None if constants["BOUNDS"] == "none" else pointer
-                kept = storage == "bf16" and (behind or noise)
-                arguments = {
-                    "x": wide, "gradient": gradient, "clean": clean, "out": pointer,
-                    "master": "*fp32" if kept else None, "numbers": "*fp32",
-                    "peaks": "*i64" if kind == "peak" else None, "lower": limit, "upper": limit, "seed": seed,
-                    "inner": "i32", "blocks": "i32", "spatial": "i32", "channels": "i32",
-                }  # fmt: skip
-                gathers = 2 * (constants["BOUNDS"] == "table")
-                reads, writes = reads + own * (not behind), own + 4 * kept
-            text = {key: tl.constexpr(value) for key, value in constants.items() if isinstance(value, str)}
-            listed.append(
-                Entry(
-                    f"{name} {storage}", kernel, arguments, constants | text, reads, writes, budget, gathers
-                )
-            )
-    return listed
-
-
-NOISE = {
-    "additive noise": ("additive", None, (36.5, 40.5)),
-    "multiplicative noise": ("multiplicative", None, (37.5, 41.5)),
-    "uniform noise": ("uniform", None, (11.5, 14)),
-    "uniform noise, a size for each row": ("uniform", FEATURES, (17.5, 17.5)),
-    "uniform noise, a size for each odd row": ("uniform", FEATURES + 3, (31.5, 34.5)),
-}
-"""Kind, elements of a row that has a size of its own, and instructions per element on sm_90 in float32 and in
-bfloat16."""
-
-
-def noise_entries(warp: int) -> list[Entry]:
-    """Noise on activations."""
-    listed = []
-    for name, (kind, inner, budgets) in NOISE.items():
-        for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
-            size, scale = STORAGES[storage][0].itemsize, torch.zeros(2 if inner else ())
-            constants = noise_ops.constants(scale, inner or 1, kind, STORAGES[storage][0], warp)
-            gathers = 0 if inner is None else 1 / constants["VECTOR"] if constants["GROUPED"] else 1
-            constants["KIND"] = tl.constexpr(kind)
-            arguments = {
-                "x": f"*{storage}", "out": f"*{storage}", "seed": "*i64", "scales": "*fp32", "n": "i32",
-                "inner": "i32",
-            }  # fmt: skip
-            kernel = noise_kernels.noise_kernel
-            listed.append(
-                Entry(f"{name} {storage}", kernel, arguments, constants, size, size, budget, gathers)
-            )
-    return listed
 
 
 def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
@@ -583,7 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [target for target in options.targets if target not in TARGETS]:
         parser.error(f"unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
-    rows = [row(audit(entry, target)) for target in options.targets for entry in entries(target)]
+    rows = [
+        row(audit(entry, target))
+        for target in options.targets
+        for entry in kernels.entries(TARGETS[target].warp_size)
+    ]
     print(table(rows))
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}

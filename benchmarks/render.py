@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import audit, chains, report
+from . import audit, chains, kernels, report
 from .suite import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def _machine_code_of_modules() -> str:
 
 SHOWN = {*chains.BUDGETS, "largest", "unit squares"} - {"AdamW+pullback"}
 """Whole steps, and norms that torch has as well."""
-MODULES = (*audit.DROPOUT, *audit.NOISE, *audit.ADVERSARIAL)
+MODULES = (*kernels.DROPOUT, *kernels.NOISE, *kernels.ADVERSARIAL)
 """What is done to activations and inputs."""
 
 

@@ -15,10 +15,10 @@ from triton.runtime.jit import JITFunction
 
 import fastreg.nn
 from fastreg.chain import Chain, Stage
-from fastreg_benchmarks import audit, chains
+from fastreg_benchmarks import audit, chains, kernels
 from fastreg_benchmarks.entry_points import entry_points
 
-ENTRIES = audit.entries("sm_90")
+ENTRIES = kernels.entries(audit.TARGETS["sm_90"].warp_size)
 OTHER_TARGETS = [target for target in audit.TARGETS if target != "sm_90"]
 
 
@@ -30,7 +30,7 @@ def test_holds_on_sm_90(entry):
 @pytest.mark.parametrize("target", OTHER_TARGETS)
 @pytest.mark.parametrize("name", ["AdamW bf16", "clip+noise+AdamW+EMA fp32", "SAM climb bf16"])
 def test_holds_elsewhere(name, target):
-    entry = next(entry for entry in audit.entries(target) if entry.name == name)
+    entry = next(entry for entry in kernels.entries(audit.TARGETS[target].warp_size) if entry.name == name)
     assert audit.audit(entry, target).faults == []
 
 
@@ -73,7 +73,7 @@ def test_dropout():
     plain = audit.audit(next(entry for entry in ENTRIES if entry.name == "dropout bf16"), "sm_90")
     assert (plain.entry.bytes, plain.shared, plain.loads, plain.stores) == (4, 0, [128], [128])
     assert plain.instructions <= 15
-    assert max(map(max, audit.DROPOUT.values())) <= 40
+    assert max(map(max, kernels.DROPOUT.values())) <= 40
 
 
 def test_adversarial():
@@ -188,15 +188,15 @@ def chain_of(kernel, numbers=0):
 
 
 def test_notices_scalar_arithmetic_in_a_stage():
-    entry = audit.step_entry("toy", chain_of(scalar_arithmetic, numbers=2), (torch.float32,) * 2)
+    entry = kernels.step_entry("toy", chain_of(scalar_arithmetic, numbers=2), (torch.float32,) * 2)
     assert any("scalars" in fault for fault in audit.audit(entry, "sm_90").faults)
-    clean = audit.step_entry("toy", chain_of(halved), (torch.float32,) * 2)
+    clean = kernels.step_entry("toy", chain_of(halved), (torch.float32,) * 2)
     assert audit.audit(clean, "sm_90").faults == []
 
 
 def _copy_entry(kernel, block=1024):
     constants = {"BLOCK": block, "CHUNK": 1024}
-    return audit.Entry("toy", kernel, {"x": "*fp32", "y": "*fp32", "n": "i32"}, constants, 4, 4)
+    return kernels.Entry("toy", kernel, {"x": "*fp32", "y": "*fp32", "n": "i32"}, constants, 4, 4)
 
 
 def test_notices_a_scalar_load_kernel():
@@ -212,13 +212,13 @@ def test_notices_local_memory():
 def test_notices_a_budget_exceeded():
     entry = next(entry for entry in ENTRIES if entry.name == "AdamW fp32")
     report = audit.audit(entry, "sm_90")
-    report.entry = audit.Entry(**{**vars(entry), "budget": report.instructions - 0.1})
+    report.entry = kernels.Entry(**{**vars(entry), "budget": report.instructions - 0.1})
     assert any("instructions" in fault for fault in report.faults)
 
 
 def test_notices_wrong_bytes():
     entry = next(entry for entry in ENTRIES if entry.name == "AdamW fp32")
-    entry = audit.Entry(**{**vars(entry), "reads": entry.reads + 4})
+    entry = kernels.Entry(**{**vars(entry), "reads": entry.reads + 4})
     assert any("documented" in fault for fault in audit.audit(entry, "sm_90").faults)
 
 
@@ -238,7 +238,7 @@ def test_editing_a_stage_changes_the_compile_key(tmp_path):
         spec = importlib.util.spec_from_file_location("edited_stage", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        keys.append(_key(audit.step_entry("toy", chain_of(module.stage), (torch.float32,) * 2)))
+        keys.append(_key(kernels.step_entry("toy", chain_of(module.stage), (torch.float32,) * 2)))
     assert keys[0] != keys[1] and keys[0] == keys[2]
 
 

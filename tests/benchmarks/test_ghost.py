@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastreg_benchmarks import audit, sass
+from fastreg_benchmarks import audit, kernels, sass
 
-ENTRIES = {entry.name: entry for entry in audit.ghost_entries()}
+ENTRIES = {entry.name: entry for entry in kernels.ghost_entries()}
 
 
 @pytest.mark.parametrize("target", audit.TARGETS)
