@@ -18,26 +18,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastreg import multi_tensor
 from fastreg.cli import document
 from fastreg_kernels import step as step_kernels
 
 from . import kernels, sass
 from .kernels import Entry
+from .stub import TARGETS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 H200_LANES = 132 * 128 * 1.98e9
 """Instructions an H200 can issue per second, over all lanes."""
 H200_BYTES = 4.3e12
 """Bytes per second of a copy on an H200."""
+SHARE = 8
+"""Elements of a chunk that a thread works on at least."""
 
 
 @dataclass
@@ -55,6 +50,7 @@ class Report:
     stores: list[int]
     narrow: int  # global accesses of the main loop below 128 bits
     moved: tuple[float, float] | None  # bytes read and written per element in the main loop
+    in_flight: int | None = None  # loads of a thread that are issued before the first of them is used
     scalar_arithmetic: list[str] = field(default_factory=list)
 
     @property
@@ -73,6 +69,8 @@ class Report:
             faults.append(
                 f"moves {self.moved} bytes per element, documented ({self.entry.reads}, {self.entry.writes})"
             )
+        if self.in_flight is not None and self.in_flight < self.entry.in_flight:
+            faults.append(f"{self.in_flight} loads in flight, at least {self.entry.in_flight} are needed")
         if self.scalar_arithmetic:
             faults.append(f"arithmetic on scalars: {self.scalar_arithmetic}")
         over = self.target == "sm_90" and self.entry.budget and self.instructions
@@ -101,7 +99,9 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
         constants[path] = value.value if isinstance(value, tl.constexpr) else value
         return "constexpr"
 
-    for position, (name, value) in enumerate({**entry.arguments, **entry.constants}.items()):
+    given = {**entry.arguments, **entry.constants}
+    for position, name in enumerate(entry.kernel.arg_names):
+        value = given[name]
         types[name] = value if isinstance(value, str) else leaves(value, (position,))
     aligned = [
         i
@@ -140,6 +140,8 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
         entry, target, cubin.registers, cubin.stack + cubin.local, spills, compiled.metadata.shared,
         None, [], [], 0, None,
     )  # fmt: skip
+    if entry.in_flight:
+        report.in_flight = sass.loads_in_flight(code)
     if loop and entry.bytes:
         loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
         report.loads, report.stores = (sorted({8 * width for width in kind}) for kind in (loads, stores))
@@ -147,16 +149,15 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
         per_turn = _elements(sum(width * count for width, count in wide.items()), entry)
         report.narrow = (loads + stores).total() - wide.total() - entry.gathers * per_turn
         loads = Counter({width: count for width, count in loads.items() if not entry.gathers or width >= 16})
-        # A program of a kernel without blocks works on something of its own length, at least on a chunk.
-        per_program = entry.constants.get("BLOCK", entry.constants["CHUNK"]) / (32 * multi_tensor.WARPS)
-        report.instructions = len(loop) / per_turn + len(before) / per_program
+        per_thread = entry.elements / (32 * entry.options["num_warps"])
+        report.instructions = len(loop) / per_turn + len(before) / per_thread
         report.moved = tuple(sum(w * c for w, c in kind.items()) / per_turn for kind in (loads, stores))
     return report
 
 
 def _elements(moved: int, entry: Entry) -> int:
     """Elements a thread works on in one turn of the main loop: a chunk's share, or a multiple if unrolled."""
-    share = multi_tensor.PER_THREAD
+    share = SHARE
     return share * max(1, round(moved / entry.bytes / share))
 
 
@@ -171,9 +172,7 @@ def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
         entry, target, number("vgpr_count"), number("private_segment_fixed_size"), number("vgpr_spill_count"),
         compiled.metadata.shared, None, *([128] * (kind in wide) for kind in ("load", "store")), 0, None,
     )  # fmt: skip
-    expected = (
-        entry.bytes * multi_tensor.PER_THREAD // 16
-    )  # accesses of a thread to its elements of one chunk
+    expected = entry.bytes * SHARE // 16  # accesses of a thread to its elements of one chunk
     report.narrow = max(0, expected - len(wide))
     return report
 
@@ -185,7 +184,8 @@ def row(report: Report) -> dict[str, Any]:
         "kernel": report.entry.name, "target": report.target, "registers": report.registers,
         "spills": report.spills, "local": report.local, "shared": report.shared,
         "loads": report.loads, "stores": report.stores, "bytes": report.entry.bytes,
-        "instructions": report.instructions, "bound": bound, "of_copy": fraction, "faults": report.faults,
+        "instructions": report.instructions, "in_flight": report.in_flight, "bound": bound,
+        "of_copy": fraction, "faults": report.faults,
     }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [
         row(audit(entry, target))
         for target in options.targets
-        for entry in kernels.entries(TARGETS[target].warp_size)
+        for entry in kernels.entries(TARGETS[target].warp_size, target)
     ]
     print(table(rows))
     if options.json:

@@ -77,17 +77,21 @@ def main_loop(code: list[Instruction]) -> tuple[list[Instruction], list[Instruct
     Both as they run when every test takes its common way: out-of-line calls (denormals) are not taken.
     A kernel without a loop of global accesses has all its instructions in the first part.
     """
-    loops = [
+    wide_loops = [loop for loop in loops(code) if wide(loop)]
+    if not wide_loops:
+        return common_path(code), []
+    loop = max(wide_loops, key=wide)
+    before = [i for i in code if i.address < loop[0].address]
+    return common_path(before), common_path(loop)
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The instructions of every loop, inner ones as parts of outer ones, too."""
+    return [
         [i for i in code if branch.target <= i.address <= branch.address]
         for branch in code
         if branch.target is not None and branch.target < branch.address
     ]
-    loops = [loop for loop in loops if _wide(loop)]
-    if not loops:
-        return common_path(code), []
-    loop = max(loops, key=_wide)
-    before = [i for i in code if i.address < loop[0].address]
-    return common_path(before), common_path(loop)
 
 
 def common_path(code: list[Instruction]) -> list[Instruction]:
@@ -106,7 +110,7 @@ def common_path(code: list[Instruction]) -> list[Instruction]:
             ways = [end]
         if forward is not None:
             ways.append(forward)
-        cost = (_wide([here]), -1 - (1000 if here.kind == "CALL" else 0))
+        cost = (wide([here]), -1 - (1000 if here.kind == "CALL" else 0))
         best[k] = max(((best[way][0][0] + cost[0], best[way][0][1] + cost[1]), way) for way in ways)
     path, k = [], 0
     while k < end:
@@ -115,7 +119,23 @@ def common_path(code: list[Instruction]) -> list[Instruction]:
     return path
 
 
-def _wide(code: list[Instruction]) -> int:
+def loads_in_flight(code: list[Instruction]) -> int:
+    """The most global loads that are issued before one of them is used, in the order of the code."""
+    outstanding: list[set[int]] = []
+    most = 0
+    for here in code:
+        if here.kind == "BRA":
+            outstanding = []
+        named = [int(number) for number in re.findall(r"\bR(\d+)", here.operands)]
+        outstanding = [registers for registers in outstanding if registers.isdisjoint(named)]
+        if here.kind == "LDG":
+            outstanding.append(set(range(named[0], named[0] + max(1, here.width // 4))))
+            most = max(most, len(outstanding))
+    return most
+
+
+def wide(code: list[Instruction]) -> int:
+    """How many global accesses of 128 bits there are."""
     return sum(i.kind in ("LDG", "STG") and i.width >= 16 for i in code)
 
 

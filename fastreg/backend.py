@@ -121,11 +121,16 @@ def cannot_compile(error: Exception) -> None:
 def _no_triton(device: torch.device) -> str | None:
     if not has_triton():
         return "triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
         return None
     if device.type == "cpu":
         return "set TRITON_INTERPRET=1 before the first use to run the kernels in Triton's interpreter"
     return "only CUDA and ROCm devices are supported"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

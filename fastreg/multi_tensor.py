@@ -22,7 +22,8 @@ from torch import Tensor
 from . import backend
 from .chain import Chain, Stage
 from .compiled import compiled_norm, compiled_step
-from .device import current, triton_dtype, warp
+from .device import architecture, capturing, keep, launch, stream, triton_dtype, upload
+from .launch_parameters import LaunchParameters, launch_parameters
 from .reference import norm as reference_norm
 from .reference import units as reference_units
 from .reference.random import At
@@ -30,13 +31,6 @@ from .reference.step import CHUNK, compute_dtype, run_stages, scalar_dtype
 from .reference.step import step as reference_step
 from .reference.units import Place
 
-BLOCK = 4096
-"""Elements a program updates: enough to amortise reading its addresses and numbers."""
-WARPS = 4
-PER_THREAD = 8
-"""Elements a thread holds at a time: one 128-bit access of 16-bit storage, two of 32-bit storage."""
-PARTIALS = 1024
-"""Partial sums that are combined at a time."""
 _CODES = {torch.float32: "f", torch.float64: "d"}
 
 
@@ -301,25 +295,39 @@ def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
 
 
 class Table:
-    """The static side of a batch on the device, kept from step to step while nothing in it changes."""
+    """The static side of a batch on the device, kept from step to step while nothing in it changes.
+
+    It belongs to the stream that made it: on another it is made anew.  What is uploaded while a CUDA graph is
+    captured is there once the graph is replayed, so no later step reads it.
+    """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.key: Any = None
         self.rows: Tensor
-        self.counts: list[int] = []
-        self.work: Tensor
-        self.captured: list[Tensor] = []
         self.units: list[Tensor] = []
-        self.unit_work: Tensor
+        self.sizes: list[int] = []
+        self._work: dict[int | str, Tensor] = {}
+        self._stream: Any = None
+        self._captured = False
 
     def refresh(self, batch: Batch) -> None:
-        """Upload addresses and integers if any differs from last time, the work list if a size does."""
+        """Upload addresses and integers if any differs from last time, and work lists if a size does."""
+        here, captured = stream(batch.device), capturing(batch.device)
+        if self._captured or (here != self._stream and not captured):
+            self._forget()
         known = batch.memory or memory(batch.parameters, batch.buffers)
         scalars = [(s.data_ptr(), s.element_size() if s.dim() else 0) for s in batch.scalars]
         key = known, batch.firsts, batch.streams, batch.rows, batch.places, scalars, batch.words
         if key == self.key:  # at once for lists that are the same ones
+            if captured:
+                keep(self.rows, *self.units, *self._work.values())
             return
-        self.key = key
+        if captured:
+            self._forget()
+        self.key, self._stream, self._captured = key, here, captured
         addresses, sizes, *buffers = known
         n = len(addresses)
         columns = [
@@ -332,10 +340,26 @@ class Table:
             for values in self.units_of(batch):
                 columns.append(list(map(Tensor.data_ptr, values.split(counts))))
             columns += [[place.stride for place in batch.places], counts]
-        self.rows = self.upload(_host(columns, torch.int64).T.contiguous(), batch.device)
-        if sizes != self.counts:
-            self.counts = sizes
-            self.work = self.upload(work_list([-(-count // BLOCK) for count in sizes]), batch.device)
+        self.rows = upload(_host(columns, torch.int64).T.contiguous(), batch.device)
+        if sizes != self.sizes:
+            self.sizes, self._work = sizes, {}
+
+    def work(self, block: int) -> Tensor:
+        """For each program (tensor, block of it), int32, where programs work on so many elements."""
+        return self._kept(block, lambda: [-(-size // block) for size in self.sizes])
+
+    def unit_work(self, batch: Batch) -> Tensor:
+        """For each program (tensor, unit of it), int32."""
+        return self._kept("units", lambda: [place.number for place in batch.places])
+
+    def _kept(self, kind: int | str, counts: Callable[[], list[int]]) -> Tensor:
+        """A work list, made once; anew in every graph that is captured."""
+        if kind in self._work:
+            return self._work[kind]
+        made = upload(work_list(counts()), self.rows.device)
+        if self._captured or not capturing(made.device):
+            self._work[kind] = made
+        return made
 
     def units_of(self, batch: Batch) -> list[Tensor]:
         """For each name of `chain.units`, an element for each unit of each parameter."""
@@ -343,17 +367,7 @@ class Table:
             total = sum(place.number for place in batch.places)
             dtype = compute_dtype(batch.parameters[0].dtype)
             self.units = [torch.ones(total, dtype=dtype, device=batch.device) for _ in batch.chain.units]
-            self.unit_work = self.upload(work_list([place.number for place in batch.places]), batch.device)
         return self.units
-
-    def upload(self, host: Tensor, device: torch.device) -> Tensor:
-        """Copy without waiting: the allocator of pinned memory keeps it while it is in use."""
-        if device.type == "cpu":
-            return host
-        pinned = host.pin_memory()
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.captured.append(pinned)  # a replay reads it again
-        return pinned.to(device, non_blocking=True)
 
 
 def work_list(counts: list[int]) -> Tensor:
@@ -380,7 +394,7 @@ def _begin(batch: Batch) -> Uploaded:
         gradients = list(map(Tensor.data_ptr, batch.gradients))
         integers = gradients + [0] * (len(gradients) % 2)
         if isinstance(batch.numbers, Tensor):
-            addresses = batch.table.upload(_host(integers, torch.int64), batch.device)
+            addresses = upload(_host(integers, torch.int64), batch.device)
             batch.uploaded = Uploaded(addresses, torch.as_tensor(batch.steps), batch.numbers)
             return batch.uploaded
         first = len(integers)
@@ -388,7 +402,7 @@ def _begin(batch: Batch) -> Uploaded:
         compute = compute_dtype(batch.parameters[0].dtype)
         numbers = array(_CODES[compute], chained.from_iterable(batch.numbers))
         host = torch.frombuffer(bytearray(array("q", integers)) + numbers.tobytes(), dtype=torch.uint8)
-        data = batch.table.upload(host, batch.device)
+        data = upload(host, batch.device)
         words = data[: 8 * len(integers)].view(torch.int64)
         batch.uploaded = Uploaded(words, words[first:], data[8 * len(integers) :].view(compute))
     return batch.uploaded
@@ -401,88 +415,103 @@ def _host(values: list[Any], dtype: torch.dtype) -> Tensor:
 
 def _run_triton(batch: Batch) -> None:
     kernels = importlib.import_module("fastreg_kernels.step")
-    changing = _begin(batch)
-    if not len(batch.table.work):  # nothing but empty tensors
-        return
+    changing, target = _begin(batch), architecture(batch.device)
+    chosen = launch_parameters("step", target)
+    work = batch.table.work(chosen.block)
     stages, storage = device_chain(batch.chain, batch.dtypes)
-    with current(batch.device):
-        kernels.step_kernel[(len(batch.table.work),)](
-            batch.table.rows, changing.gradients, changing.steps, changing.numbers, batch.table.work,
-            _never(batch.device) if batch.skip is None else batch.skip, stages, storage,
-            **step_constants(batch.chain, batch.dtypes, warp()), **options(batch.chain.stages),
-        )  # fmt: skip
+    launch(
+        kernels.step_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, batch.skip, stages,
+        storage, **step_constants(batch.chain, batch.dtypes, chosen, target.lanes),
+        **options(batch.chain.stages, chosen),
+    )  # fmt: skip
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
 
 def _partial_norms(batch: Batch, of: Measurand) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
-    changing, table = _begin(batch), batch.table
-    partial = torch.empty(len(table.work), dtype=torch.float64, device=batch.device)
+    changing, target, sizes = _begin(batch), architecture(batch.device), batch.table.sizes
+    chosen = launch_parameters("norm", target)
+    block = chosen.block_for(sum(sizes), target)
+    work = batch.table.work(block)
+    partial = torch.empty(len(work), dtype=torch.float64, device=batch.device)
     stages, storage = device_chain(batch.chain, batch.dtypes)
     before = of.of(batch.chain)
-    if len(partial):
-        with current(batch.device):
-            kernels.norm_kernel[(len(partial),)](
-                table.rows, changing.gradients, changing.steps, changing.numbers, table.work, partial,
-                stages[:before], storage,
-                **norm_constants(batch.chain, batch.dtypes, of, warp()),
-                **options(batch.chain.stages[:before]),
-            )  # fmt: skip
+    launch(
+        kernels.norm_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, partial,
+        block // chosen.chunk(target.lanes), stages[:before], storage,
+        **norm_constants(batch.chain, batch.dtypes, of, chosen, target.lanes),
+        **options(batch.chain.stages[:before], chosen),
+    )  # fmt: skip
     return partial
 
 
 def _unit_squares(batch: Batch) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.units")
-    changing, work = _begin(batch), batch.table.unit_work
+    changing, target = _begin(batch), architecture(batch.device)
+    chosen, work = launch_parameters("unit_squares", target), batch.table.unit_work(batch)
     out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
-    with current(batch.device):
-        kernels.unit_squares_kernel[(len(work),)](
-            batch.table.rows, changing.gradients, work, out,
-            **unit_constants(batch.chain, batch.dtypes, warp()), num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        kernels.unit_squares_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, work, out,
+        **unit_constants(batch.chain, batch.dtypes, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
     return out
 
 
 def _finish(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.norm")
+    chosen = launch_parameters("clip_factor", architecture(partial.device))
     out = torch.empty(5, dtype=torch.float64, device=partial.device)
-    with current(partial.device):
-        kernels.clip_factor_kernel[(1,)](
-            partial, len(partial), limits, out, LARGEST=largest, BLOCK=PARTIALS, num_warps=WARPS
-        )
+    launch(
+        kernels.clip_factor_kernel, 1, partial.device,
+        partial, len(partial), limits, out, LARGEST=largest, BLOCK=chosen.block, **chosen.options,
+    )  # fmt: skip
     return out
 
 
-def options(stages: Sequence[Stage]) -> dict[str, Any]:
+def options(stages: Sequence[Stage], chosen: LaunchParameters) -> dict[str, Any]:
     """How a kernel that runs these stages is compiled."""
     exact = any(stage.exact for stage in stages)
-    return {"num_warps": WARPS, **({"enable_fp_fusion": False} if exact else {})}
+    return {**chosen.options, **({"enable_fp_fusion": False} if exact else {})}
 
 
 @functools.cache
-def step_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
-    """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of this size."""
+def step_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of so many lanes."""
+    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": chain.random, "BLOCK": chosen.block}
+
+
+def norm_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `norm_kernel`."""
+    random = any(stage.words for stage in chain.stages[: of.of(chain)])
+    measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
+    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, **measured}
+
+
+@functools.cache
+def _constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """What both kernels take."""
     return {
         "G": triton_dtype(dtypes[1]),
         "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
         "NUMBERS": sum(stage.numbers for stage in chain.stages),
-        "RANDOM": chain.random,
         "VECTOR": 4 if max(dtype.itemsize for dtype in dtypes) > 2 else 8,
-        "BLOCK": BLOCK,
-        "CHUNK": PER_THREAD * WARPS * warp,
+        "CHUNK": chosen.chunk(lanes),
     }
 
 
-def norm_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, warp: int) -> dict[str, Any]:
-    """The compile-time arguments of `norm_kernel`."""
-    constants = step_constants(chain, dtypes, warp)
-    random = any(stage.words for stage in chain.stages[: of.of(chain)])
-    measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
-    return {**constants, "RANDOM": random, **measured}
-
-
-def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> dict[str, Any]:
+def unit_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
     """The compile-time arguments of `unit_squares_kernel`."""
     return {
         "P": triton_dtype(dtypes[0]),
@@ -490,7 +519,7 @@ def unit_constants(chain: Chain, dtypes: tuple[torch.dtype, ...], warp: int) -> 
         "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
         "PLACE": _columns(chain) - 2,
-        "CHUNK": PER_THREAD * WARPS * warp,
+        "CHUNK": chosen.chunk(lanes),
     }
 
 
@@ -556,8 +585,3 @@ def _device_function(kernel: Any) -> Any:
         return kernel
     module, name = kernel.split(".")
     return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)
-
-
-@functools.cache
-def _never(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.float64, device=device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import multi_tensor
 from .chain import Chain, Stage
+from .device import capturing, stream
 from .multi_tensor import Batch, Measurand, Table
 from .optim.placement import laid_out, layout
 from .reference import penalty as reference
@@ -27,12 +28,15 @@ L2 = Chain((Stage("penalty.l2_gradient", reference.l2_gradient, scalars=("scale"
 L1 = Chain((Stage("penalty.l1_gradient", reference.l1_gradient, scalars=("scale",)),))
 TABLES = 16
 """Lists of tensors whose tables are kept: a penalty is mostly over the same ones as a step before."""
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
+"""`torch.compile(mode="reduce-overhead")` runs these operators outside of its graphs: a table that is kept
+would lie in the graphs' memory, which counts what is alive in it."""
 
 
 # Operators --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastreg::penalty", mutates_args=())
+@torch.library.custom_op("fastreg::penalty", mutates_args=(), tags=UNSAFE)
 def penalty(tensors: Sequence[Tensor], absolute: bool) -> Tensor:
     """Σ p², or Σ |p|, over all elements of all tensors.
 
@@ -60,7 +64,7 @@ def _(tensors: Sequence[Tensor], absolute: bool) -> Tensor:
     return torch.empty((), dtype=_result_dtype(tensors), device=tensors[0].device)
 
 
-@torch.library.custom_op("fastreg::penalty_gradients", mutates_args=())
+@torch.library.custom_op("fastreg::penalty_gradients", mutates_args=(), tags=UNSAFE)
 def penalty_gradients(gradient: Tensor, tensors: Sequence[Tensor], absolute: bool) -> list[Tensor]:
     """The gradients of `penalty` by each tensor, with the gradient by its value, 0-d."""
     out: list[Any] = [torch.empty_like(tensor) for tensor in tensors]
@@ -103,22 +107,14 @@ def _batch(chain: Chain, targets: list[Tensor], tensors: list[Tensor], scalars: 
 def _table(chain: Chain, tensors: list[Tensor]) -> Table:
     device, dtype = tensors[0].device, tensors[0].dtype
     places = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
-    if device.type != "cuda":
-        return _kept(chain, device, dtype, places, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return _captured(chain, device, dtype, places)
-    return _kept(chain, device, dtype, places, torch.cuda.current_stream(device).stream_id)
+    if capturing(device):
+        return Table()
+    return _kept(chain, device, dtype, places, stream(device))
 
 
 @functools.lru_cache(maxsize=TABLES)
 def _kept(*key: Any) -> Table:
     """What former calls with the same tensors on the same stream have left on the device."""
-    return Table()
-
-
-@functools.cache
-def _captured(*key: Any) -> Table:
-    """A graph reads its tables at every replay: they stay for good."""
     return Table()
 
 

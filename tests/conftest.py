@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +21,10 @@ from fastreg.nn import noise_ops, ops
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
 interpreter, which tests the copying."""
+
+
+COMPILED = Path(__file__).resolve().parent / "benchmarks"
+"""Tests that compile kernels instead of interpreting them, which takes a process of its own."""
 
 
 class Lion(torch.optim.Optimizer):
@@ -69,6 +74,16 @@ RULES = {
     ),
     "lion": Rule(fastreg.Lion, Lion, {"lr": 1e-2, "weight_decay": 0.1}),
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let kernels run in Triton's interpreter, except on a GPU and where only tests/benchmarks is run.
+
+    Triton looks at the variable when it is imported, which no test has done yet.
+    """
+    compiled = [Path(arg.split("::")[0]).resolve() for arg in config.args]
+    if DEVICE != "cuda" and not all(COMPILED in (path, *path.parents) for path in compiled):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=RULES)
@@ -177,6 +192,7 @@ def moved(batch: Batch) -> Batch:
         memory=None,
         uploaded=None,
     )
+    multi_tensor._begin(there_batch)
     for mine, theirs in zip(
         there_batch.table.units_of(there_batch), batch.table.units_of(batch), strict=True
     ):

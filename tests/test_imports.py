@@ -38,6 +38,7 @@ FLOORS = (
     "chain",
     "environment",
     "device",
+    "launch_parameters",
     "backend",
     "random",
     "blocks",

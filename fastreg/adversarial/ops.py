@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .. import backend
 from ..compiled import compile_ahead
-from ..device import current, triton_dtype, warp
+from ..device import aligned, architecture, launch, triton_dtype
+from ..launch_parameters import LaunchParameters, launch_parameters
 from ..reference import adversarial as reference
 from ..reference.step import compute_dtype
 
-BLOCK, WARPS, PER_THREAD = 8192, 4, 16
 EXAMPLE = 773, 1361
 """Samples and elements that the reference is compiled with: equal to no other size, and long enough for
 Inductor to use all threads."""
@@ -98,8 +98,8 @@ def norms(given: Given, order: int) -> Tensor:
     x = given.x
     name = backend.resolve(x.device, x.numel())
     if name == "triton":
-        blocks = -(-(x.shape[1] + 15) // BLOCK)
-        partial = torch.empty(len(x), blocks, dtype=torch.float64, device=x.device)
+        block = launch_parameters("adversarial_norm", architecture(x.device)).block
+        partial = torch.empty(len(x), blocks_of(x, block), dtype=torch.float64, device=x.device)
         launch_norm(given, order, partial)
         found = partial.sum(1, keepdim=True)
         return (found.sqrt() if order == 2 else found).to(compute_dtype(x.dtype))
@@ -181,38 +181,53 @@ def _compiled(
 
 def launch_step(given: Given, ball: str, bounds: Bounds | None, out: Tensor, master: Tensor | None) -> None:
     """Fill `out`, and `master` if there is one, with the kernel; for arguments see `move`."""
-    samples, elements = out.shape
     kernels = importlib.import_module("fastreg_kernels.adversarial")
-    blocks = -(-(elements + 15) // BLOCK)
+    target = architecture(out.device)
+    chosen = launch_parameters("adversarial_step", target)
+    (samples, elements), blocks = out.shape, blocks_of(out, chosen.block)
     lower, upper, spatial = (None, None, 1) if bounds is None else bounds
-    with current(out.device):
-        kernels.adversarial_step_kernel[(samples * blocks,)](
-            given.x, given.gradient, given.clean, out, master, given.numbers, given.peaks, lower, upper,
-            given.seed, elements, blocks, spatial, 1 if lower is None else lower.numel(),
-            BALL=ball, BOUNDS="none" if lower is None else "table" if lower.dim() else "scalar",
-            **constants(given, out.dtype, warp()), num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        kernels.adversarial_step_kernel, samples * blocks, out.device,
+        *_inputs(given), out, master, given.numbers, given.peaks, lower, upper, given.seed,
+        _row_numbers(given), elements, blocks, spatial, 1 if lower is None else lower.numel(),
+        BALL=ball, BOUNDS="none" if lower is None else "table" if lower.dim() else "scalar",
+        **constants(given, out.dtype, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
 
 
 def launch_norm(given: Given, order: int, partial: Tensor) -> None:
     """Fill `partial`, `[samples, programs a sample]` in double, with the kernel."""
-    samples, elements = given.x.shape
-    blocks = partial.shape[1]
     kernels = importlib.import_module("fastreg_kernels.adversarial")
-    with current(partial.device):
-        kernels.adversarial_norm_kernel[(samples * blocks,)](
-            given.x, given.gradient, given.clean, partial, given.numbers, given.seed, elements, blocks,
-            SQUARES=order == 2, **constants(given, given.x.dtype, warp()), num_warps=WARPS,
-        )  # fmt: skip
+    target = architecture(partial.device)
+    chosen = launch_parameters("adversarial_norm", target)
+    (samples, elements), blocks = given.x.shape, partial.shape[1]
+    launch(
+        kernels.adversarial_norm_kernel, samples * blocks, partial.device,
+        *_inputs(given), partial, given.numbers, given.seed, _row_numbers(given), elements, blocks,
+        SQUARES=order == 2, **constants(given, given.x.dtype, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
 
 
-def constants(given: Given, dtype: torch.dtype, lanes: int) -> dict[str, Any]:
+def blocks_of(x: Tensor, block: int) -> int:
+    """Programs for each sample of `[samples, elements]`, where a program works on so many elements."""
+    return -(-(x.shape[1] + 15) // block)
+
+
+def _inputs(given: Given) -> list[Tensor | None]:
+    return [t if t is None else aligned(t) for t in (given.x, given.gradient, given.clean)]
+
+
+def _row_numbers(given: Given) -> int:
+    """How far the numbers of two samples lie apart."""
+    return 3 if given.numbers is not None and len(given.numbers) > 1 else 0
+
+
+def constants(given: Given, dtype: torch.dtype, chosen: LaunchParameters, lanes: int) -> dict[str, Any]:
     """The compile-time arguments of both kernels, for a result of a dtype and warps of so many lanes."""
     return {
         "KIND": given.kind,
-        "OWN": int(given.numbers is not None and len(given.numbers) > 1),
         "COMPUTE": triton_dtype(compute_dtype(dtype)),
         "VECTOR": 8 if dtype.itemsize == 2 else 4,
-        "BLOCK": BLOCK,
-        "CHUNK": PER_THREAD * WARPS * lanes,
+        "BLOCK": chosen.block,
+        "CHUNK": chosen.chunk(lanes),
     }

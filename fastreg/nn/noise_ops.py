@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ..compiled import LENGTH, compile_ahead
-from ..device import current, triton_dtype, warp
+from ..device import aligned, architecture, triton_dtype
+from ..device import launch as launch_kernel
+from ..launch_parameters import LaunchParameters, launch_parameters
 from ..reference import noise as reference
 from ..reference.dropout import spread
 from ..reference.random import At
 from ..reference.step import compute_dtype
 from . import elementwise
 from .elementwise import Parts, one_by_one
-
-BLOCK, WARPS, PER_THREAD = 16384, 4, 16
 
 
 @torch.library.custom_op("fastreg::noise", mutates_args=())
@@ -36,8 +36,8 @@ def noise(x: Tensor, seed: Tensor, scale: Tensor, inner: int, kind: str) -> Tens
         inner: Elements of a row.
         kind: One of `reference.KINDS`.
     """
-    x = x.contiguous()
-    scale = scale.view(()) if scale.numel() == 1 else scale.contiguous()
+    x, given = x.contiguous(), scale.contiguous()
+    scale = scale.view(()) if scale.numel() == 1 else given
     known = elementwise.known_seed(seed)
 
     def plain(parts: Parts, first: int) -> Tensor:
@@ -49,7 +49,8 @@ def noise(x: Tensor, seed: Tensor, scale: Tensor, inner: int, kind: str) -> Tens
         return functools.partial(fused, x.view(-1), seed, scale, torch.tensor(inner, device=x.device))
 
     def fill(out: Tensor) -> None:
-        launch(x, seed, scale, inner, kind, out)
+        # As given: a batch of one sample is no reason to compile a kernel without rows.
+        launch(x, seed, given, inner, kind, out)
 
     return elementwise.run((x,), x.dtype, None, plain, compiled, fill)
 
@@ -92,29 +93,31 @@ def _compiled(
 
 def launch(x: Tensor, seed: Tensor, scale: Tensor, inner: int, kind: str, out: Tensor) -> None:
     """Fill `out` with the kernel; the arguments are those of `noise`, contiguous."""
-    if not out.numel():
-        return
     kernels = importlib.import_module("fastreg_kernels.noise")
-    with current(out.device):
-        kernels.noise_kernel[(-(-out.numel() // BLOCK),)](
-            x, out, seed, scale, out.numel(), inner,
-            **constants(scale, inner, kind, out.dtype, warp()), num_warps=WARPS,
-        )  # fmt: skip
+    target = architecture(out.device)
+    chosen = launch_parameters("noise", target)
+    block = chosen.block_for(out.numel(), target)
+    launch_kernel(
+        kernels.noise_kernel, -(-out.numel() // block), out.device,
+        aligned(x), out, seed, scale, out.numel(), inner, block // chosen.chunk(target.lanes),
+        **constants(scale, inner, kind, out.dtype, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
 
 
-def constants(scale: Tensor, inner: int, kind: str, dtype: torch.dtype, lanes: int) -> dict[str, Any]:
+def constants(
+    scale: Tensor, inner: int, kind: str, dtype: torch.dtype, chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
     """The compile-time arguments of the kernel, for warps of so many lanes."""
     tl = importlib.import_module("triton.language")
     vector = 4 if dtype.itemsize > 2 else 8
     return {
         "KIND": kind,
         "ROWS": bool(scale.dim()),
-        "GROUPED": inner % vector == 0,
+        "GROUPED": bool(scale.dim()) and inner >= vector,
         "VECTOR": vector,
         "INDEX": tl.int32 if inner < 2**30 else tl.int64,
         "COMPUTE": triton_dtype(compute_dtype(dtype)),
-        "BLOCK": BLOCK,
-        "CHUNK": PER_THREAD * WARPS * lanes,
+        "CHUNK": chosen.chunk(lanes),
     }
 
 

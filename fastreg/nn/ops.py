@@ -19,17 +19,14 @@ import torch
 from torch import Tensor
 
 from ..compiled import LENGTH, compile_ahead
-from ..device import current, triton_dtype, warp
+from ..device import aligned, architecture, triton_dtype
+from ..device import launch as launch_kernel
+from ..launch_parameters import LaunchParameters, launch_parameters
 from ..reference import dropout as reference
 from ..reference.random import At
 from ..reference.step import compute_dtype
 from . import elementwise
 from .elementwise import Parts, one_by_one
-
-BLOCK, WARPS, PER_THREAD = 16384, 4, 16
-"""With a fourth of the elements, what a program does before the first would cost each 1.3 instructions
-more."""
-
 
 # Operators --------------------------------------------------------------------------------------------------
 
@@ -210,30 +207,34 @@ def launch(
     thresholds: Tensor, inner: int, activation: str, out: Tensor,
 ) -> None:  # fmt: skip
     """Fill `out` with the kernel; the arguments are those of `_run`, contiguous."""
-    if not out.numel():
-        return
     kernels = importlib.import_module("fastreg_kernels.dropout")
-    with current(out.device):
-        kernels.dropout_kernel[(-(-out.numel() // BLOCK),)](
-            x, bias, residual, gradient, out, seed, thresholds, out.numel(), inner,
-            **constants(bias, thresholds, inner, activation, out.dtype, warp()), num_warps=WARPS,
-        )  # fmt: skip
+    target = architecture(out.device)
+    chosen = launch_parameters("dropout", target)
+    block = chosen.block_for(out.numel(), target)
+    filled = aligned(out)
+    given = (t if t is None else aligned(t) for t in (x, bias, residual, gradient))
+    launch_kernel(
+        kernels.dropout_kernel, -(-out.numel() // block), out.device,
+        *given, filled, seed, aligned(thresholds), out.numel(), inner, block // chosen.chunk(target.lanes),
+        **constants(bias, thresholds, inner, activation, out.dtype, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
+    if filled is not out:
+        out.copy_(filled)
 
 
 def constants(
-    bias: Tensor | None, thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype, lanes: int
-) -> dict[str, Any]:
+    bias: Tensor | None, thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype,
+    chosen: LaunchParameters, lanes: int,
+) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments of the kernel, for warps of so many lanes."""
     tl = importlib.import_module("triton.language")
     return {
         "ACTIVATION": activation,
         "COLUMNS": 1 if bias is None else bias.numel(),
         "CHANNELS": thresholds.numel() if thresholds.dim() else 0,
-        "ADJACENT": inner == 1,
         "INDEX": tl.int32 if inner * thresholds.numel() < 2**30 else tl.int64,
         "COMPUTE": triton_dtype(compute_dtype(dtype)),
-        "BLOCK": BLOCK,
-        "CHUNK": PER_THREAD * WARPS * lanes,
+        "CHUNK": chosen.chunk(lanes),
     }
 
 

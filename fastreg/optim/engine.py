@@ -150,6 +150,11 @@ class Engine(Pass):
             raise RuntimeError(
                 f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
             )
+        if self._capturing() and self._layout is None:
+            raise RuntimeError(
+                f"CUDA graph capture of the first {type(self).__name__}.step(): every replay would start "
+                "from empty state; take a step before the capture"
+            )
 
     def _refuse_inside(self, what: str, consequence: str) -> None:
         if self._inside:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
-from ..device import current
-from ..multi_tensor import WARPS
+from ..device import MOST_PROGRAMS, aligned, architecture, launch
+from ..launch_parameters import LaunchParameters, launch_parameters
 from ..reference import ghost as reference
 
 CHUNK = 2**24
 """Inner products that are held at a time where they are held."""
-TILE = 64
-"""Positions, squared: the inner products that a program of a kernel holds."""
-TILE_WARPS = 8
-"""Of such a program: with fewer, registers do not suffice for both products everywhere."""
-FEATURES = 128
-"""Of a program that sums over positions."""
 
 
 class Grams:
@@ -45,12 +40,17 @@ def ghost_sums(left: Tensor, right: Tensor, grams: Grams | None = None) -> Tenso
     """`reference.ghost_sums`; some samples at a time where inner products are held."""
     samples, positions, _ = left.shape
     if _by_kernel(left) and left.dtype == right.dtype:
-        return _launched(left.contiguous(), right.contiguous())
+        return _some_at_a_time(_launched, left.contiguous(), right.contiguous(), _most_samples(left))
     step = max(1, CHUNK // max(1, positions**2))
     if step >= samples:
         return reference.ghost_sums(left, right, None if grams is None else grams.of(right))
-    pieces = zip(left.split(step), right.split(step), strict=True)
-    return torch.cat([reference.ghost_sums(*piece) for piece in pieces], 1)
+    return _some_at_a_time(reference.ghost_sums, left, right, step)
+
+
+def _some_at_a_time(sums: Callable[..., Tensor], left: Tensor, right: Tensor, samples: int) -> Tensor:
+    pieces = zip(left.split(samples), right.split(samples), strict=True)
+    found = [sums(*piece) for piece in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def sample_sums(
@@ -59,32 +59,37 @@ def sample_sums(
     """See `reference.sample_sums`."""
     if not _by_kernel(grad):
         return reference.sample_sums(grad, x, mean, deviation)
-    (samples, _, features), kernels = grad.shape, importlib.import_module("fastreg_kernels.ghost")
-    given = [None if t is None else t.contiguous() for t in (grad, x, mean, deviation)]
+    (samples, positions, features), kernels = grad.shape, importlib.import_module("fastreg_kernels.ghost")
+    chosen = launch_parameters("sample_sums", architecture(grad.device))
+    given = [None if t is None else aligned(t.contiguous()) for t in (grad, x, mean, deviation)]
     out = [torch.empty(samples, features, device=grad.device) for _ in range(2)]
     weight, bias = out[0] if x is not None else None, out[1]
-    with current(grad.device):
-        kernels.sample_sums_kernel[(-(-features // FEATURES), samples)](
-            *given, weight, bias, grad.shape[1], features, **sample_constants(), num_warps=WARPS
-        )
+    launch(
+        kernels.sample_sums_kernel, samples * -(-features // chosen.block), grad.device,
+        *given, weight, bias, positions, features, **sample_constants(chosen), **chosen.options,
+    )  # fmt: skip
     return weight, bias
+
+
+def _tiles(left: Tensor) -> int:
+    """Along one side of the square of positions."""
+    return -(-left.shape[1] // launch_parameters("ghost_sums", architecture(left.device)).block)
+
+
+def _most_samples(left: Tensor) -> int:
+    """Of a launch."""
+    return max(1, MOST_PROGRAMS // _tiles(left) ** 2)
 
 
 def _launched(left: Tensor, right: Tensor) -> Tensor:
     (samples, positions, p), kernels = left.shape, importlib.import_module("fastreg_kernels.ghost")
-    tiles = -(-positions // TILE)
+    chosen, tiles = launch_parameters("ghost_sums", architecture(left.device)), _tiles(left)
     partial = torch.empty(5, samples, tiles * (tiles + 1) // 2, device=left.device)
-    with current(left.device):
-        kernels.ghost_sums_kernel[(tiles * tiles, samples)](
-            left,
-            right,
-            partial,
-            positions,
-            p,
-            right.shape[-1],
-            **ghost_constants(left.dtype),
-            num_warps=TILE_WARPS,
-        )
+    launch(
+        kernels.ghost_sums_kernel, samples * tiles * tiles, left.device,
+        aligned(left), aligned(right), partial, samples, positions, p, right.shape[-1],
+        **ghost_constants(left.dtype, chosen), **chosen.options,
+    )  # fmt: skip
     return partial.sum(2)
 
 
@@ -92,14 +97,14 @@ def _by_kernel(x: Tensor) -> bool:
     return bool(x.numel()) and x.dtype != torch.float64 and backend.resolve(x.device, 0) == "triton"
 
 
-def ghost_constants(dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of `ghost_sums_kernel`.
+def ghost_constants(dtype: torch.dtype, chosen: LaunchParameters) -> dict[str, Any]:
+    """The compile-time arguments of `ghost_sums_kernel`: float32 is multiplied as such, not as TF32."""
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    return {
+        "PRECISION": precision, "WIDEN": backend.interpreted(), "BLOCK": chosen.block, "DEPTH": chosen.depth,
+    }  # fmt: skip
 
-    Float32 is multiplied as such.  What has 16 bits is a TF32 number as it is: nothing is lost there.
-    """
-    return {"PRECISION": "tf32" if dtype.itemsize < 4 else "ieee", "BLOCK": TILE, "DEPTH": 32}
 
-
-def sample_constants() -> dict[str, Any]:
+def sample_constants(chosen: LaunchParameters) -> dict[str, Any]:
     """The compile-time arguments of `sample_sums_kernel`."""
-    return {"BLOCK": FEATURES, "ROWS": 16}
+    return {"BLOCK": chosen.block, "ROWS": chosen.depth}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..device import current, triton_dtype, warp
-from ..multi_tensor import BLOCK, PARTIALS, PER_THREAD, WARPS, Table, work_list
+from ..device import architecture, capturing, launch, stream, triton_dtype, upload
+from ..launch_parameters import LaunchParameters, launch_parameters
+from ..multi_tensor import work_list
 from ..reference import per_sample as reference
 from ..reference.step import compute_dtype, scalar_dtype
 
@@ -53,63 +54,81 @@ def _clip_and_sum(rows: list[Tensor], sums: list[Tensor], limits: Tensor, accumu
     home, samples, alone = limits.device, len(rows[0]), len(limits) > 1
     rows = [tensor.contiguous() for tensor in rows]
     kinds: dict[Any, list[int]] = {}
-    for i, (tensor, target) in enumerate(zip(rows, sums, strict=True)):
-        kinds.setdefault((tensor.device, tensor.dtype, target.dtype), []).append(i)
+    for i, (tensor, own_sum) in enumerate(zip(rows, sums, strict=True)):
+        kinds.setdefault((tensor.device, tensor.dtype, own_sum.dtype), []).append(i)
     tables, partial, segments, done = [], [], [[0, 0]] * len(rows), 0
     for (device, dtype, _), own in kinds.items():
         lengths = tuple(rows[i].shape[1] for i in own)
         addresses = [[rows[i].data_ptr(), rows[i].shape[1], sums[i].data_ptr(), i * alone] for i in own]
         tables.append(_there(addresses, device))
-        work = _work(lengths, BLOCK, device)
-        found = torch.empty(len(work), samples, dtype=torch.float64, device=device)
-        if found.numel():
-            with current(device):
-                kernels.per_sample_norm_kernel[(len(work), samples)](
-                    tables[-1], work, found, samples, **norm_constants(dtype, warp()), num_warps=WARPS
-                )
+        target = architecture(device)
+        chosen = launch_parameters("per_sample_norm", target)
+        work = _work(lengths, chosen.block, device)
+        found = torch.empty(samples, len(work), dtype=torch.float64, device=device)
+        launch(
+            kernels.per_sample_norm_kernel, found.numel(), device,
+            tables[-1], work, found, len(work), **norm_constants(dtype, chosen, target.lanes),
+            **chosen.options,
+        )  # fmt: skip
         partial.append(found.to(home))
         for i, length in zip(own, lengths, strict=True):
-            segments[i] = [done, done + -(-length // BLOCK)]
+            segments[i] = [done, done + -(-length // chosen.block)]
             done = segments[i][1]
     ranges = segments if alone else [[0, done]]
-    result = torch.empty(2, len(ranges), samples, dtype=torch.float64, device=home)
-    if samples:
-        joined = partial[0] if len(partial) == 1 else torch.cat(partial)
-        with current(home):
-            kernels.per_sample_factor_kernel[(len(ranges), samples)](
-                joined, _there(ranges, home), limits, *result, samples, BLOCK=PARTIALS, num_warps=WARPS
-            )
+    # In memory of their own, so that both start at a multiple of 16 bytes for any number of samples.
+    norms, factors = (torch.empty(len(ranges), samples, dtype=torch.float64, device=home) for _ in range(2))
+    joined = partial[0] if len(partial) == 1 else torch.cat(partial, 1)
+    chosen = launch_parameters("per_sample_factor", architecture(home))
+    launch(
+        kernels.per_sample_factor_kernel, factors.numel(), home,
+        joined, _there(ranges, home), limits, norms, factors, done, samples, BLOCK=chosen.block,
+        **chosen.options,
+    )  # fmt: skip
     for ((device, dtype, sum_dtype), own), table in zip(kinds.items(), tables, strict=True):
-        constants = sum_constants(dtype, sum_dtype, accumulate, warp())
+        target = architecture(device)
+        chosen = launch_parameters("per_sample_sum", target)
+        constants = sum_constants(dtype, sum_dtype, accumulate, chosen, target.lanes)
         work = _work(tuple(rows[i].shape[1] for i in own), constants["CHUNK"], device)
-        if len(work):
-            with current(device):
-                kernels.per_sample_sum_kernel[(len(work),)](
-                    table, work, result[1].to(device), samples, **constants, num_warps=WARPS
-                )
-    return Clipped(*result)
+        launch(
+            kernels.per_sample_sum_kernel, len(work), device,
+            table, work, factors.to(device), samples, **constants, **chosen.options,
+        )  # fmt: skip
+    return Clipped(norms, factors)
 
 
 def _there(integers: list[list[int]], device: torch.device) -> Tensor:
-    return Table().upload(torch.tensor(integers, dtype=torch.int64, device="cpu"), device)
+    return upload(torch.tensor(integers, dtype=torch.int64, device="cpu"), device)
+
+
+def _work(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """For each program (tensor, block of it), int32; kept for the stream, but not for a graph."""
+    if capturing(device):
+        return _made(lengths, block, device)
+    return _kept(lengths, block, device, stream(device))
 
 
 @functools.lru_cache(maxsize=64)
-def _work(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    return Table().upload(work_list([-(-length // block) for length in lengths]), device)
+def _kept(lengths: tuple[int, ...], block: int, device: torch.device, stream: Any) -> Tensor:
+    return _made(lengths, block, device)
 
 
-def norm_constants(dtype: torch.dtype, warp: int) -> dict[str, Any]:
+def _made(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    return upload(work_list([-(-length // block) for length in lengths]), device)
+
+
+def norm_constants(dtype: torch.dtype, chosen: LaunchParameters, lanes: int) -> dict[str, Any]:
     """The compile-time arguments of `per_sample_norm_kernel`."""
-    return {"G": triton_dtype(dtype), "BLOCK": BLOCK, "CHUNK": PER_THREAD * WARPS * warp}
+    return {"G": triton_dtype(dtype), "BLOCK": chosen.block, "CHUNK": chosen.chunk(lanes)}
 
 
-def sum_constants(dtype: torch.dtype, sum_dtype: torch.dtype, accumulate: bool, warp: int) -> dict[str, Any]:
+def sum_constants(
+    dtype: torch.dtype, sum_dtype: torch.dtype, accumulate: bool, chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
     """The compile-time arguments of `per_sample_sum_kernel`."""
     return {
         "G": triton_dtype(dtype),
         "S": triton_dtype(sum_dtype),
         "COMPUTE": triton_dtype(compute_dtype(dtype)),
         "ACCUMULATE": accumulate,
-        "CHUNK": PER_THREAD * WARPS * warp,
+        "CHUNK": chosen.chunk(lanes),
     }

@@ -133,10 +133,15 @@ def run_of(inner, blocks, BLOCK: tl.constexpr):
     return row, first, begin, stop, (begin + 15) // 16 * 16, stop // 16 * 16
 
 
-@triton.jit(do_not_specialize=["blocks", "channels"])
+@triton.jit(
+    do_not_specialize=[
+        "numbers", "peaks", "lower", "upper", "seed", "row_numbers", "inner", "blocks", "spatial", "channels",
+    ]
+)  # fmt: skip
 def adversarial_step_kernel(
-    x, gradient, clean, out, master, numbers, peaks, lower, upper, seed, inner, blocks, spatial, channels,
-    KIND: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    x, gradient, clean, out, master, numbers, peaks, lower, upper, seed, row_numbers, inner, blocks, spatial,
+    channels,
+    KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
     """out = what `reference.step` makes of samples of `inner` elements, in `blocks` programs each.
@@ -146,13 +151,13 @@ def adversarial_step_kernel(
     out       [samples, inner]              rounded towards the centre, if it has 16 bits
     master    COMPUTE [samples, inner]      the same, not rounded; or None
     numbers   COMPUTE [samples, 3]          radius, size of the step, what the projection keeps
-    OWN                                     1; or 0 where all samples share the first row
+    row_numbers                             3; or 0 where all samples share the first row of these
     peaks     int64[samples] or None        KIND "peak": the one element that moves
     lower, upper                            the bounds: none, a scalar, or a table, where element i of a
                                             sample has that at i / spatial % channels
     """
     row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
-    own = numbers + row * (3 * OWN)
+    own = numbers + row * row_numbers
     radius, size, keep = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     key, peak = 0, 0
     if seed is not None:
@@ -192,10 +197,10 @@ def size_block(
     return w * w if SQUARES else tl.abs(w)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["numbers", "seed", "row_numbers", "inner", "blocks"])
 def adversarial_norm_kernel(
-    x, gradient, clean, partial, numbers, seed, inner, blocks,
-    KIND: tl.constexpr, OWN: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    x, gradient, clean, partial, numbers, seed, row_numbers, inner, blocks,
+    KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = Σ w², or Σ |w|, over a run of a sample: w is the direction.
@@ -209,7 +214,7 @@ def adversarial_norm_kernel(
     if seed is not None:
         key = tl.load(seed)
     if clean is not None:
-        size = tl.load(numbers + row * (3 * OWN) + 1)
+        size = tl.load(numbers + row * row_numbers + 1)
     total = tl.zeros([CHUNK], COMPUTE)
     for s in range(wide, rest, CHUNK):
         offsets = s + tl.arange(0, CHUNK)

@@ -58,16 +58,20 @@ def drop(
     s,
     inside,
     CHANNELS: tl.constexpr,
-    ADJACENT: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     if CHANNELS:
         base = start % (mask.inner * CHANNELS)
-        channel = within(base, start, s, y, INDEX) // mask.inner % CHANNELS
-        if ADJACENT and CHANNELS % 8 == 0:
-            channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
-        threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
+        index = within(base, start, s, y, INDEX)
+        if mask.inner == 1:  # neighbours are in neighbouring channels
+            channel = index % CHANNELS
+            if CHANNELS % 8 == 0:
+                channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
+            threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
+        else:
+            channel = index // mask.inner % CHANNELS
+            threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
         scale = scale_of(threshold, COMPUTE)
     else:
         threshold = mask.threshold
@@ -92,8 +96,8 @@ def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: t
 @triton.jit
 def drop_block(
     x, bias, residual, gradient, out, mask, start, s, offsets, inside,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
-    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
     alive = inside & mask.alive
@@ -102,43 +106,43 @@ def drop_block(
         y = activate(y, ACTIVATION)
     else:
         y = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE) * derivative(y, ACTIVATION)
-    y = drop(y, mask, start, s, inside, CHANNELS, ADJACENT, INDEX, COMPUTE)
+    y = drop(y, mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
     if residual is not None:
         y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["seed", "n", "inner", "turns"])
 def dropout_kernel(
-    x, bias, residual, gradient, out, seed, thresholds, n, inner,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, ADJACENT: tl.constexpr,
-    INDEX: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x, bias, residual, gradient, out, seed, thresholds, n, inner, turns,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out = residual + dropout(activation(x + bias)) over n elements in memory order.
 
-    With a gradient of that: out = the gradient by x.
+    With a gradient of that: out = the gradient by x.  A program works on `turns` chunks.
 
     bias        [COLUMNS] or None         along the last dimension
     residual    [n] or None
     gradient    [n] or None
     seed        int64[1]
     thresholds  int32[1] or [CHANNELS]    rates times 65536; channel = index / inner % CHANNELS
-    ADJACENT                              whether inner is 1
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    block = CHUNK * turns.to(tl.int64)
+    start = tl.program_id(0) * block
     mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
     # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
-    stop = tl.minimum(n, start + BLOCK)
+    stop = tl.minimum(n, start + block)
     wide = stop // 16 * 16
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         drop_block(
             x, bias, residual, gradient, out, mask, start, s, offsets, offsets < wide,
-            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
         )  # fmt: skip
     for s in range(wide, stop, 16):
         offsets = s + tl.arange(0, 16)
         drop_block(
             x, bias, residual, gradient, out, mask, start, s, offsets, offsets < stop,
-            ACTIVATION, COLUMNS, CHANNELS, ADJACENT, INDEX, COMPUTE,
+            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
         )  # fmt: skip

@@ -9,9 +9,13 @@ import triton.language as tl
 
 @triton.jit
 def inner_products(
-    x, sample, rows, columns, positions, features, PRECISION: tl.constexpr, DEPTH: tl.constexpr
-):
-    """⟨x_r, x_c⟩ for rows r and columns c of positions of one sample; 0 beyond the last."""
+    x, sample, rows, columns, positions, features,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """⟨x_r, x_c⟩ for rows r and columns c of positions of one sample, both int64; 0 beyond the last.
+
+    Products of 16-bit numbers are exact in float32, in which they are added up.
+    """
     base = x + sample * positions * features
     products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for first in range(0, features, DEPTH):
@@ -25,35 +29,40 @@ def inner_products(
             base + columns[None, :] * features + k[:, None],
             mask=(columns < positions)[None, :] & mask[:, None], other=0.0,
         )  # fmt: skip
-        products = tl.dot(a.to(tl.float32), b.to(tl.float32), products, input_precision=PRECISION)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        products = tl.dot(a, b, products, input_precision=PRECISION)
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "positions"])
 def ghost_sums_kernel(
-    left, right, partial, positions, p, d,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    left, right, partial, samples, positions, p, d,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of inner products on or below the diagonal: no product of positions reaches memory.
 
     left       [samples, positions, p], right [samples, positions, d]: contiguous
     partial    fp32[5, samples, tiles], with tiles counted row by row of the triangle
-    grid       (tiles² of the square, samples); above the diagonal there is nothing to do
+    WIDEN                               for the interpreter, which multiplies the bits of bfloat16 numbers
+    grid       samples · tiles² of the square; above the diagonal there is nothing to do
     """
     tiles = tl.cdiv(positions, BLOCK)
-    row = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles
-    sample = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    sample = (pid // (tiles * tiles)).to(tl.int64)
+    row = pid // tiles % tiles
+    column = pid % tiles
     if column <= row:
-        rows = row * BLOCK + tl.arange(0, BLOCK)
-        columns = column * BLOCK + tl.arange(0, BLOCK)
-        outer = inner_products(left, sample, rows, columns, positions, p, PRECISION, DEPTH)
-        inner = inner_products(right, sample, rows, columns, positions, d, PRECISION, DEPTH)
+        # 64 bits: a sample of a language model's logits has more elements than 32 hold.
+        rows = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        columns = column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        outer = inner_products(left, sample, rows, columns, positions, p, PRECISION, WIDEN, DEPTH)
+        inner = inner_products(right, sample, rows, columns, positions, d, PRECISION, WIDEN, DEPTH)
         times = tl.where(row == column, 1.0, 2.0)
         diagonal = rows[:, None] == columns[None, :]
         count = tiles * (tiles + 1) // 2
         here = partial + sample * count + row * (row + 1) // 2 + column
-        further = tl.num_programs(1).to(tl.int64) * count
+        further = samples.to(tl.int64) * count
         tl.store(here, times * tl.sum(outer * inner))
         tl.store(here + further, times * tl.sum(outer * outer))
         tl.store(here + 2 * further, times * tl.sum(inner * inner))
@@ -61,7 +70,7 @@ def ghost_sums_kernel(
         tl.store(here + 4 * further, tl.sum(tl.where(diagonal, inner, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def sample_sums_kernel(
     grad, x, mean, deviation, weight, bias, positions, features, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -70,15 +79,16 @@ def sample_sums_kernel(
     grad, x          [samples, positions, features], contiguous
     mean, deviation  fp32[samples, positions], what x is less and times; None if x is normalized
     weight, bias     fp32[samples, features]; None if not wanted
-    grid             (blocks of features, samples)
+    grid             samples · blocks of features
     """
-    sample = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(features, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     base = sample * positions * features
     products = tl.zeros([ROWS, BLOCK], tl.float32)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, positions, ROWS):
-        rows = first + tl.arange(0, ROWS)
+        rows = first + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < positions)[:, None] & (columns < features)[None, :]
         offsets = base + rows[:, None] * features + columns[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)

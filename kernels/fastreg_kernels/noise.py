@@ -34,10 +34,18 @@ def row_scales(
 ):  # fmt: skip
     first = start // inner
     base = start % inner
-    if GROUPED:  # groups do not straddle rows: one load and one division for each
+    if GROUPED:  # one load and one division for each group
         offsets = VECTOR * tl.arange(0, like.shape[0] // VECTOR)
-        row = first + (base.to(INDEX) + (s - start).to(INDEX) + offsets) // inner.to(INDEX)
-        return spread(tl.load(scales + row, mask=s + offsets < limit, other=0).to(COMPUTE), like, VECTOR)
+        place = base.to(INDEX) + (s - start).to(INDEX) + offsets
+        row = place // inner.to(INDEX)
+        own = spread(tl.load(scales + first + row, mask=s + offsets < limit, other=0), like, VECTOR)
+        if inner % VECTOR != 0:  # groups straddle rows, two at most
+            here = (row + 1) * inner.to(INDEX) - place  # elements until the next row
+            further = (here < VECTOR) & (s + offsets + here < limit)
+            following = spread(tl.load(scales + first + row + 1, mask=further, other=0), like, VECTOR)
+            until = spread(tl.minimum(here, VECTOR).to(tl.int32), like, VECTOR)
+            own = tl.where(tl.arange(0, like.shape[0]) % VECTOR < until, own, following)
+        return own.to(COMPUTE)
     else:
         row = first + within(base, start, s, like, INDEX) // inner.to(INDEX)
         return tl.load(scales + row, mask=inside, other=0).to(COMPUTE)
@@ -65,26 +73,27 @@ def noise_block(
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "inner"])
+@triton.jit(do_not_specialize=["seed", "scales", "n", "inner", "turns"])
 def noise_kernel(
-    x, out, seed, scales, n, inner,
+    x, out, seed, scales, n, inner, turns,
     KIND: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Noise of a KIND on n elements in memory order.
+    """Noise of a KIND on n elements in memory order; a program works on `turns` chunks.
 
     seed     int64[1]
     scales   [1], or with ROWS [n / inner]     element i has that of row i / inner
-    GROUPED                                    whether inner is a multiple of VECTOR
+    GROUPED                                    whether inner is at least VECTOR
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    block = CHUNK * turns.to(tl.int64)
+    start = tl.program_id(0) * block
     key = tl.load(seed)
     if ROWS:
         scale = 0.0
     else:
         scale = tl.load(scales).to(COMPUTE)
     # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
-    stop = tl.minimum(n, start + BLOCK)
+    stop = tl.minimum(n, start + block)
     wide = stop // 16 * 16
     for s in range(start, wide, CHUNK):
         noise_block(

@@ -43,14 +43,14 @@ def reduced(
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turns"])
 def norm_kernel(
-    table, gradients, steps, numbers, work, partial, stages, storage,
+    table, gradients, steps, numbers, work, partial, turns, stages, storage,
     G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
-    RANDOM: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    RANDOM: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
     LARGEST: tl.constexpr, ABSOLUTE: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """partial[program] = Σ u² over one block; u is the gradient after some stages.
+    """partial[program] = Σ u² over one block of `turns` chunks; u is the gradient after some stages.
 
     If LARGEST it is max |u|, if ABSOLUTE Σ |u|.
 
@@ -60,14 +60,15 @@ def norm_kernel(
     """
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
-    start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
+    block = CHUNK * turns.to(tl.int64)
+    start = tl.load(work + 2 * pid + 1) * block
     header = table + tensor.to(tl.int64) * COLUMNS
     gradient = tl.load(gradients + tensor)
     first = tl.load(header + FIRST)
     stream = tl.load(header + STREAM).to(tl.uint32)
     step = tl.load(steps + tl.load(header + ROW)).to(tl.uint32)
     row = load_row(header, numbers, stages, storage, COMPUTE, NUMBERS)
-    stop = tl.minimum(tl.load(header + COUNT), start + BLOCK)
+    stop = tl.minimum(tl.load(header + COUNT), start + block)
     aligned = gradient % 16 == 0
     if len(stages) > 0:
         aligned = (gradient | any_state(row)) % 16 == 0
@@ -82,12 +83,12 @@ def norm_kernel(
             G, COMPUTE, True, MOMENTUM, RANDOM,
         )  # fmt: skip
         total = gather(total, u, LARGEST, ABSOLUTE)
-    rest = tl.zeros([128], COMPUTE)
+    rest = tl.zeros([CHUNK // 2], COMPUTE)
     lead = 0
     if RANDOM:
         lead = (first + wide) % 8
-    for s in range(wide - lead, stop, 128):
-        offsets = s + tl.arange(0, 128)
+    for s in range(wide - lead, stop, CHUNK // 2):
+        offsets = s + tl.arange(0, CHUNK // 2)
         u = reduced(
             gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets,
             (offsets >= wide) & (offsets < stop), G, COMPUTE, False, MOMENTUM, RANDOM,
@@ -97,7 +98,7 @@ def norm_kernel(
     tl.store(partial + pid, greater(a, b) if LARGEST else a + b)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "limits", "out"])
 def clip_factor_kernel(partial, count, limits, out, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     """What follows from the partial results, in float64 and in a fixed order: see `reference.norm`."""
     total = tl.zeros([BLOCK], tl.float64)

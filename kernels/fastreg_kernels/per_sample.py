@@ -23,23 +23,23 @@ def squares(row, dtype: tl.constexpr, offsets, mask, WIDE: tl.constexpr):
     return g * g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def per_sample_norm_kernel(
-    table, work, partial, samples, G: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    table, work, partial, blocks, G: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """partial[program, sample] = Σ g² over one block of one row.
+    """partial[sample, block] = Σ g² over one block of one row; a program for each.
 
     In float64: a norm that came out too small would let a sample count for more than it may, and squares of
     large gradients overflow float32.
 
     table    int64[tensors, COLUMNS]
-    work     int32[programs, 2]        (tensor, block)
-    partial  float64[programs, samples]
+    work     int32[blocks, 2]          (tensor, block of it)
+    partial  float64[samples, blocks]
     """
     pid = tl.program_id(0)
-    sample = tl.program_id(1)
-    header = table + tl.load(work + 2 * pid).to(tl.int64) * COLUMNS
-    start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
+    sample, own = pid // blocks, work + 2 * (pid % blocks)
+    header = table + tl.load(own).to(tl.int64) * COLUMNS
+    start = tl.load(own + 1).to(tl.int64) * BLOCK
     length = tl.load(header + LENGTH)
     row = tl.load(header + SAMPLES) + sample.to(tl.int64) * length * (G.primitive_bitwidth // 8)
     stop = tl.minimum(length, start + BLOCK)
@@ -48,37 +48,40 @@ def per_sample_norm_kernel(
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         total += squares(row, G, offsets, offsets < wide, True)
-    rest = tl.zeros([128], tl.float64)
-    for s in range(wide, stop, 128):
-        offsets = s + tl.arange(0, 128)
+    rest = tl.zeros([CHUNK // 2], tl.float64)
+    for s in range(wide, stop, CHUNK // 2):
+        offsets = s + tl.arange(0, CHUNK // 2)
         rest += squares(row, G, offsets, offsets < stop, False)
-    tl.store(partial + pid.to(tl.int64) * samples + sample, tl.sum(total) + tl.sum(rest))
+    tl.store(partial + pid, tl.sum(total) + tl.sum(rest))
 
 
-@triton.jit
-def per_sample_factor_kernel(partial, segments, limits, norms, factors, samples, BLOCK: tl.constexpr):
-    """Norms and factors of every sample in every segment, from the partial sums.
+@triton.jit(do_not_specialize=["blocks", "samples"])
+def per_sample_factor_kernel(
+    partial, segments, limits, norms, factors, blocks, samples, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Norm and factor of one sample in one segment, from its partial sums; a program for each.
 
-    partial   float64[programs, samples]
-    segments  int64[segments, 2]           which programs: first, and the one after the last
+    partial   float64[samples, blocks]
+    segments  int64[segments, 2]           which blocks: first, and the one after the last
     limits    float64[segments]            largest norms
     norms     float64[segments, samples]
     factors   float64[segments, samples]   0 where the norm is not finite, or float32 has no factor
     """
-    segment = tl.program_id(0)
-    sample = tl.program_id(1)
+    pid = tl.program_id(0)
+    segment, sample = pid // samples, pid % samples
     start = tl.load(segments + 2 * segment)
     stop = tl.load(segments + 2 * segment + 1)
+    own = partial + sample.to(tl.int64) * blocks + start
+    count = (stop - start).to(tl.int32)
     total = tl.zeros([BLOCK], tl.float64)
-    for s in range(start, stop, BLOCK):
-        rows = s + tl.arange(0, BLOCK)
-        total += tl.load(partial + rows * samples + sample, mask=rows < stop, other=0.0)
+    for s in range(0, count, BLOCK):
+        offsets = s + tl.arange(0, BLOCK)
+        total += tl.load(own + offsets, mask=offsets < count, other=0.0)
     norm = tl.sqrt(tl.sum(total))
     factor = tl.minimum(tl.load(limits + segment) / (norm + 1e-6), 1.0)
-    place = segment.to(tl.int64) * samples + sample
-    tl.store(norms + place, norm)
+    tl.store(norms + pid, norm)
     counts = (norm < float("inf")) & (factor >= 1.1754943508222875e-38)
-    tl.store(factors + place, tl.where(counts, factor, 0.0))
+    tl.store(factors + pid, tl.where(counts, factor, 0.0))
 
 
 @triton.jit
@@ -98,7 +101,7 @@ def sum_block(
     tl.store(at_address(sum, S, offsets, WIDE), total.to(S), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def per_sample_sum_kernel(
     table, work, factors, samples, G: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
     ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr,
@@ -124,6 +127,6 @@ def per_sample_sum_kernel(
     if wide > start:
         offsets = start + tl.arange(0, CHUNK)
         sum_block(rows, sum, own, samples, stride, offsets, offsets < wide, G, S, COMPUTE, ACCUMULATE, True)
-    for s in range(wide, stop, 128):
-        offsets = s + tl.arange(0, 128)
+    for s in range(wide, stop, CHUNK // 2):
+        offsets = s + tl.arange(0, CHUNK // 2)
         sum_block(rows, sum, own, samples, stride, offsets, offsets < stop, G, S, COMPUTE, ACCUMULATE, False)

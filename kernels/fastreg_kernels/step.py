@@ -211,7 +211,7 @@ def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr, NUMBERS: tl.c
 
 # `stages` and `storage` stay un-annotated: as tl.constexpr, Triton's disk cache would not notice that a
 # stage's source was edited and would run the old code.
-@triton.jit
+@triton.jit(do_not_specialize=["skip"])
 def step_kernel(
     table, gradients, steps, numbers, work, skip, stages, storage,
     G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
@@ -224,10 +224,11 @@ def step_kernel(
     steps      int64[rows]               step count, for randomness
     numbers    COMPUTE[rows, NUMBERS]    what the host worked out for this step
     work       int32[programs, 2]        (tensor, block)
-    skip       float64[1]                not 0: nothing is read or written
+    skip       float64[1] or None        not 0: nothing is read or written
     """
-    if tl.load(skip) != 0:
-        return
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     start = tl.load(work + 2 * pid + 1).to(tl.int64) * BLOCK
@@ -251,9 +252,14 @@ def step_kernel(
             gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets, offsets < wide,
             G, COMPUTE, True,
         )  # fmt: skip
-    # The narrow one starts early enough for random numbers to come in whole groups.
-    for s in range(wide - (first + wide) % 8, stop, 128):
-        offsets = s + tl.arange(0, 128)
+    # The narrow one does the rest, and all of a tensor that is misaligned or has a misaligned gradient, such
+    # as one in a bucket. A fourth of a chunk keeps enough loads in flight and takes no registers from the
+    # wide one; a whole chunk would take 30 to 90.
+    lead = 0
+    if RANDOM:  # random numbers come in whole groups
+        lead = (first + wide) % 8
+    for s in range(wide - lead, stop, CHUNK // 4):
+        offsets = s + tl.arange(0, CHUNK // 4)
         update_block(
             gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets,
             (offsets >= wide) & (offsets < stop), G, COMPUTE, False,

@@ -37,10 +37,10 @@ def unit_squares_kernel(
         g = tl.load(at_address(gradient, G, offsets, True), mask=offsets < wide, other=0.0).to(COMPUTE)
         p_squares += p * p
         g_squares += g * g
-    p_rest = tl.zeros([128], COMPUTE)
-    g_rest = tl.zeros([128], COMPUTE)
-    for s in range(wide, length, 128):
-        j = s + tl.arange(0, 128)
+    p_rest = tl.zeros([CHUNK // 2], COMPUTE)
+    g_rest = tl.zeros([CHUNK // 2], COMPUTE)
+    for s in range(wide, length, CHUNK // 2):
+        j = s + tl.arange(0, CHUNK // 2)
         offsets = j // stride * (stride * count) + j % stride
         p = tl.load(at_address(parameter, P, offsets, False), mask=j < length, other=0.0).to(COMPUTE)
         g = tl.load(at_address(gradient, G, offsets, False), mask=j < length, other=0.0).to(COMPUTE)

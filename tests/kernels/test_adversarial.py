@@ -8,6 +8,7 @@ import torch
 
 import fastreg
 from fastreg.adversarial import ops
+from fastreg.launch_parameters import LaunchParameters, trying
 from fastreg.reference import adversarial as reference
 from fastreg.reference import random
 from fastreg.reference.random import At
@@ -21,10 +22,11 @@ SHAPES = [(3, 1500), (2, 37), (2, 16), (4, 1)]
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_blocks():
     """So that few elements take several programs, each of several rounds of the wide loop."""
-    monkeypatch.setattr(ops, "BLOCK", 1024)
-    monkeypatch.setattr(ops, "PER_THREAD", 4)
+    few = LaunchParameters(1024, per_thread=4)
+    with trying("adversarial_step", few), trying("adversarial_norm", few):
+        yield
 
 
 def limits(kind, dtype):

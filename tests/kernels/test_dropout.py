@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastreg
+from fastreg.launch_parameters import LaunchParameters, trying
 from fastreg.nn import ops, rates
 from fastreg.reference.activations import ACTIVATIONS
 
@@ -14,10 +15,10 @@ SEED = torch.tensor(2**40 + 3)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_blocks():
     """So that few elements take several programs, each of several rounds of the wide loop."""
-    monkeypatch.setattr(ops, "BLOCK", 4096)
-    monkeypatch.setattr(ops, "PER_THREAD", 8)
+    with trying("dropout", LaunchParameters(4096, per_thread=8)):
+        yield
 
 
 def draw(shape, dtype=torch.float64, seed=0, spread=2.0):

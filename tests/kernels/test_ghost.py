@@ -27,9 +27,11 @@ def test_ghost_sums(samples, positions, p, d, dtype):
     with fastreg.use_backend("triton"):
         found = ghost.ghost_sums(left, right)
     exact = reference.ghost_sums(left.double(), right.double())
-    expected = reference.ghost_sums(left, right)
     assert found.shape == (5, samples) and found.dtype == torch.float32
-    assert ((found - exact).abs() <= 2 * (expected - exact).abs() + 1e-6 * exact[1:].abs().amax(0)).all()
+    # Each addition may lose a unit in the last place of the sum of magnitudes, on tensor cores, too: so many
+    # are in an inner product, and 64 in a row of the sum over a tile and over tiles.
+    magnitudes = reference.ghost_sums(left.double().abs(), right.double().abs())
+    assert ((found - exact).abs() <= (p + d + 64) * 2.0**-23 * magnitudes).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

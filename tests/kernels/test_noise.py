@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastreg
+from fastreg.launch_parameters import LaunchParameters, trying
 from fastreg.nn import noise_ops
 from fastreg.reference.noise import KINDS
 
@@ -17,10 +18,10 @@ EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_blocks():
     """So that few elements take several programs, each of several rounds of the wide loop."""
-    monkeypatch.setattr(noise_ops, "BLOCK", 2048)
-    monkeypatch.setattr(noise_ops, "PER_THREAD", 8)
+    with trying("noise", LaunchParameters(2048, per_thread=8)):
+        yield
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -127,12 +128,11 @@ def test_compiled_equals_the_reference(kind, dtype, inner):
 
 
 @pytest.mark.parametrize("block, per_thread", [(1024, 8), (8192, 16)])
-def test_the_same_noise_for_every_block(block, per_thread, monkeypatch):
+def test_the_same_noise_for_every_block(block, per_thread):
     x = draw(5001)
     expected = run(x, torch.tensor(0.3), "additive")
-    monkeypatch.setattr(noise_ops, "BLOCK", block)
-    monkeypatch.setattr(noise_ops, "PER_THREAD", per_thread)
-    assert torch.equal(run(x, torch.tensor(0.3), "additive"), expected)
+    with trying("noise", LaunchParameters(block, per_thread=per_thread)):
+        assert torch.equal(run(x, torch.tensor(0.3), "additive"), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])

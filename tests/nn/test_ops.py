@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastreg
+from fastreg.launch_parameters import LaunchParameters, trying
 from fastreg.nn import Dropout, elementwise, functional, ops, rates
 
 SEEDS = [0, 7, 2**31 + 5, 2**40 + 3, -1, -(2**62)]
@@ -51,11 +52,10 @@ def test_the_same_mask_for_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("block, per_thread", [(2048, 16), (4096, 8), (8192, 32)])
-def test_the_same_mask_for_every_block(block, per_thread, monkeypatch):
+def test_the_same_mask_for_every_block(block, per_thread):
     expected = mask(5, 0.4, 9000)
-    monkeypatch.setattr(ops, "BLOCK", block)
-    monkeypatch.setattr(ops, "PER_THREAD", per_thread)
-    assert torch.equal(mask(5, 0.4, 9000, "triton"), expected)
+    with trying("dropout", LaunchParameters(block, per_thread=per_thread)):
+        assert torch.equal(mask(5, 0.4, 9000, "triton"), expected)
 
 
 def test_the_same_mask_for_every_chunk(monkeypatch):

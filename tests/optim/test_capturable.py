@@ -103,12 +103,22 @@ def test_checkpoints_do_not_change_it(Race):
 
 
 def test_capture_without_it_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     weight = Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
+    optimizer = fastreg.AdamW([weight], capturable=True)
+    capturing(monkeypatch)
     with pytest.raises(RuntimeError, match=r"capture of SGD\.step\(\) needs capturable=True in every group"):
         fastreg.SGD([weight]).step()
-    assert (weight == 1).all()
-    fastreg.AdamW([weight], capturable=True).step()
-    assert (weight < 1).all()
+    with pytest.raises(RuntimeError, match=r"the first AdamW\.step\(\).*take a step before the capture"):
+        optimizer.step()
+    assert (weight == 1).all() and not optimizer.state
+    monkeypatch.undo()
+    optimizer.step()
+    capturing(monkeypatch)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+
+
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

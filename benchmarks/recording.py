@@ -1,0 +1,156 @@
+"""Triton's own CUDA driver and launcher over a stand-in for libcuda: what would reach a GPU, on a CPU.
+
+`stub` replaces Triton's driver; here it is the real one, with its C launcher, and only the library below it
+is not NVIDIA's.  Every launch is recorded with its grid and with the parameters that C handed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.nvidia import driver as nvidia
+
+from fastreg import device
+
+from . import stub
+
+SOURCE = Path(__file__).with_name("libcuda.c")
+
+
+class _Last(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("function", ctypes.c_void_p),
+        ("count", ctypes.c_int),
+        ("parameters", ctypes.c_ulonglong * 256),
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What C was about to launch.
+
+    Attributes:
+        kernel: Its name.
+        grid: Programs in each dimension.
+        threads: Of a program.
+        parameters: Addresses and integers by name, as C handed them over.
+        given: What Python gave for them.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    parameters: dict[str, int]
+    given: dict[str, int]
+
+
+class _Driver(nvidia.CudaDriver):
+    """Triton's driver for NVIDIA, without torch asking whether there is a GPU."""
+
+    def __init__(self) -> None:
+        self.utils = nvidia.CudaUtils()
+        self.launcher_cls = nvidia.CudaLauncher
+
+    def get_current_target(self) -> Any:
+        return stub.TARGETS["sm_90"]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+
+@functools.cache
+def _library() -> Any:
+    """The stand-in, built and loaded under the name of the real one."""
+    folder = tempfile.mkdtemp(prefix="fastreg-libcuda-")
+    target = Path(folder) / "libcuda.so.1"
+    include = Path(nvidia.__file__).with_name("include")
+    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", f"-I{include}", str(SOURCE)]
+    subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", str(target)], check=True)
+    found = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+    found.recorded_last.restype = ctypes.POINTER(_Last)
+    found.recorded_launches.restype = found.recorded_modules.restype = ctypes.c_long
+    found.folder = folder
+    return found
+
+
+@contextlib.contextmanager
+def recording_driver() -> Iterator[list[Launch]]:
+    """Within the block CPU tensors go to the kernels by Triton's own launcher; gives what it launched."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the stand-in for libcuda would take the place of the real one, which is loaded")
+    library, launches = _library(), list[Launch]()
+    launch = device.launch
+
+    def recorded(kernel: Any, programs: int, where: Any, *arguments: Any, **constants: Any) -> None:
+        given = _parameters(kernel, arguments)
+        library.expect_parameters(len(given))
+        before = library.recorded_launches()
+        launch(kernel, programs, where, *arguments, **constants)
+        if not programs:
+            return
+        if library.recorded_launches() != before + 1:
+            raise RuntimeError(f"{kernel.__name__} was launched {library.recorded_launches() - before} times")
+        last = library.recorded_last().contents
+        found = (
+            value & 0xFFFFFFFF if narrow else value
+            for value, (_, narrow) in zip(last.parameters, given.values(), strict=False)
+        )
+        launches.append(
+            Launch(
+                kernel.__name__, tuple(last.grid), last.threads,
+                dict(zip(given, found, strict=True)), {name: value for name, (value, _) in given.items()},
+            )
+        )  # fmt: skip
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": library.folder}))
+        for module in (device, *_launchers()):
+            stack.enter_context(mock.patch.object(module, _name(module), recorded))
+        stack.enter_context(stub.active(_Driver(), "sm_90"))
+        yield launches
+
+
+def _launchers() -> list[Any]:
+    """The modules that launch kernels."""
+    from fastreg import multi_tensor
+    from fastreg.adversarial import ops as adversarial
+    from fastreg.nn import noise_ops, ops
+    from fastreg.privacy import ghost, per_sample
+
+    return [multi_tensor, adversarial, noise_ops, ops, ghost, per_sample]
+
+
+def _name(module: Any) -> str:
+    return "launch_kernel" if hasattr(module, "launch_kernel") else "launch"
+
+
+def _parameters(kernel: Any, arguments: tuple[Any, ...]) -> dict[str, tuple[int, bool]]:
+    """What Triton's launcher hands to the driver: addresses and integers, and whether these have 32 bits."""
+    found = {}
+    for name, value in zip(kernel.arg_names, arguments, strict=False):
+        if isinstance(value, torch.Tensor):
+            found[name] = value.data_ptr(), False
+        elif isinstance(value, int):
+            found[name] = value, abs(value) < 2**31
+    return found
