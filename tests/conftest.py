@@ -79,8 +79,10 @@ RULES = {
 def pytest_configure(config: pytest.Config) -> None:
     """Let kernels run in Triton's interpreter, except on a GPU and where only tests/benchmarks is run.
 
-    Triton looks at the variable when it is imported, which no test has done yet.
+    Triton looks at the variable when it is imported, which no test has done yet.  What is compiled for CPUs
+    is kept beside pytest's own files, where all workers find it.
     """
+    os.environ.setdefault("FASTREG_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "fastreg"))
     compiled = [Path(arg.split("::")[0]).resolve() for arg in config.args]
     if DEVICE != "cuda" and not all(COMPILED in (path, *path.parents) for path in compiled):
         os.environ.setdefault("TRITON_INTERPRET", "1")
