@@ -53,6 +53,22 @@ OPTIMIZERS = {
     "Adam-amsgrad": (fastreg.Adam, {"amsgrad": True, "weight_decay": 0.1}),
     "AdamW-cautious": (fastreg.AdamW, {"decay": "cautious"}),
 }
+PIECES: dict[str, Callable[[float, float], Any]] = {
+    "clip": lambda max_norm, rho: fastreg.ClipNorm(max_norm),
+    "adaptive": lambda *_: fastreg.AdaptiveClip(),
+    "value": lambda *_: fastreg.ClipValue(VALUE),
+    "noise": lambda *_: fastreg.GradientNoise(STD),
+    "relative": lambda *_: fastreg.GradientNoise(STD, relative=True),
+    "L2SP": lambda *_: fastreg.L2SP(STRENGTH),
+    "L1": lambda *_: fastreg.L1(STRENGTH),
+    "EMA": lambda *_: fastreg.EMA(DECAY),
+    "SWA": lambda *_: fastreg.SWA(),
+    "Lookahead": lambda *_: fastreg.SlowWeights(K, ALPHA),
+    "pullback": lambda *_: fastreg.SlowWeights(K, ALPHA, "pullback"),
+    "MSAM": lambda max_norm, rho: fastreg.MSAM(rho),
+    "dp": lambda *_: PrivateNoise(Noise()),
+}
+"""What else the name of a chain may hold besides SAM or ASAM, made of max_norm and rho."""
 READ_ONLY = ("l2_sp_start", "slow_momentum")
 """Buffers that a pass does not write."""
 WRITE_ONLY = ("sam_backup", "rounded", "slow_momentum")
@@ -113,6 +129,14 @@ def without(name: str, part: str) -> str:
     return "+".join(other for other in name.split("+") if other != part)
 
 
+def known(name: str) -> bool:
+    """Whether a chain of this name can be made and stepped: one update rule, and other parts once each."""
+    parts = name.split("+")
+    others = [part for part in parts if part not in OPTIMIZERS]
+    possible = (PIECES.keys() - {"dp"}) | {"SAM", "ASAM"}
+    return len(parts) == len(others) + 1 and set(others) <= possible and len(set(others)) == len(others)
+
+
 def rule(name: str) -> str:
     """The update rule of a chain: "AdamW" of "clip+AdamW+EMA"."""
     (found,) = set(name.split("+")) & OPTIMIZERS.keys()
@@ -158,24 +182,9 @@ def optimizer(
         rho: For the perturbation, where it has one.
         options: For the optimizer, such as `lr`.
     """
-    pieces = {
-        "clip": fastreg.ClipNorm(max_norm),
-        "adaptive": fastreg.AdaptiveClip(),
-        "value": fastreg.ClipValue(VALUE),
-        "noise": fastreg.GradientNoise(STD),
-        "relative": fastreg.GradientNoise(STD, relative=True),
-        "L2SP": fastreg.L2SP(STRENGTH),
-        "L1": fastreg.L1(STRENGTH),
-        "EMA": fastreg.EMA(DECAY),
-        "SWA": fastreg.SWA(),
-        "Lookahead": fastreg.SlowWeights(K, ALPHA),
-        "pullback": fastreg.SlowWeights(K, ALPHA, "pullback"),
-        "MSAM": fastreg.MSAM(rho),
-        "dp": PrivateNoise(Noise()),
-    }
     make, settings = OPTIMIZERS[rule(name)]
     parts = name.split("+")
-    chosen = [piece for key, piece in pieces.items() if key in parts]
+    chosen = [piece(max_norm, rho) for key, piece in PIECES.items() if key in parts]
     settings = {"regularizers": chosen, **settings, **options}
     if {"SAM", "ASAM"} & set(parts):
         return fastreg.SAM(params, make, rho, "ASAM" in parts, **settings)

@@ -7,6 +7,7 @@ on the host and what makes it compile again can be seen anywhere, and Triton's c
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,22 @@ from fastreg.launch_parameters import Architecture
 
 from .entry_points import entry_points
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+
+def gpu_target(name: str) -> GPUTarget:
+    """What Triton calls a target.
+
+    Raises:
+        ValueError: If the name is not that of an architecture.
+    """
+    if found := re.fullmatch(r"sm_(\d+)", name):
+        return GPUTarget("cuda", int(found[1]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    raise ValueError(f"a target must be such as sm_90 or gfx942, got {name!r}")
+
+
+TARGETS = {name: gpu_target(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
+"""What the audit reads."""
 
 
 class _Driver(DriverBase):
@@ -69,15 +80,15 @@ class _Driver(DriverBase):
 def stub_driver(target: str = "sm_90") -> Iterator[list[str]]:
     """Within the block CPU tensors go to the kernels, which do nothing; gives the names launched."""
     launches: list[str] = []
-    with active(_Driver(launches, TARGETS[target]), target):
+    with active(_Driver(launches, gpu_target(target)), target):
         yield launches
 
 
 @contextlib.contextmanager
 def active(instead: DriverBase, target: str) -> Iterator[None]:
     """Within the block CPU tensors go to the kernels by way of a driver, for a target."""
-    allowed, lanes = backend._no_triton, TARGETS[target].warp_size
-    _forget_compiled()
+    allowed, lanes = backend._no_triton, gpu_target(target).warp_size
+    forget_compiled()
     driver.set_active(instead)
     backend._no_triton = lambda device: None
     try:
@@ -88,7 +99,7 @@ def active(instead: DriverBase, target: str) -> Iterator[None]:
             yield
     finally:
         backend._no_triton = allowed
-        _forget_compiled()  # while there is the driver that has loaded it
+        forget_compiled()  # while there is the driver that has loaded it
         driver._active = None  # `reset_active` would look for a real one
 
 
@@ -98,7 +109,12 @@ def variants() -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def _forget_compiled() -> None:
+def compiled() -> list[Any]:
+    """All variants of all kernels that have been compiled for the driver."""
+    return [made for kernel in entry_points().values() for made in kernel.device_caches[0][0].values()]
+
+
+def forget_compiled() -> None:
     """What has been compiled for one driver must not be launched by another."""
     for kernel in entry_points().values():
         kernel.device_caches.clear()

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import backend
+from . import backend, kernel_cache, programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,16 @@ class Info:
         platform: Operating system and processor.
         forced: What `use_backend` or `FASTREG_BACKEND` ask for, "auto" by default.
         devices: The CPU, then accelerators.
+        kernels: What `fastreg precompile` has compiled into Triton's cache, and where that is.
+        programs: Compiled steps for CPUs that are kept for later processes, and where.
     """
 
     versions: dict[str, str]
     platform: str
     forced: str
     devices: tuple[Device, ...]
+    kernels: tuple[str, ...]
+    programs: str
 
     def __str__(self) -> str:
         """Readable lines."""
@@ -48,6 +52,8 @@ class Info:
         lines += [f"{'platform':<14}{self.platform}", f"{'backend':<14}{self.forced}"]
         for device in self.devices:
             lines += [f"{device.name:<14}{device.hardware}", f"{'':<14}{device.backend}"]
+        for i, line in enumerate((*self.kernels, self.programs)):
+            lines.append(f"{'' if i else 'cached':<14}{line}")
         return "\n".join(lines)
 
 
@@ -67,7 +73,29 @@ def info() -> Info:
         devices.append(Device(f"cuda:{i}", hardware, _why(torch.device("cuda", i))))
     if torch.backends.mps.is_available():
         devices.append(Device("mps", platform.processor() or "Apple GPU", _why(torch.device("mps"))))
-    return Info(versions, platform.platform(), backend.forced(), tuple(devices))
+    return Info(
+        versions, platform.platform(), backend.forced(), tuple(devices), tuple(_kernels()), _programs()
+    )  # fmt: skip
+
+
+def _kernels() -> list[str]:
+    """What was compiled ahead of time for GPUs, in words."""
+    place = kernel_cache.folder()
+    found = [
+        f"{cached.kernels} kernels for {cached.target} in {place}"
+        + ("" if cached.current else f", of another version: run fastreg precompile --target {cached.target}")
+        for cached in kernel_cache.read(place)
+    ]
+    return found or [f"no kernels ahead of time; `fastreg precompile` compiles them into {place}"]
+
+
+def _programs() -> str:
+    """Which steps of the `compiled` backend are kept, in words."""
+    place = programs.folder()
+    if place is None:
+        return "no compiled steps: FASTREG_CACHE_DIR is off"
+    count, size = programs.kept()
+    return f"{count} compiled steps, {size / 1e6:.1f} MB in {place}"
 
 
 def _why(device: torch.device) -> str:

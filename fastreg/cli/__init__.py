@@ -1,4 +1,4 @@
-"""The command line: `fastreg compare | private | bench | recipe | info`.
+"""The command line: `fastreg compare | private | bench | recipe | precompile | info`.
 
 Each subcommand is a module with `add_parser`; it imports torch and the like only once it runs, so that help
 and usage errors come at once.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from . import bench, compare, info, private, recipe
+from . import bench, compare, info, precompile, private, recipe
 from .usage import Parser, UsageError
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastreg {_version()}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (compare, private, bench, recipe, info):
+    for command in (compare, private, bench, recipe, precompile, info):
         command.add_parser(commands)
     try:
         args = parser.parse_args(argv)

@@ -66,8 +66,9 @@ def norm_kernel(
     gradient = tl.load(gradients + tensor)
     first = tl.load(header + FIRST)
     stream = tl.load(header + STREAM).to(tl.uint32)
-    step = tl.load(steps + tl.load(header + ROW)).to(tl.uint32)
-    row = load_row(header, numbers, stages, storage, COMPUTE, NUMBERS)
+    number_row = tl.load(header + ROW)
+    step = tl.load(steps + number_row).to(tl.uint32)
+    row = load_row(header, numbers + number_row * NUMBERS, stages, storage, COMPUTE)
     stop = tl.minimum(tl.load(header + COUNT), start + block)
     aligned = gradient % 16 == 0
     if len(stages) > 0:

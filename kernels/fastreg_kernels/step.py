@@ -16,7 +16,8 @@ import triton.language as tl
 
 from .random import At
 
-# Columns of the table that every row has; those of the chain follow.
+# Columns of the table that every row has; those of the chain follow. Only entry points name them: the key
+# of a kernel in Triton's cache would depend on what was compiled before if a function that it calls did.
 PARAMETER = tl.constexpr(0)  # address
 COUNT = tl.constexpr(1)  # elements
 FIRST = tl.constexpr(2)  # global index of element 0: not 0 for a shard
@@ -189,8 +190,7 @@ def any_state(row):
 
 
 @triton.jit
-def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr, NUMBERS: tl.constexpr):
-    number_row = tl.load(row + ROW)
+def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr):
     state = ()
     arguments = ()
     units = ()
@@ -202,7 +202,7 @@ def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr, NUMBERS: tl.c
         arguments = arguments + (
             load_scalars(row, stages[i].scalars, COMPUTE)
             + load_words(row, stages[i].words)
-            + load_words(numbers + number_row * NUMBERS, stages[i].numbers),
+            + load_words(numbers, stages[i].numbers),
         )
     sources = load_words(row, storage.sources)
     targets = load_words(row, storage.targets)
@@ -236,8 +236,9 @@ def step_kernel(
     first = tl.load(header + FIRST)
     gradient = tl.load(gradients + tensor)
     stream = tl.load(header + STREAM).to(tl.uint32)
-    step = tl.load(steps + tl.load(header + ROW)).to(tl.uint32)
-    row = load_row(header, numbers, stages, storage, COMPUTE, NUMBERS)
+    number_row = tl.load(header + ROW)
+    step = tl.load(steps + number_row).to(tl.uint32)
+    row = load_row(header, numbers + number_row * NUMBERS, stages, storage, COMPUTE)
     aligned = (gradient | any_of(row.targets) | any_state(row)) % 16 == 0
     if RANDOM:
         aligned = aligned & (first % 8 == 0)

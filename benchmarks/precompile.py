@@ -1,0 +1,153 @@
+"""Fills Triton's cache for a target, without a GPU: every kernel and chain as its launcher would compile it.
+
+Nothing is compiled by hand: families of kernels are run on tiny CPU tensors with a driver that launches
+nothing, so that specialisation, options and keys are those of a run on the target.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastreg import kernel_cache
+
+from . import chains, families
+
+SHAPES = [(3, 5, 16)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = ("fp32", "bf16", "mixed", "remainder")
+"""What is compiled by default: dtypes, and for chains combinations of weights, gradients and state."""
+
+
+class Item(NamedTuple):
+    """Something that is compiled in one go.
+
+    Args:
+        family: One of `families.FAMILIES`.
+        kind: A dtype; for chains one of `chains.STORAGES`.
+        nonfinite: For chains, what is done about NaN and infinities: with "skip" it is another kernel.
+    """
+
+    family: str
+    kind: str
+    nonfinite: str = "propagate"
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.kind}{', skipping' if self.nonfinite == 'skip' else ''}"
+
+
+class Filled(NamedTuple):
+    """What a cache holds after it was filled.
+
+    Args:
+        kernels: All that the items need.
+        compiled: How many of these were not there before.
+        seconds: How long it took.
+        failed: Items that did not compile, with the errors.
+    """
+
+    kernels: int
+    compiled: int
+    seconds: float
+    failed: dict[str, str]
+
+
+def items(names: Sequence[str] = (), kinds: Sequence[str] = KINDS) -> list[Item]:
+    """The work: by default, all that is shipped."""
+    found = []
+    for name in names or families.FAMILIES:
+        if chains.known(name):
+            storages = [kind for kind in kinds if kind in chains.STORAGES]
+            found += [Item(name, *rest) for rest in itertools.product(storages, ("propagate", "skip"))]
+        else:
+            found += [Item(name, kind) for kind in kinds if kind in DTYPES]
+    return found
+
+
+def run(item: Item) -> None:
+    """Launch what an item needs, on tiny tensors."""
+    dtype = DTYPES.get(item.kind, torch.bfloat16)
+    chain = chains.known(item.family)
+    inputs = families.Inputs(dtype, "cpu", "triton", SHAPES, storage=item.kind if chain else None)
+    if chain:
+        families.stepped(item.family, inputs, item.nonfinite)
+    else:
+        families.run(item.family, inputs)
+
+
+def fill(
+    target: str, place: Path, work: Sequence[Item], jobs: int = 1,
+    report: Callable[[Item, int], None] = lambda item, kernels: None, driver: str = "stub",
+) -> Filled:  # fmt: skip
+    """Compile into a cache.
+
+    Args:
+        target: Such as "sm_90".
+        place: The folder of the cache.
+        work: What to compile.
+        jobs: Processes.
+        report: Called after each item with the number of kernels that it needs.
+        driver: "stub"; or "recording", which also builds Triton's launchers, for the Python that runs this.
+    """
+    start = time.perf_counter()
+    place.mkdir(parents=True, exist_ok=True)
+    before, needed, failed = hashes(place), set(), {}
+    with ProcessPoolExecutor(
+        max(1, min(jobs, len(work))),
+        multiprocessing.get_context("spawn"),
+        _begin,
+        (target, str(place), driver),
+    ) as pool:
+        for item, (used, error) in zip(work, pool.map(_run, work), strict=True):
+            needed |= used
+            if error:
+                failed[str(item)] = error
+            report(item, len(used))
+    for file in place.glob("*/*_kernel.source"):  # four fifths of the cache, which no run reads
+        file.unlink()
+    if not failed:
+        kernel_cache.note(place, target, len(needed))
+    return Filled(len(needed), len(needed - before), time.perf_counter() - start, failed)
+
+
+def _begin(target: str, place: str, driver: str) -> None:
+    """Make this process compile for a target, into a folder."""
+    os.environ |= {"TRITON_CACHE_DIR": place, "TRITON_STORE_BINARY_ONLY": "1"}
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+    from . import recording, stub
+
+    made = recording.recording_driver() if driver == "recording" else stub.stub_driver(target)
+    made.__enter__()
+    _entered.append(made)
+
+
+_entered: list[Any] = []  # until the process ends
+
+
+def _run(item: Item) -> tuple[set[str], str]:
+    """The hashes of the kernels that an item needs; and an error, if there was one."""
+    from . import stub
+
+    stub.forget_compiled()
+    error = ""
+    try:
+        run(item)
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
+    return {kernel.hash for kernel in stub.compiled()}, error
+
+
+def hashes(place: Path) -> set[str]:
+    """Of the kernels of ours that are in a cache."""
+    files = (file for file in place.glob("*/*_kernel.json") if not file.name.startswith("__"))
+    return {json.loads(file.read_text())["hash"] for file in files}

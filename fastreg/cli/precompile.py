@@ -1,0 +1,119 @@
+"""`fastreg precompile`: kernels compiled ahead of time into Triton's cache, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .usage import UsageError, count, require
+
+DESCRIPTION = """\
+Compile the kernels that fastreg ships into Triton's cache, for a container image or for a machine whose GPU
+time is short. No GPU is needed. A run finds them where fastreg, triton and Python have the same versions, in
+the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. All of them take about a minute
+on two cores and 16 MB for each target; --only takes those of some chains."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "precompile", help="compile kernels ahead of time, without a GPU",
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", action="append", metavar="ARCH",
+        help="such as sm_90, once for each (default: that of the GPU here)",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="the cache (default: Triton's own)")
+    parser.add_argument(
+        "--only", metavar="NAME,...",
+        help="chains such as AdamW or clip+AdamW+EMA, and kernels such as dropout (default: all; see --list)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", metavar="KIND,...",
+        help="of fp32, bf16, fp16, and for chains mixed and remainder (default: all but fp16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=count, default=os.cpu_count() or 1, help="processes (default: one for each core)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the names and exit")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile."""
+    if args.list:
+        from fastreg_benchmarks.families import FAMILIES
+
+        print("\n".join(FAMILIES))
+        return 0
+    require("precompile", "cli", "triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
+    from fastreg import kernel_cache
+    from fastreg_benchmarks import precompile, stub
+
+    targets = args.target or [_here()]
+    for target in targets:
+        try:
+            stub.gpu_target(target)
+        except ValueError as error:
+            raise UsageError(f"--target: {error}") from None
+    work = precompile.items(_names(args.only), _kinds(args.dtype))
+    place = Path(args.out) if args.out else kernel_cache.folder()
+    status = 0
+    for target in targets:
+        done = iter(range(1, len(work) + 1))
+
+        def report(item: Any, kernels: int, target: str = target, done: Iterator[int] = done) -> None:
+            print(f"\r{target}  {next(done)}/{len(work)}  {item!s:<44}", end="", flush=True)
+
+        try:
+            found = precompile.fill(target, place, work, args.jobs, report)
+        except OSError as error:
+            raise UsageError(f"--out {place}: {error.strerror}") from None
+        counts = f"{found.kernels} kernels in {place}, {found.compiled} of them new"
+        print(f"\r{f'{target}: {counts}, {found.seconds:.0f} s':<70}")
+        for item, why in found.failed.items():
+            print(f"  {item} did not compile: {why}")
+            status = 1
+    return status
+
+
+def _here() -> str:
+    import torch
+
+    from fastreg import device
+
+    if not torch.cuda.is_available():
+        raise UsageError("there is no GPU here: name a target, for example --target sm_90")
+    return device.architecture(torch.device("cuda", torch.cuda.current_device())).name
+
+
+def _names(given: str | None) -> list[str]:
+    from fastreg_benchmarks.chains import known
+    from fastreg_benchmarks.families import FAMILIES
+
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    for name in names:
+        if name not in FAMILIES and not known(name):
+            raise UsageError(
+                f"--only: unknown name {name!r}; --list shows the names, and their parts may be combined"
+            )
+    if given is not None and not names:
+        raise UsageError(f"--only names nothing, got {given!r}; for example --only AdamW,dropout")
+    return names
+
+
+def _kinds(given: str | None) -> list[str]:
+    from fastreg_benchmarks.chains import STORAGES
+    from fastreg_benchmarks.precompile import DTYPES, KINDS
+
+    kinds = [kind.strip() for kind in given.split(",") if kind.strip()] if given is not None else list(KINDS)
+    for kind in kinds:
+        if kind not in (known := dict.fromkeys((*DTYPES, *STORAGES))):
+            raise UsageError(f"--dtype: unknown dtype {kind!r}; choose from {', '.join(known)}")
+    return kinds

@@ -1,0 +1,168 @@
+"""Kernels compiled ahead of time are the ones that a later process asks for, whatever it compiles first."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import fastreg
+from fastreg import kernel_cache
+from fastreg.cli import main
+from fastreg_benchmarks import chains, families, precompile, stub
+from fastreg_benchmarks.entry_points import entry_points
+
+WORK = ["clip+noise+AdamW+EMA", "penalty", "ghost"]
+LATER = """
+    import sys, triton
+    from fastreg_benchmarks import precompile, recording, stub
+
+    found = []
+    triton.knobs.compilation.listener = lambda **seen: found.append(seen["cache_hit"])
+    driver = recording.recording_driver() if "recording" in sys.argv else stub.stub_driver("sm_90")
+    with driver:
+        for item in reversed(precompile.items(sys.argv[1].split(","), ["fp32", "bf16"])):
+            precompile.run(item)
+    print(len(found), sum(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cache")
+    work = precompile.items(WORK, ["fp32", "bf16"])
+    filled = precompile.fill("sm_90", place, work, jobs=2)
+    assert not filled.failed and filled.kernels == filled.compiled == len(precompile.hashes(place))
+    return place
+
+
+def later(place, names, *arguments):
+    """Compilations that a fresh process asks for, and how many of them are there."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(place)}
+    command = [sys.executable, "-c", textwrap.dedent(LATER), ",".join(names), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return tuple(map(int, done.stdout.split()))
+
+
+@pytest.mark.parametrize("driver", ["stub", "recording"])
+def test_a_fresh_process_compiles_nothing(cache, driver):
+    asked, found = later(cache, WORK, driver)
+    assert asked == found == len(precompile.hashes(cache))
+
+
+def test_an_empty_cache_is_not_hit(tmp_path):
+    asked, found = later(tmp_path, ["Lion"])
+    assert found == 0 < asked
+
+
+def test_only_what_a_run_needs_is_stored(cache):
+    files = [file for made in cache.glob("*/*_kernel.json") for file in made.parent.iterdir()]
+    assert {file.suffix for file in files} == {".json", ".cubin"}
+
+
+def test_again_compiles_nothing(cache):
+    filled = precompile.fill("sm_90", cache, precompile.items(["penalty"], ["fp32"]))
+    assert filled.kernels and not filled.compiled
+
+
+def test_keys_do_not_depend_on_what_came_before():
+    """Triton adds globals of a called function to a key only if that one was compiled before (3.6 to 3.9)."""
+    from triton.language.core import constexpr
+    from triton.runtime.jit import JITFunction
+
+    functions = {
+        value for kernel in entry_points().values() for value in kernel.__globals__.values()
+        if isinstance(value, JITFunction)
+    } - set(entry_points().values())  # fmt: skip
+    assert len(functions) > 50
+    for function in functions:
+        assert function.cache_key
+        named = [
+            name
+            for (name, _), (value, _) in function.used_global_vals.items()
+            if isinstance(value, constexpr)
+        ]
+        assert not named, f"{function.__name__} names {named}"
+
+
+def test_all_that_is_shipped_is_compiled_by_default():
+    names = {item.family for item in precompile.items()}
+    assert names == families.FAMILIES.keys() >= {c for c in chains.BUDGETS if "dp" not in c.split("+")}
+    kinds = {(item.kind, item.nonfinite) for item in precompile.items(["AdamW"])}
+    assert kinds == {(kind, what) for kind in chains.STORAGES for what in ("propagate", "skip")}
+    assert {item.kind for item in precompile.items(["dropout"])} == {"fp32", "bf16"}
+
+
+def test_families_need_the_kernels_that_the_audit_reads():
+    """All of them together launch every entry point."""
+    with stub.stub_driver() as launches:
+        for name in ("clip+noise+AdamW+EMA", "adaptive+SGD-momentum", *families.FAMILIES):
+            if name not in chains.BUDGETS or name in ("clip+noise+AdamW+EMA", "adaptive+SGD-momentum"):
+                precompile.run(precompile.Item(name, "fp32"))
+    assert set(launches) == entry_points().keys()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_other_targets(tmp_path, target):
+    filled = precompile.fill(target, tmp_path, precompile.items(["SGD", "noise"], ["bf16"]))
+    assert filled.kernels and not filled.failed
+    made = json.loads(next(tmp_path.glob("*/noise_kernel.json")).read_text())
+    assert made["target"]["arch"] == (80 if target == "sm_80" else "gfx942")
+
+
+def test_what_does_not_compile_is_told(tmp_path, monkeypatch):
+    filled = precompile.fill("sm_90", tmp_path, [precompile.Item("AdamW", "fp32", "sideways")])
+    assert list(filled.failed) == ["AdamW fp32"] and "sideways" in filled.failed["AdamW fp32"]
+    assert not kernel_cache.read(tmp_path)
+
+
+def test_info_tells_what_is_cached(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert "no kernels ahead of time; `fastreg precompile`" in str(fastreg.info())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    count = kernel_cache.read(cache)[0].kernels
+    assert fastreg.info().kernels == (f"{count} kernels for sm_90 in {cache}",)
+    monkeypatch.setattr(kernel_cache, "identity", lambda: "another")
+    assert "of another version: run fastreg precompile --target sm_90" in str(fastreg.info())
+    (tmp_path / kernel_cache.FILE).write_text("{")
+    assert kernel_cache.read(tmp_path) == []
+
+
+def test_the_command(tmp_path, capsys):
+    arguments = ["precompile", "--target", "sm_90", "--target", "sm_100", "--out", str(tmp_path)]
+    assert main([*arguments, "--only", "SGD,clip+Lion", "--dtype", "fp32", "--jobs", "2"]) == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [line.rpartition("\r")[2].partition(",")[0] for line in lines] == [
+        f"{target}: 7 kernels in {tmp_path}" for target in ("sm_90", "sm_100")
+    ]
+    assert {cached.target for cached in kernel_cache.read(tmp_path)} == {"sm_90", "sm_100"}
+    assert main(["precompile", "--list"]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == list(families.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "there is no GPU here: name a target, for example --target sm_90"),
+        (["--target", "h100"], "--target: a target must be such as sm_90 or gfx942, got 'h100'"),
+        (
+            ["--target", "sm_90", "--only", "AdamV"],
+            "--only: unknown name 'AdamV'; --list shows the names, and their parts",
+        ),
+        (
+            ["--target", "sm_90", "--only", ","],
+            "--only names nothing, got ','; for example --only AdamW,dropout",
+        ),
+        (
+            ["--target", "sm_90", "--dtype", "fp8"],
+            "--dtype: unknown dtype 'fp8'; choose from fp32, bf16, fp16, mixed",
+        ),
+        (["--target", "sm_90", "--jobs", "0"], "must be a whole number >= 1, got '0'"),
+    ],
+)
+def test_wrong_arguments(arguments, expected, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["precompile", *arguments]) == 2
+    assert expected in capsys.readouterr().err
