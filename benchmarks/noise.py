@@ -14,6 +14,7 @@ import fastreg
 from fastreg.nn.functional import gaussian_noise, uniform_noise
 
 from . import shapes
+from .dropout import ACTIVATIONS
 from .steps import DTYPES
 from .suite import OURS, Case, Check
 
@@ -80,7 +81,7 @@ class NoiseCase(Case):
     suite: str = "noise"
 
     def __post_init__(self) -> None:
-        self.name = f"{self.what}, {self.elements / 2**20:.0f}M {self.storage}"
+        self.name = f"{self.what}, {self.elements / 2**20:g}M {self.storage}"
         self.baseline = KINDS[self.what][2]
         self.both = "both passes" in self.what
         self.bytes = self.elements * DTYPES[self.storage].itemsize * (4 if self.both else 2)
@@ -220,14 +221,15 @@ def _foreach(weights: list[Tensor]) -> Excursion:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Four million elements and weights on a CPU; 256 million elements and GPT-2 on a GPU."""
+    """Four million elements and weights on a CPU; on a GPU 256 million, activations, and GPT-2."""
     if device.type == "cuda":
         elements, storages, turns = 2**28, ("bf16", "fp32"), 10 if quick else 50
-        model, sizes = "GPT-2 124M", shapes.gpt2()
+        model, sizes, smaller = "GPT-2 124M", shapes.gpt2(), ACTIVATIONS
     else:
         elements, storages, turns = 2**22, ("fp32",), 3 if quick else 11
-        model, sizes = "4M in 28 tensors", shapes.gpt2(2, 256, 8192, 512)
+        model, sizes, smaller = "4M in 28 tensors", shapes.gpt2(2, 256, 8192, 512), ()
     return [
         *(NoiseCase(what, elements, storage, turns) for what in KINDS for storage in storages),
+        *(NoiseCase("additive noise", size, "bf16", turns) for size in smaller),
         *(WeightNoiseCase(model, sizes, storage, turns) for storage in storages),
     ]

@@ -22,10 +22,15 @@ from fastreg import kernel_cache
 
 from . import chains, families
 
-SHAPES = [(3, 5, 16)]
+FEATURES = (768, 1024, 4096)
+"""What kernels with a bias or a rate for each channel are compiled for by default."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("fp32", "bf16", "mixed", "remainder")
 """What is compiled by default: dtypes, and for chains combinations of weights, gradients and state."""
+
+
+WIDE = ("dropout",)
+"""Families that are compiled for a number of features."""
 
 
 class Item(NamedTuple):
@@ -35,14 +40,17 @@ class Item(NamedTuple):
         family: One of `families.FAMILIES`.
         kind: A dtype; for chains one of `chains.STORAGES`.
         nonfinite: For chains, what is done about NaN and infinities: with "skip" it is another kernel.
+        features: Of the last dimension.
     """
 
     family: str
     kind: str
     nonfinite: str = "propagate"
+    features: int = 16
 
     def __str__(self) -> str:
-        return f"{self.family} {self.kind}{', skipping' if self.nonfinite == 'skip' else ''}"
+        parts = f"{self.family} {self.kind}", "skipping" * (self.nonfinite == "skip")
+        return ", ".join(filter(None, (*parts, f"{self.features} features" * (self.family in WIDE))))
 
 
 class Filled(NamedTuple):
@@ -61,7 +69,9 @@ class Filled(NamedTuple):
     failed: dict[str, str]
 
 
-def items(names: Sequence[str] = (), kinds: Sequence[str] = KINDS) -> list[Item]:
+def items(
+    names: Sequence[str] = (), kinds: Sequence[str] = KINDS, features: Sequence[int] = FEATURES
+) -> list[Item]:
     """The work: by default, all that is shipped."""
     found = []
     for name in names or families.FAMILIES:
@@ -69,7 +79,9 @@ def items(names: Sequence[str] = (), kinds: Sequence[str] = KINDS) -> list[Item]
             storages = [kind for kind in kinds if kind in chains.STORAGES]
             found += [Item(name, *rest) for rest in itertools.product(storages, ("propagate", "skip"))]
         else:
-            found += [Item(name, kind) for kind in kinds if kind in DTYPES]
+            dtypes = [kind for kind in kinds if kind in DTYPES]
+            widths = features if name in WIDE else (Item._field_defaults["features"],)
+            found += [Item(name, kind, features=width) for kind in dtypes for width in widths]
     return found
 
 
@@ -77,7 +89,8 @@ def run(item: Item) -> None:
     """Launch what an item needs, on tiny tensors."""
     dtype = DTYPES.get(item.kind, torch.bfloat16)
     chain = chains.known(item.family)
-    inputs = families.Inputs(dtype, "cpu", "triton", SHAPES, storage=item.kind if chain else None)
+    shapes = [(3, 5, item.features)]
+    inputs = families.Inputs(dtype, "cpu", "triton", shapes, storage=item.kind if chain else None)
     if chain:
         families.stepped(item.family, inputs, item.nonfinite)
     else:
@@ -112,11 +125,16 @@ def fill(
             if error:
                 failed[str(item)] = error
             report(item, len(used))
-    for file in place.glob("*/*_kernel.source"):  # four fifths of the cache, which no run reads
-        file.unlink()
+    strip(place)
     if not failed:
         kernel_cache.note(place, target, len(needed))
     return Filled(len(needed), len(needed - before), time.perf_counter() - start, failed)
+
+
+def strip(place: Path) -> None:
+    """Remove what no run reads, four fifths of a cache."""
+    for file in place.glob("*/*.source"):
+        file.unlink()
 
 
 def _begin(target: str, place: str, driver: str) -> None:

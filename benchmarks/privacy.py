@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastreg
-from fastreg.privacy import DPOptimizer
+from fastreg.privacy import DPOptimizer, ghost
+from fastreg.reference import ghost as reference
 
 from . import measure
+from .steps import DTYPES
 from .suite import OURS, Case, Check, Unavailable
 
 BASELINE = "torch AdamW, not private"
 LR, NOISE, MAX_NORM = 1e-4, 1.0, 1.0
-VOCABULARY, LENGTH = 1000, 64
+VOCABULARY = 1000
 
 
 class Block(nn.Module):
@@ -42,9 +44,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A GPT as Opacus can take it: nothing tied, positions for every sample."""
 
-    def __init__(self, layers: int, features: int, heads: int) -> None:
+    def __init__(self, layers: int, features: int, heads: int, length: int) -> None:
         super().__init__()
-        self.words, self.positions = nn.Embedding(VOCABULARY, features), nn.Embedding(LENGTH, features)
+        self.words, self.positions = nn.Embedding(VOCABULARY, features), nn.Embedding(length, features)
         self.blocks = nn.Sequential(*(Block(features, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(features), nn.Linear(features, VOCABULARY, bias=False)
 
@@ -196,20 +198,22 @@ class PrivateStepCase(Case):
     layers: int = 4
     features: int = 256
     heads: int = 4
+    length: int = 64
     rounds: int = 11
     suite: str = "privacy"
     baseline: str = BASELINE
 
     def __post_init__(self) -> None:
-        self.name = f"private step, {self.layers} layers of {self.features}, {self.samples} x {LENGTH} tokens"
+        tokens = f"{self.samples} x {self.length} tokens"
+        self.name = f"private step, {self.layers} layers of {self.features}, {tokens}"
 
     def setup(self, device: torch.device) -> Workload:
         def make() -> Transformer:
-            return Transformer(self.layers, self.features, self.heads).to(device)
+            return Transformer(self.layers, self.features, self.heads, self.length).to(device)
 
         torch.manual_seed(0)
         model = make()
-        shape = self.samples, LENGTH
+        shape = self.samples, self.length
         batch = tuple(torch.randint(VOCABULARY, shape, device=device) for _ in range(2))
         start = {name: value.clone() for name, value in model.state_dict().items()}
         return Workload(make, start, batch, one_by_one(model, *batch))  # type: ignore[arg-type]
@@ -256,8 +260,71 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return most
 
 
+@dataclass
+class Factors:
+    """The two factors of a linear layer's gradient for each sample, and their sums in double."""
+
+    left: Tensor
+    right: Tensor
+    sums: Tensor
+
+
+@dataclass(eq=False)  # hashed by identity
+class GhostCase(Case):
+    """Norms of the gradients of a linear layer for each sample, from `[samples, positions, features]`."""
+
+    samples: int
+    positions: int
+    outputs: int
+    inputs: int
+    storage: str
+    rounds: int
+    suite: str = "privacy"
+    baseline: str = "torch bmm"
+
+    def __post_init__(self) -> None:
+        shape = f"{self.samples} x {self.positions} positions, {self.outputs} and {self.inputs} features"
+        self.name = f"ghost norms, {shape}, {self.storage}"
+
+    def setup(self, device: torch.device) -> Factors:
+        generator = torch.Generator(device).manual_seed(0)
+        left, right = (
+            torch.randn(self.samples, self.positions, size, generator=generator, device=device).to(
+                DTYPES[self.storage]
+            )
+            for size in (self.outputs, self.inputs)
+        )
+        sums = [
+            reference.ghost_sums(a[None].double(), b[None].double()) for a, b in zip(left, right, strict=True)
+        ]
+        return Factors(left, right, torch.cat(sums, 1))
+
+    def contenders(self) -> dict[str, Callable[[Factors], Any]]:
+        """The kernel, which holds no products of positions, and batched products by torch."""
+        return {
+            OURS: lambda factors: lambda: ghost.ghost_sums(factors.left, factors.right),
+            self.baseline: lambda factors: lambda: reference.ghost_sums(factors.left, factors.right),
+        }
+
+    def verify(self, name: str, workload: Factors, run: Any) -> list[Check]:
+        """Against double, as a share of the largest of a kind."""
+        off = (run().double() - workload.sums).abs().amax(1) / workload.sums.abs().amax(1)
+        return [Check("sums", float(off.max()), 1e-4)]
+
+    def details(self, workload: Factors, run: Any) -> dict[str, Any]:
+        """Memory that it takes at its peak."""
+        return {"peak_bytes": peak_bytes(run, workload.left.device)}
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """A GPT of 3.7 M parameters."""
+    """A GPT of 3.7 M parameters on a CPU; on a GPU one of the size of GPT-2, and the norms alone."""
+    if device.type == "cuda":
+        rounds = 5 if quick else 20
+        return [
+            PrivateStepCase(16, 12, 768, 12, 256, rounds),
+            *(GhostCase(16, 1024, 768, 3072, storage, rounds) for storage in ("bf16", "fp32")),
+            *([] if quick else [PrivateStepCase(samples, 12, 768, 12, 256, rounds) for samples in (4, 64)]),
+        ]
     if quick:
         return [PrivateStepCase(4, layers=1, features=64, rounds=3)]
     return [PrivateStepCase(samples) for samples in (4, 16, 64)]

@@ -15,10 +15,23 @@ import torch
 from . import families
 
 SHAPES = [
-    *((1, 1, size) for size in (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)),
-    (3, 5, 17), (1, 127, 16), (2, 70, 33),
+    *((1, size, 1) for size in (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)),
+    (3, 5, 17), (2, 70, 16),
 ]  # fmt: skip
+"""Few numbers of features, for which kernels are compiled; as many elements as threads and programs take."""
 OFFSETS = (0, 1, 3)
+CHOSEN = (
+    "clip+noise+AdamW+EMA",
+    "private",
+    "ghost",
+    "dropout",
+    "noise",
+    "adversarial",
+    "penalty",
+    "SGD-momentum",
+)
+"""What is run under compute-sanitizer, in this order."""
+DRY = ("penalty",)
 
 
 def main(names: list[str]) -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a document; what is no finite number becomes `null`, since JSON has none."""
+    """Write a document, whole or not at all; what is no finite number becomes `null`, since JSON has none."""
     text = json.dumps(_finite(document), indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -39,6 +39,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--jobs", type=count, default=os.cpu_count() or 1, help="processes (default: one for each core)"
     )
+    parser.add_argument(
+        "--features", metavar="N,...",
+        help="sizes of the last dimension, for dropout with a bias (default: 768,1024,4096)",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the names and exit")
     parser.set_defaults(run=run)
 
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             stub.gpu_target(target)
         except ValueError as error:
             raise UsageError(f"--target: {error}") from None
-    work = precompile.items(_names(args.only), _kinds(args.dtype))
+    work = precompile.items(_names(args.only), _kinds(args.dtype), _features(args.features))
     place = Path(args.out) if args.out else kernel_cache.folder()
     status = 0
     for target in targets:
@@ -106,6 +110,18 @@ def _names(given: str | None) -> list[str]:
     if given is not None and not names:
         raise UsageError(f"--only names nothing, got {given!r}; for example --only AdamW,dropout")
     return names
+
+
+def _features(given: str | None) -> list[int]:
+    from fastreg_benchmarks.precompile import FEATURES
+
+    if given is None:
+        return list(FEATURES)
+    try:
+        found = [count(number.strip()) for number in given.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--features: {error}; for example --features 768,1024") from None
+    return found
 
 
 def _kinds(given: str | None) -> list[str]:

@@ -92,7 +92,9 @@ def test_all_that_is_shipped_is_compiled_by_default():
     assert names == families.FAMILIES.keys() >= {c for c in chains.BUDGETS if "dp" not in c.split("+")}
     kinds = {(item.kind, item.nonfinite) for item in precompile.items(["AdamW"])}
     assert kinds == {(kind, what) for kind in chains.STORAGES for what in ("propagate", "skip")}
-    assert {item.kind for item in precompile.items(["dropout"])} == {"fp32", "bf16"}
+    found = precompile.items(["dropout"])
+    assert {item.kind for item in found} == {"fp32", "bf16"}
+    assert {item.features for item in found} == set(precompile.FEATURES)
 
 
 def test_families_need_the_kernels_that_the_audit_reads():
@@ -158,6 +160,10 @@ def test_the_command(tmp_path, capsys):
         (
             ["--target", "sm_90", "--dtype", "fp8"],
             "--dtype: unknown dtype 'fp8'; choose from fp32, bf16, fp16, mixed",
+        ),
+        (
+            ["--target", "sm_90", "--features", "768,wide"],
+            "--features: must be a whole number >= 1, got 'wide'",
         ),
         (["--target", "sm_90", "--jobs", "0"], "must be a whole number >= 1, got '0'"),
     ],

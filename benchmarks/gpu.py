@@ -1,0 +1,249 @@
+"""Everything that needs a GPU, in stages: each with a limit of its own, each going on where it was stopped.
+
+    python -m fastreg_benchmarks.gpu [--dry] [--out FOLDER] [--limit SECONDS] [--again] [STAGE ...]
+
+| stage    | what                                                                      | leaves        |
+|----------|---------------------------------------------------------------------------|---------------|
+| smoke    | every family of kernels once, against the reference                       | smoke.json    |
+| tests    | the kernel tests by many workers                                          | tests.json    |
+| bench    | the benchmarks, in the order of what the README tells, until time is up   | bench.json    |
+| tune     | launch parameters: a few settings of each kernel                          | tune.json     |
+| counters | Nsight Compute on five kernels                                            | counters.json |
+| sanitize | compute-sanitizer on odd and misaligned tensors                           | sanitize.json |
+
+A stage runs in a process of its own.  What it has is on disk at every moment, as whole JSON: a second call
+with the same folder does what is missing and what has failed.  `benchmarks/gpu.sh` calls this where nothing
+is installed; `benchmarks/GPU.md` tells what to carry to a GPU and what to type there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from . import counters, device_tests, measure, sanitize, smoke, suite, tune
+from .ledger import Ledger, failed, read
+from .suite import Case
+
+LIMITS = {"smoke": 75, "tests": 150, "bench": 240, "tune": 100, "counters": 60, "sanitize": 150}
+"""Seconds for each stage, in the order in which they run."""
+FIRST = ("smoke", "tests", "bench")
+"""What a first call on a machine does."""
+WHOLE = 470
+"""Seconds for all stages of a call, by default."""
+
+HEADLINES = (
+    "clip+AdamW, GPT-2 124M, fp32", "AdamW, GPT-2 124M, fp32", "clip+AdamW+EMA, GPT-2 124M, fp32",
+    "clip+noise+AdamW+EMA, GPT-2 124M, fp32", "SAM+AdamW, GPT-2 124M, fp32", "MSAM+AdamW, GPT-2 124M, fp32",
+    "dropout, 256M bf16, both passes", "bias+gelu+dropout+add, 256M bf16, both passes",
+    "dropout, 6M bf16, both passes", "private step, 12 layers of 768, 16 x 256 tokens",
+    "AdamW, 148 tiny tensors, Python and launch", "clip+AdamW, GPT-2 124M, bf16", "AdamW, GPT-2 124M, bf16",
+    "gradient norm, GPT-2 124M, fp32", "ghost norms, 16 x 1024 positions, 768 and 3072 features, bf16",
+)  # fmt: skip
+"""What the README tells, in its order; the other cases follow while there is time."""
+STAGES = {"smoke": smoke.run, "tests": device_tests.run, "tune": tune.run, "counters": counters.run}
+
+
+# One stage, in a process of its own -------------------------------------------------------------------------
+
+
+def stage(name: str, out: Path, dry: bool, again: bool) -> int:
+    """Run a stage; 0 if all is well."""
+    where = "cpu" if dry else "cuda"
+    if name == "bench":
+        return bench(out / "bench.json", torch.device(where), dry, again)
+    about = {"stage": name, "dry": dry, "machine": measure.machine(torch.device(where))}
+    ledger = Ledger(out / f"{name}.json", about, again, every=1.0 if name == "tests" else 0.0)
+    try:
+        good = sanitized(ledger, dry) if name == "sanitize" else STAGES[name](ledger, where, dry)
+    except BaseException:
+        ledger.write()
+        raise
+    ledger.write(complete=True)
+    return 0 if good else 1
+
+
+def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
+    """The benchmarks: `bench.json` as `fastreg bench` writes it, whole after every case."""
+    from fastreg.cli import document
+
+    from . import SUITES, figure, report
+
+    contents = report.document(where, quick=True)
+    if not again:
+        contents |= read(path, "results", list)
+    done = {(result["suite"], result["case"]) for result in contents["results"]}
+    contents["complete"] = False
+    if "copy_gbps" not in contents:
+        contents["copy_gbps"] = copied(where)
+    document.write(path, contents)
+    print(f"copy: {contents['copy_gbps']:.0f} GB/s", flush=True)
+    names = ("norm", "host") if dry else SUITES
+    every = [case for name in names for case in suite.cases(name, where, quick=True)]
+    for case in ordered(every):
+        if (case.suite, case.name) not in done:
+            contents["results"].append(suite.measured(case, where)[0])
+            document.write(path, contents)
+            print(told(contents["results"][-1]), flush=True)
+    contents["complete"] = True
+    document.write(path, contents)
+    figure.draw(path.with_suffix(".png"), contents)
+    return 1 if suite.refused(contents["results"]) else 0
+
+
+def ordered(cases: Iterable[Case]) -> list[Case]:
+    """Headlines first, then the others in their order."""
+    place = {name: i for i, name in enumerate(HEADLINES)}
+    return sorted(cases, key=lambda case: place.get(case.name, len(place)))
+
+
+def copied(where: torch.device) -> float:
+    """The bandwidth of a copy, in 1e9 bytes per second."""
+    timings = measure.interleave({"copy": measure.copy(where)}, 5, measure.Clock(where))
+    return 2 * measure.COPIED / measure.quantiles(timings["copy"].seconds, 1)["median"] / 1e9
+
+
+def told(result: suite.Result) -> str:
+    """A case in a line."""
+    rows = [
+        f"{name} {row['ms']['median']:.3f} ms" + (f", {row['gbps']:.0f} GB/s" if "gbps" in row else "")
+        for name, row in result["rows"].items() if "ms" in row
+    ]  # fmt: skip
+    wrong = [f"{name}: {row['wrong']}" for name, row in result["rows"].items() if "wrong" in row]
+    return f"{result['case']}: {'; '.join((*rows, *wrong)) or result.get('skipped', 'nothing was measured')}"
+
+
+def sanitized(ledger: Ledger, dry: bool) -> bool:
+    """Families under compute-sanitizer's tools; in a dry run without it."""
+    if not dry:
+        probe = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').item()"]
+        try:
+            subprocess.run(["compute-sanitizer", *probe], capture_output=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            ledger.add("probe", {"failed": f"compute-sanitizer does not work here: {error}"})
+            return False
+        ledger.rows.pop("probe", None)
+    names = sanitize.DRY if dry else sanitize.CHOSEN
+    work = {f"{tool}, {name}": (tool, name) for tool in ("memcheck", "racecheck") for name in names}
+    for row in ledger.pending(work):
+        tool, name = work[row]
+        command = [sys.executable, "-m", "fastreg_benchmarks.sanitize", name]
+        if not dry:
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
+
+        def check(command: list[str] = command) -> dict[str, Any]:
+            done = subprocess.run(command, capture_output=True, text=True)
+            end = (done.stdout + done.stderr)[-2000:]
+            return (
+                {"told": end}
+                if done.returncode == 0
+                else {"failed": f"status {done.returncode}", "told": end}
+            )
+
+        print(f"{row}: {ledger.attempt(row, check).get('failed', 'ok')}", flush=True)
+    return not any(map(failed, ledger.rows.values()))
+
+
+# All stages -------------------------------------------------------------------------------------------------
+
+
+def run(names: list[str], out: Path, dry: bool, again: bool, limit: float) -> int:
+    """Run stages one after the other, each within its limit and within that of all; 1 if any is not well."""
+    out.mkdir(parents=True, exist_ok=True)
+    start, bad = time.monotonic(), []
+    environment = dict(os.environ)
+    if dry:
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
+        for name in names:
+            left = limit - (time.monotonic() - start)
+            if left < 5:
+                bad.append(f"{name} (no time was left)")
+                continue
+            print(f"== {name}", flush=True)
+            command = [sys.executable, "-m", "fastreg_benchmarks.gpu", "--stage", name, "--out", str(out)]
+            command += ["--dry"] * dry + ["--again"] * again
+            status, seconds = _within(min(LIMITS[name], left), command, environment, log)
+            line = f"== {name}: {status} after {seconds:.0f} s"
+            print(line, flush=True)
+            log.write(line + "\n")
+            if status != "ok":
+                bad.append(f"{name} ({status})")
+    print(f"FAILED: {', '.join(bad)}" if bad else f"all is well; results in {out}", flush=True)
+    return 1 if bad else 0
+
+
+def _within(limit: float, command: list[str], environment: dict[str, str], log: TextIO) -> tuple[str, float]:
+    """How a command ended and when; at its limit it is interrupted, then killed with all that it started."""
+    start = time.monotonic()
+    log.write(f"== {' '.join(command)}\n")
+    log.flush()
+    before = log.tell()
+    process = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        code = process.wait(limit)
+        status = "ok" if code == 0 else f"exit status {code}"
+    except subprocess.TimeoutExpired:
+        status = "stopped at its limit"
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(8)
+        except subprocess.TimeoutExpired:
+            pass
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    with open(log.name, encoding="utf-8", errors="replace") as shown:
+        shown.seek(before)
+        print("".join(shown.readlines()[-12:]), end="", flush=True)
+    log.seek(0, os.SEEK_END)
+    return status, time.monotonic() - start
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(LIMITS)} (default: {', '.join(FIRST)})"
+    )
+    parser.add_argument("--dry", action="store_true", help="a little of every stage, without a GPU")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results"
+    )
+    parser.add_argument("--limit", type=float, default=WHOLE, help="seconds for all stages")
+    parser.add_argument(
+        "--again", action="store_true", help="all anew, not only what is missing or has failed"
+    )
+    parser.add_argument("--stage", choices=list(LIMITS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.stage:
+        return stage(options.stage, options.out, options.dry, options.again)
+    if unknown := [name for name in options.stages if name not in LIMITS]:
+        parser.error(f"unknown stage {unknown[0]!r}; choose from {', '.join(LIMITS)}")
+    if not options.dry and not torch.cuda.is_available():
+        print("there is no GPU that torch can use; --dry runs without one", file=sys.stderr)
+        return 2
+    names = [name for name in LIMITS if name in (options.stages or (LIMITS if options.dry else FIRST))]
+    return run(names, options.out.resolve(), options.dry, options.again, options.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

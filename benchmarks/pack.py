@@ -1,0 +1,92 @@
+"""Fills one file with all that the stages of `gpu` would have to compile: Triton's cache, and its launchers.
+
+    python -m fastreg_benchmarks.pack [--target sm_90] [FILE]
+
+Run it with the versions of Python, torch and triton that the machine with the GPU has: Triton's keys and the
+launchers hold for these alone.  No GPU is needed.  `benchmarks/gpu.sh` unpacks the file there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+from fastreg import device
+from fastreg.launch_parameters import Architecture
+
+from . import device_tests, precompile, tune
+
+PLACE = Path("/tmp/fastreg-triton")
+"""Where the cache is made and used: Triton writes absolute paths into it."""
+FILE = Path("benchmarks/results/.carry/triton.tar.gz")
+
+
+def tests(jobs: int) -> None:
+    """Compile what the tests of the stage launch; they fail, because nothing is computed."""
+    files = [str(device_tests.ROOT / file) for file in device_tests.FILES]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider",
+        "-p", "fastreg_benchmarks.compile_only", "-n", str(jobs), "--rootdir", str(device_tests.ROOT), *files,
+    ]  # fmt: skip
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE)}
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+
+
+def settings(target: str) -> None:
+    """Compile every setting of the stage that tunes, as its trials launch them."""
+    code = f"from fastreg_benchmarks import pack; pack.tried({target!r})"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE), "TRITON_STORE_BINARY_ONLY": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def tried(target: str) -> None:
+    """The trials, with a driver that launches nothing."""
+    from .recording import recording_driver
+
+    architecture = Architecture(target, 32, device.H200.multiprocessors)
+    with recording_driver():
+        for trial in tune.TRIALS.values():
+            for setting in tune.settings(trial, architecture):
+                tune.with_setting(trial.kernel, setting, functools.partial(_made, trial))
+
+
+def _made(trial: tune.Trial) -> None:
+    trial.make(torch.device("cpu"), True)[0]()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.pack", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=FILE, metavar="FILE", help=f"(default: {FILE})")
+    parser.add_argument("--target", default="sm_90", help="such as sm_90, which is the default")
+    options = parser.parse_args(arguments)
+    start, jobs = time.monotonic(), os.cpu_count() or 1
+    print(f"for Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
+    shutil.rmtree(PLACE, ignore_errors=True)
+    filled = precompile.fill(options.target, PLACE, precompile.items(), jobs, driver="recording")
+    print(f"all that is shipped: {filled.kernels} kernels", *filled.failed.values())
+    settings(options.target)
+    tests(jobs)
+    precompile.strip(PLACE)
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(options.file, "w:gz") as packed:
+        packed.add(PLACE, PLACE.name)
+    kernels, size = len(precompile.hashes(PLACE)), options.file.stat().st_size
+    print(f"{options.file}: {kernels} kernels, {size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
+    return 1 if filled.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

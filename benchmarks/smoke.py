@@ -1,0 +1,80 @@
+"""First minutes on a GPU: every family of kernels once, on real and on odd shapes, against the reference.
+
+Each row tells the worst error and its bound, or how a family failed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from fastreg import device, kernel_cache
+
+from . import families, precompile, sanitize
+from .families import Inputs, Shape
+from .ledger import Ledger, Row, failed
+
+REAL: dict[str, list[Shape]] = {
+    "dropout": [(8, 1024, 768)],
+    "noise": [(8, 1024, 768)],
+    "adversarial": [(16, 3, 224 * 224)],
+    "ghost": [(8, 1024, 768), (4, 512, 3072)],
+    "private": [(1, 3072, 768), (1, 1, 768)],
+}
+"""Activations of GPT-2, images, gradients that are held per sample."""
+WEIGHTS: list[Shape] = [(1, 50257, 768), (1, 768, 2304), (1, 1, 2304), (1, 3072, 768), (1, 1, 768)]
+"""What other families work on: some of GPT-2's weights, 43 M in all."""
+TINY: list[Shape] = [(2, 3, 16)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(ledger: Ledger, where: str, dry: bool) -> bool:
+    """Fill Triton's cache with what is not there, then compare; whether all is right."""
+    names = ["SGD-momentum", "dropout", "penalty"] if dry else list(families.FAMILIES)
+    if not dry or os.environ.get("TRITON_CACHE_DIR"):
+        row = ledger.attempt("kernels ahead of time", lambda: _filled(names, where, dry))
+        print(f"kernels ahead of time: {row}", flush=True)
+    cases = _cases(names, where, dry)
+    for name in ledger.pending(cases):
+        row = ledger.attempt(name, cases[name])
+        told = row.get("failed") or row.get("wrong") or f"{row['error']:.1e} (<= {row['bound']:.1e})"
+        print(f"{name}: {told}", flush=True)
+    return not any(map(failed, ledger.rows.values()))
+
+
+def _filled(names: list[str], where: str, dry: bool) -> Row:
+    target = "sm_90" if dry else device.architecture(torch.device(where)).name
+    kinds = ["fp32"] if dry else precompile.KINDS
+    work = precompile.items(names[:1] if dry else (), kinds)
+    found = precompile.fill(target, kernel_cache.folder(), work, 1 if dry else os.cpu_count() or 1)
+    row: Row = {"kernels": found.kernels, "compiled": found.compiled}
+    return row | ({"failed": found.failed} if found.failed else {})
+
+
+def _cases(names: list[str], where: str, dry: bool) -> dict[str, Callable[[], Row]]:
+    found: dict[str, Callable[[], Row]] = {}
+    for name in names:
+        for kind, dtype in DTYPES.items():
+            real = TINY if dry else REAL.get(name, WEIGHTS)
+            odd = TINY if dry else sanitize.SHAPES
+            found[f"{name} {kind}"] = _case(name, dtype, where, real, (0,))
+            found[f"{name} {kind}, odd"] = _case(name, dtype, where, odd, (1,) if dry else sanitize.OFFSETS)
+    return found
+
+
+def _case(
+    name: str, dtype: torch.dtype, where: str, shapes: list[Shape], offsets: tuple[int, ...]
+) -> Callable[[], Row]:
+    def compare() -> Row:
+        found, expected = (
+            families.run(name, Inputs(dtype, where, backend, shapes, offsets))
+            for backend in ("triton", "reference")
+        )
+        row: Row = {
+            "error": families.error(found, expected), "bound": families.bound(dtype, shapes, name)
+        }  # fmt: skip
+        return row if row["error"] <= row["bound"] else row | {"wrong": f"off by {row['error']:.1e}"}
+
+    return compare

@@ -1,0 +1,243 @@
+"""Which launch parameters are fastest on a GPU: a few settings of each kernel, and the line to change.
+
+A winner is what beats the setting in use by more than rounds of the same setting differ.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastreg
+from fastreg import device
+from fastreg.adversarial.ball import Ball
+from fastreg.launch_parameters import Architecture, LaunchParameters, launch_parameters, trying
+from fastreg.nn import noise_ops, ops, rates
+from fastreg.privacy import ghost
+from fastreg.privacy.per_sample import clip_and_sum
+
+from . import chains, measure, shapes
+from .ledger import Ledger, Row, failed
+
+MOST = 6
+"""Settings of a kernel."""
+BETTER = 0.02
+"""By how much of its time a setting must be faster to win: rounds of the same one differ by about as much."""
+Make = Callable[[torch.device, bool], tuple[Callable[[], Any], int]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A kernel, what it is tried on, and with what.
+
+    Args:
+        kernel: Its name in the table of launch parameters.
+        make: Gives a run, and the bytes that it must move, on a device; small in a dry run.
+        changes: What to replace in the parameters in use, for each setting.
+    """
+
+    kernel: str
+    make: Make
+    changes: tuple[dict[str, int], ...]
+
+
+def _step(chain: str, storage: str, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    sizes = [(300, 5)] if dry else shapes.gpt2()
+    dtype, bf16, state_dtype = chains.STORAGES[storage]
+    params = [torch.nn.Parameter(torch.randn(size, device=where, dtype=dtype)) for size in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    made = chains.optimizer(chain, params, lr=1e-4, seed=0, bf16=bf16, state_dtype=state_dtype)
+    return made.step, sum(p.numel() for p in params) * chains.at(chain, storage).bytes
+
+
+def _norm(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    params = [torch.nn.Parameter(torch.randn(s, device=where)) for s in ([(99,)] if dry else shapes.gpt2())]
+    return lambda: fastreg.l2_penalty(params, 0.1), 4 * sum(p.numel() for p in params)
+
+
+def _partials(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    """As many partial sums as 7 G parameters leave."""
+    from fastreg.multi_tensor import _finish
+
+    partial = torch.rand(100 if dry else 430_000, dtype=torch.float64, device=where)
+    limits = torch.ones(2, dtype=torch.float64, device=where)
+    return lambda: _finish(partial, limits, False), 8 * len(partial)
+
+
+def _activations(dry: bool, where: torch.device, large: bool) -> Tensor:
+    elements = 2**12 if dry else 2**28 if large else 8 * 1024 * 768
+    return torch.randn(elements, device=where, dtype=torch.bfloat16)
+
+
+def _dropout(large: bool, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    x, seed, threshold = (
+        _activations(dry, where, large),
+        torch.tensor(7, device=where),
+        rates.thresholds(0.1, where),
+    )
+    return lambda: ops.dropout(x, seed, threshold, 1, None), 4 * x.numel()
+
+
+def _noise(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    x, seed, one = (
+        _activations(dry, where, True),
+        torch.tensor(7, device=where),
+        torch.tensor(0.1, device=where),
+    )
+    return lambda: noise_ops.noise(x, seed, one, 1, "additive"), 4 * x.numel()
+
+
+def _adversarial(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    x = torch.rand(2 if dry else 256, 3, 8 if dry else 224, 8 if dry else 224, device=where)
+    ball, gradient = Ball(x, 0.1, "linf", (0.0, 1.0)), torch.randn_like(x)
+    _, point = ball.start(torch.tensor(7, device=where))
+    return lambda: ball.step(point, gradient, ball.epsilon), 16 * x.numel()
+
+
+def _per_sample(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    held = [torch.randn(2 if dry else 32, 77 if dry else 768 * 3072, device=where)]
+    total = [torch.zeros_like(held[0][0])]
+    return lambda: clip_and_sum(held, total, [1.0], False), 8 * held[0].numel()
+
+
+def _ghost(dtype: torch.dtype, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    left, right = (
+        torch.randn(2 if dry else 16, 9 if dry else 1024, 5 if dry else features, device=where, dtype=dtype)
+        for features in (768, 3072)
+    )
+    return lambda: ghost.ghost_sums(left, right), (left.numel() + right.numel()) * dtype.itemsize
+
+
+def _sums(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
+    grad, x = (
+        torch.randn(2 if dry else 32, 9 if dry else 1024, 5 if dry else 768, device=where) for _ in range(2)
+    )
+    return lambda: ghost.sample_sums(grad, x), 8 * x.numel()
+
+
+WIDER = ({"block": 8192}, {"warps": 8}, {"block": 8192, "warps": 8}, {"block": 16384, "warps": 8})
+TRIALS = {
+    "norm": Trial(
+        "norm", _norm,
+        ({"block": 4096}, {"block": 8192}, {"block": 32768}, {"warps": 8}, {"block": 32768, "warps": 8}),
+    ),
+    "step, AdamW fp32": Trial("step", functools.partial(_step, "AdamW", "fp32"), (*WIDER, {"warps": 2})),
+    "step, clip+noise+AdamW+EMA bf16": Trial(
+        "step", functools.partial(_step, "clip+noise+AdamW+EMA", "bf16"), (*WIDER, {"warps": 2}),
+    ),
+    "clip factor": Trial(
+        "clip_factor", _partials, ({"block": 4096}, {"warps": 32}, {"block": 16384, "warps": 32}),
+    ),
+    "dropout, 256 M bf16": Trial(
+        "dropout", functools.partial(_dropout, True),
+        ({"block": 4096}, {"block": 8192}, {"per_thread": 8}, {"warps": 8}, {"block": 32768}),
+    ),
+    "dropout, 6 M bf16": Trial(
+        "dropout", functools.partial(_dropout, False),
+        ({"least": 4096}, {"least": 16384}, {"per_thread": 8, "least": 1024}),
+    ),
+    "noise, 256 M bf16": Trial(
+        "noise", _noise, ({"block": 4096}, {"block": 8192}, {"per_thread": 8}, {"warps": 8}),
+    ),
+    "PGD step": Trial(
+        "adversarial_step", _adversarial,
+        ({"block": 4096}, {"block": 16384}, {"per_thread": 8}, {"warps": 8}),
+    ),
+    "ghost norms bf16": Trial(
+        "ghost_sums", functools.partial(_ghost, torch.bfloat16),
+        ({"depth": 64}, {"warps": 4}, {"depth": 64, "stages": 4}, {"block": 128, "depth": 64}, {"stages": 2}),
+    ),
+    "ghost norms fp32": Trial(
+        "ghost_sums", functools.partial(_ghost, torch.float32), ({"depth": 16}, {"warps": 4}, {"stages": 2}),
+    ),
+    "per-sample norms": Trial(
+        "per_sample_norm", _per_sample,
+        ({"block": 4096}, {"block": 16384}, {"per_thread": 16}, {"warps": 8}),
+    ),
+    "per-sample sums": Trial(
+        "per_sample_sum", _per_sample, ({"per_thread": 4}, {"warps": 8}, {"warps": 2}),
+    ),
+    "sums over positions": Trial(
+        "sample_sums", _sums, ({"depth": 32}, {"block": 64, "depth": 32}, {"block": 256}, {"warps": 8}),
+    ),
+}  # fmt: skip
+"""In the order of what they matter."""
+
+
+def run(ledger: Ledger, where: str, dry: bool) -> bool:
+    """Try all settings; whether every kernel gave the same results with all of them."""
+    target = device.architecture(torch.device(where))
+    names = ["dropout, 6 M bf16"] if dry else list(TRIALS)
+    for name in ledger.pending(names):
+        row = ledger.attempt(name, functools.partial(tried, TRIALS[name], torch.device(where), target, dry))
+        print(f"{name}: {row.get('failed') or row.get('line') or 'as it is'}", flush=True)
+    return not any(map(failed, ledger.rows.values()))
+
+
+def settings(trial: Trial, target: Architecture) -> list[LaunchParameters]:
+    """What is in use, and what is tried instead."""
+    now = launch_parameters(trial.kernel, target)
+    return [now, *(now._replace(**change) for change in trial.changes)][:MOST]
+
+
+def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) -> Row:
+    """Times of every setting, and the line for the table of launch parameters if one wins."""
+    now = launch_parameters(trial.kernel, target)
+    run, moved = trial.make(where, dry)
+    runs: dict[str, measure.Run] = {}
+    wrong: dict[str, str] = {}
+    expected = _result(run)
+    for setting in settings(trial, target):
+        try:
+            with trying(trial.kernel, setting):
+                found = _result(run)
+        except Exception as error:  # such as more shared memory than there is
+            wrong[_told(setting)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if expected is not None and not torch.allclose(found, expected, rtol=1e-3, atol=1e-5):
+            wrong[_told(setting)] = f"off by {float((found - expected).abs().max()):.1e}"
+            continue
+        runs[_told(setting)] = functools.partial(with_setting, trial.kernel, setting, run)
+    if not dry:
+        runs["copy"] = measure.copy(where)
+    timings = measure.interleave(runs, 2 if dry else 25, measure.Clock(where))
+    rows = {name: measure.quantiles(timing.seconds) for name, timing in timings.items()}
+    copied = rows.pop("copy", None)
+    best = min(rows, key=lambda name: rows[name]["median"])
+    gain = 1 - rows[best]["median"] / rows[_told(now)]["median"]
+    row: Row = {"ms": rows, "refused": wrong, "best": best, "gain": gain, "bytes": moved}
+    if copied:
+        row["of_copy"] = (moved / rows[best]["median"]) / (2 * measure.COPIED / copied["median"])
+    if gain > BETTER:
+        row["line"] = f'MEASURED["{target.name}"]["{trial.kernel}"] = {best}'
+    return row
+
+
+def _result(run: Callable[[], Any]) -> Tensor | None:
+    """What a run gives, where it gives the same every time."""
+    found = run()
+    found = found[0] if isinstance(found, tuple) else found
+    return found.detach().float().clone() if isinstance(found, Tensor) else None
+
+
+def with_setting(kernel: str, setting: LaunchParameters, run: Callable[[], Any]) -> None:
+    """Run something with launch parameters of a kernel."""
+    with trying(kernel, setting):
+        run()
+
+
+def _told(setting: LaunchParameters) -> str:
+    """As it would stand in the table."""
+    names = LaunchParameters._field_defaults
+    parts = [
+        f"{name}={value}"
+        for name, value in setting._asdict().items()
+        if name != "block" and value != names[name]
+    ]
+    return f"LaunchParameters({', '.join([str(setting.block), *parts])})"
