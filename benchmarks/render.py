@@ -19,6 +19,7 @@ from .suite import OURS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
+VERSIONS = "<!-- versions, rendered by `make render` -->"
 
 COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48, "dp": 28}
 """Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, `_foreach_lerp_` (with
@@ -203,17 +204,34 @@ def everything() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def versions() -> str:
+    """What `noxfile.py` has recorded: which versions were tested, and how many tests have passed."""
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("versions/*.json")}
+    order = [name for name in ("oldest", "pinned", "newest") if name in found]
+    lines = []
+    for name in order:
+        record = found[name]
+        results = [
+            f"{record[part]['passed']} passed, {record[part]['skipped']} skipped"
+            + f", {record[part]['failed']} failed" * bool(record[part]["failed"])
+            for part in ("tests", "machine code")
+        ]
+        lines.append([name, *record["versions"].values(), *results])
+    headings = ["", *(found[order[0]]["versions"] if order else ()), "tests", "of machine code and launches"]
+    return report.markdown(headings, lines)
+
+
 def rendered() -> dict[Path, str]:
     """What the files should hold."""
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text("utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{readme} does not hold {BEGIN!r} and {END!r}")
-    return {
-        readme: f"{before}{BEGIN}\n\n{performance()}\n\n{END}{after}",
-        RESULTS / "README.md": everything(),
-    }
+    text = readme.read_text("utf-8")
+    for begin, what in ((BEGIN, performance), (VERSIONS, versions)):
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(END)
+        if not found:
+            raise ValueError(f"{readme} does not hold {begin!r} and {END!r}")
+        text = f"{before}{begin}\n\n{what()}\n\n{END}{after}"
+    return {readme: text, RESULTS / "README.md": everything()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """The wheel holds what is in the checkout, under the names that users import."""
 
+import ast
+import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -45,7 +48,7 @@ def test_wheel_and_sdist_hold_the_three_packages(tmp_path: Path) -> None:
         str(PurePosixPath(name, file.relative_to(root).as_posix()))
         for name, root in SOURCES.items()
         for file in root.rglob("*.py")
-    } | {"fastreg/py.typed", "fastreg_kernels/py.typed"}
+    } | {"fastreg/py.typed", "fastreg_kernels/py.typed", "fastreg_benchmarks/libcuda.c"}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
     about = {name.partition(".dist-info/")[2]: text for name, text in wheel.items() if ".dist-info/" in name}
@@ -60,3 +63,29 @@ def test_wheel_and_sdist_hold_the_three_packages(tmp_path: Path) -> None:
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     again = content(build("build_wheel", unpacked, tmp_path / "again"))
     assert again.keys() == wheel.keys()
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed() -> None:
+    allowed = dict(re.findall(r"\b([a-z]+)>=(\d[\d.]*)", (ROOT / "pyproject.toml").read_text()))
+    (oldest,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "noxfile.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OLDEST"
+    )
+    for name in ("torch", "triton", "transformers"):
+        assert oldest[name].startswith(f"{allowed[name]}."), name
+
+
+def test_each_session_has_recorded_that_all_tests_pass() -> None:
+    """Of the versions that it is about."""
+    found = {
+        file.stem: json.loads(file.read_text())
+        for file in (ROOT / "benchmarks/results/versions").glob("*.json")
+    }
+    assert found.keys() == {"oldest", "pinned", "newest"}
+    for record in found.values():
+        assert record["tests"]["passed"] > 5000 and record["machine code"]["passed"] > 300
+        assert record["tests"]["failed"] == record["machine code"]["failed"] == 0
+    pins = dict(re.findall(r"^([a-z]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert found["pinned"]["versions"]["torch"].startswith(pins["torch"])
+    assert found["oldest"]["versions"]["torch"].startswith("2.11.")
