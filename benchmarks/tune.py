@@ -151,7 +151,7 @@ TRIALS = {
     ),
     "ghost norms bf16": Trial(
         "ghost_sums", functools.partial(_ghost, torch.bfloat16),
-        ({"depth": 64}, {"warps": 4}, {"depth": 64, "stages": 4}, {"block": 128, "depth": 64}, {"stages": 2}),
+        ({"depth": 16}, {"depth": 64}, {"warps": 4}, {"stages": 4}, {"block": 128}),
     ),
     "ghost norms fp32": Trial(
         "ghost_sums", functools.partial(_ghost, torch.float32), ({"depth": 16}, {"warps": 4}, {"stages": 2}),

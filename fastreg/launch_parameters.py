@@ -74,7 +74,7 @@ DEFAULTS: Mapping[str, LaunchParameters] = {
     "per_sample_norm": LaunchParameters(8192),
     "per_sample_factor": LaunchParameters(4096),  # block: partial results read at a time
     "per_sample_sum": LaunchParameters(1024),
-    # block: positions, squared. With fewer warps, registers do not suffice for both products everywhere.
+    # block: positions, squared; depth: in float32. With fewer warps, registers do not suffice everywhere.
     "ghost_sums": LaunchParameters(64, warps=8, depth=32),
     "sample_sums": LaunchParameters(128, depth=16),  # block: features
     # With a fourth of the elements, what a program does before the first costs each 1.3 instructions more.

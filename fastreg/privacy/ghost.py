@@ -16,6 +16,8 @@ from ..reference import ghost as reference
 
 CHUNK = 2**24
 """Inner products that are held at a time where they are held."""
+WIDEST = 2**24
+"""Features of an input of the kernel at most: within a tile it counts elements in 32 bits."""
 
 
 class Grams:
@@ -38,8 +40,8 @@ class Grams:
 
 def ghost_sums(left: Tensor, right: Tensor, grams: Grams | None = None) -> Tensor:
     """`reference.ghost_sums`; some samples at a time where inner products are held."""
-    samples, positions, _ = left.shape
-    if _by_kernel(left) and left.dtype == right.dtype:
+    samples, positions, p = left.shape
+    if _by_kernel(left) and left.dtype == right.dtype and max(p, right.shape[2]) <= WIDEST:
         return _some_at_a_time(_launched, left.contiguous(), right.contiguous(), _most_samples(left))
     step = max(1, CHUNK // max(1, positions**2))
     if step >= samples:
@@ -99,9 +101,10 @@ def _by_kernel(x: Tensor) -> bool:
 
 def ghost_constants(dtype: torch.dtype, chosen: LaunchParameters) -> dict[str, Any]:
     """The compile-time arguments of `ghost_sums_kernel`: float32 is multiplied as such, not as TF32."""
-    precision = "ieee" if dtype == torch.float32 else "tf32"
+    precision, depth = ("ieee", 1) if dtype == torch.float32 else ("tf32", 2)  # as many bytes of 16 bits each
     return {
-        "PRECISION": precision, "WIDEN": backend.interpreted(), "BLOCK": chosen.block, "DEPTH": chosen.depth,
+        "PRECISION": precision, "WIDEN": backend.interpreted(), "BLOCK": chosen.block,
+        "DEPTH": depth * chosen.depth,
     }  # fmt: skip
 
 

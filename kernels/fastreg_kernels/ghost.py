@@ -9,26 +9,29 @@ import triton.language as tl
 
 @triton.jit
 def inner_products(
-    x, sample, rows, columns, positions, features,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, DEPTH: tl.constexpr,
+    x, sample, row, column, positions, features,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """⟨x_r, x_c⟩ for rows r and columns c of positions of one sample, both int64; 0 beyond the last.
+    """⟨x_r, x_c⟩ for the positions r of one tile and c of another, of one sample; 0 beyond the last.
 
     Products of 16-bit numbers are exact in float32, in which they are added up.
     """
+    # Tiles start at 64-bit offsets: a sample of language model logits has more elements than 32 bits count.
     base = x + sample * positions * features
-    products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    rows = base + row.to(tl.int64) * BLOCK * features
+    columns = base + column.to(tl.int64) * BLOCK * features
+    r = tl.arange(0, BLOCK)
+    is_row, is_column = row * BLOCK + r < positions, column * BLOCK + r < positions
+    products = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in range(0, features, DEPTH):
         k = first + tl.arange(0, DEPTH)
         mask = k < features
         a = tl.load(
-            base + rows[:, None] * features + k[None, :],
-            mask=(rows < positions)[:, None] & mask[None, :], other=0.0,
-        )  # fmt: skip
+            rows + r[:, None] * features + k[None, :], mask=is_row[:, None] & mask[None, :], other=0.0
+        )
         b = tl.load(
-            base + columns[None, :] * features + k[:, None],
-            mask=(columns < positions)[None, :] & mask[:, None], other=0.0,
-        )  # fmt: skip
+            columns + r[None, :] * features + k[:, None], mask=is_column[None, :] & mask[:, None], other=0.0
+        )
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         products = tl.dot(a, b, products, input_precision=PRECISION)
@@ -53,13 +56,11 @@ def ghost_sums_kernel(
     row = pid // tiles % tiles
     column = pid % tiles
     if column <= row:
-        # 64 bits: a sample of a language model's logits has more elements than 32 hold.
-        rows = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        columns = column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        outer = inner_products(left, sample, rows, columns, positions, p, PRECISION, WIDEN, DEPTH)
-        inner = inner_products(right, sample, rows, columns, positions, d, PRECISION, WIDEN, DEPTH)
+        outer = inner_products(left, sample, row, column, positions, p, PRECISION, WIDEN, BLOCK, DEPTH)
+        inner = inner_products(right, sample, row, column, positions, d, PRECISION, WIDEN, BLOCK, DEPTH)
         times = tl.where(row == column, 1.0, 2.0)
-        diagonal = rows[:, None] == columns[None, :]
+        position = tl.arange(0, BLOCK)
+        diagonal = (row * BLOCK + position)[:, None] == (column * BLOCK + position)[None, :]
         count = tiles * (tiles + 1) // 2
         here = partial + sample * count + row * (row + 1) // 2 + column
         further = samples.to(tl.int64) * count

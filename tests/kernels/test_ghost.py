@@ -9,8 +9,8 @@ import fastreg
 from fastreg.privacy import ghost
 from fastreg.reference import ghost as reference
 
-# Sizes below, at and above a tile of 64 positions, 32 features of a turn and 128 of a program.
-SHAPES = [(3, 1, 5, 7), (2, 16, 32, 64), (2, 64, 33, 1), (1, 65, 16, 40), (2, 130, 20, 3)]
+# Sizes below, at and above a tile of 64 positions, 32 or 64 features of a turn and 128 of a program.
+SHAPES = [(3, 1, 5, 7), (2, 16, 32, 64), (2, 64, 33, 1), (1, 65, 16, 70), (2, 130, 20, 3)]
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE", "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -83,3 +83,11 @@ def test_many_positions_are_taken_some_samples_at_a_time(samples, monkeypatch):
     expected = ghost.ghost_sums(left, right)
     monkeypatch.setattr(ghost, "CHUNK", 36)
     assert torch.equal(ghost.ghost_sums(left, right), expected)
+
+
+def test_what_is_too_wide_for_the_kernel_is_left_to_the_reference(monkeypatch):
+    left, right = drawn((2, 6, 4), (2, 6, 9), dtype=torch.float32)
+    monkeypatch.setattr(ghost, "WIDEST", 8)
+    monkeypatch.setattr(ghost, "_launched", None)
+    with fastreg.use_backend("triton"):
+        assert torch.equal(ghost.ghost_sums(left, right), reference.ghost_sums(left, right))
