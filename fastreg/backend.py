@@ -114,7 +114,11 @@ def cannot_compile(error: Exception) -> None:
         raise error
     _compiles = False
     warnings.warn(
-        f"compiling the step failed, using backend 'reference' instead: {error}", RuntimeWarning, stacklevel=2
+        "compiling the step failed, so that it runs uncompiled and takes several times as long. "
+        "Install a C++ compiler, or name one in CXX; FASTREG_BACKEND=reference turns compiling off. "
+        f"torch.compile said: {error}",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 
