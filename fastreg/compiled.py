@@ -139,8 +139,10 @@ def _compiled(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callab
 
 
 def _ahead_of_time() -> contextlib.AbstractContextManager[Any]:
-    """Within the block torch compiles ahead of time, which torch 2.11 does only where it is told to."""
+    """Within the block torch compiles ahead of time, which torch 2.11 does only where it is told to.
+
+    Numbers stay numbers: torch 2.11 would start anew where it cannot make tensors of them, which fails there.
+    """
     config = importlib.import_module("torch._dynamo.config")
-    if hasattr(config, "enable_aot_compile"):
-        return config.patch(enable_aot_compile=True)
-    return contextlib.nullcontext()
+    wanted = {"enable_aot_compile": True, "specialize_float": True}
+    return config.patch({name: value for name, value in wanted.items() if hasattr(config, name)})

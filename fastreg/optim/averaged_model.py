@@ -427,6 +427,12 @@ def _abandon(model: nn.Module) -> None:
         if hasattr(module, "reset_iter_state"):
             with contextlib.suppress(RuntimeError):  # only the outermost may
                 module.reset_iter_state()
+        else:  # before torch 2.13
+            state = module._get_fsdp_state()
+            group, idle = state._fsdp_param_group, type(state._training_state).IDLE
+            state._training_state, state._state_ctx.iter_forward_root = idle, None
+            if group is not None:
+                group._training_state = idle
 
 
 def _reshard(model: nn.Module) -> None:
