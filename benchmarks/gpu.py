@@ -162,7 +162,7 @@ def run(names: list[str], out: Path, dry: bool, again: bool, limit: float) -> in
     start, bad = time.monotonic(), []
     environment = dict(os.environ)
     if dry:
-        environment["TRITON_INTERPRET"] = "1"
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tests run beside it
     else:
         environment.pop("TRITON_INTERPRET", None)
     with (out / "log.txt").open("a", encoding="utf-8") as log:

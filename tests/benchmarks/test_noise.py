@@ -1,5 +1,7 @@
 """The benchmarks of noise verify what they time."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from fastreg_benchmarks import noise
 
 CPU = torch.device("cpu")
 SIZE = noise.LENGTH * noise.FEATURES
+FEW_LEVELS = version("torch").startswith("2.11.")
+"""torch.randn in bfloat16 on a CPU has a variance of 0.985 in torch 2.11, and no value beyond 3.33."""
 WRONG = {
     "additive noise": (lambda x: gaussian_noise(x, 1.02 * noise.STD), "variance"),
     "multiplicative noise, both passes": (
@@ -37,6 +41,8 @@ def test_noise_is_verified(what, storage):
     workload, contenders = case.setup(CPU), case.contenders()
     for name in ("fastreg", case.baseline):
         if (name, storage) == ("transformers' hook", "bf16"):  # whose draws have 256 levels on a CPU
+            continue
+        if (name, storage) == ("torch", "bf16") and FEW_LEVELS:
             continue
         assert not wrong(case, workload, contenders[name](workload)), name
     if storage == "fp32":

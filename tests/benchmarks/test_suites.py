@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -319,7 +320,7 @@ def test_bench_writes_table_picture_and_json(one_case, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "torch fused" in out and "flashoptim left out: flashoptim needs CUDA" in out
     run = json.loads((tmp_path / "bench.json").read_text())
-    assert run["quick"] and run["machine"]["versions"]["torch"] == torch.__version__
+    assert run["quick"] and run["machine"]["versions"]["torch"] == version("torch")
     assert run["results"][0]["rows"]["fastreg"]["ms"]["median"] > 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 

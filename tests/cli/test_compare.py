@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,7 @@ def test_default_contenders_leave_a_table_of_each_and_a_picture(everything):
     assert [c["label"] for c in results["contenders"]] == contenders.DEFAULT.split(",")
     assert results["baseline"] == "plain" and not results["interrupted"]
     assert results["config"]["steps"] == 4 and results["seed"] == 0
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] == version("torch")
     for contender in results["contenders"]:
         assert contender["finished"]
         assert contender["curves"]["step"] == [0, 2, 4]
