@@ -13,8 +13,9 @@ from .usage import UsageError, count, require
 DESCRIPTION = """\
 Compile the kernels that fastreg ships into Triton's cache, for a container image or for a machine whose GPU
 time is short. No GPU is needed. A run finds them where fastreg, triton and Python have the same versions, in
-the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. All of them take about a minute
-on two cores and 16 MB for each target; --only takes those of some chains."""
+the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. The folder must keep its path,
+because Triton stores paths in it. All kernels take about a minute on two cores and 16 MB for each target;
+--only takes those of some chains."""
 
 
 def add_parser(commands: Any) -> None:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(f"--target: {error}") from None
     work = precompile.items(_names(args.only), _kinds(args.dtype), _features(args.features))
-    place = Path(args.out) if args.out else kernel_cache.folder()
+    place = (Path(args.out) if args.out else kernel_cache.folder()).absolute()  # Triton stores paths
     status = 0
     for target in targets:
         done = iter(range(1, len(work) + 1))

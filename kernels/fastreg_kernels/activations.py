@@ -70,7 +70,7 @@ def derivative(x, ACTIVATION: tl.constexpr):
         return normal_cdf(x) + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)
     elif ACTIVATION == "gelu_tanh":
         s, slope = gelu_gate(x)
-        return s + slope * x * (1.5957691216057308 + 0.21406444881780073 * x * x)
+        return s + slope * (1.5957691216057308 + 0.21406444881780073 * x * x) * x
     else:
         tl.static_assert(ACTIVATION == "silu")
         s, slope = sigmoid(1.4426950408889634 * x)

@@ -100,7 +100,7 @@ def drop_block(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
-    alive = inside & mask.alive
+    alive = tl.where(mask.alive, inside, False)
     y = biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE)
     if gradient is None:
         y = activate(y, ACTIVATION)

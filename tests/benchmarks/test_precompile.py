@@ -60,6 +60,18 @@ def test_an_empty_cache_is_not_hit(tmp_path):
 def test_only_what_a_run_needs_is_stored(cache):
     files = [file for made in cache.glob("*/*_kernel.json") for file in made.parent.iterdir()]
     assert {file.suffix for file in files} == {".json", ".cubin"}
+    groups = [json.loads(file.read_text())["child_paths"] for file in cache.glob("*/__grp__*_kernel.json")]
+    assert groups and all(os.path.isfile(path) for group in groups for path in group.values())
+
+
+def test_kernels_of_others_are_left_alone(tmp_path):
+    other = tmp_path / "KEY"
+    other.mkdir()
+    (other / "theirs.source").write_text("theirs")
+    group, names = other / "__grp__theirs.json", '{"child_paths": {"theirs.source": "elsewhere"}}'
+    group.write_text(names)
+    precompile.strip(tmp_path)
+    assert (other / "theirs.source").exists() and group.read_text() == names
 
 
 def test_again_compiles_nothing(cache):
@@ -132,14 +144,18 @@ def test_info_tells_what_is_cached(cache, tmp_path, monkeypatch, capsys):
     assert kernel_cache.read(tmp_path) == []
 
 
-def test_the_command(tmp_path, capsys):
-    arguments = ["precompile", "--target", "sm_90", "--target", "sm_100", "--out", str(tmp_path)]
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """The folder may be named relative to another one; Triton stores absolute paths."""
+    monkeypatch.chdir(tmp_path.parent)
+    arguments = ["precompile", "--target", "sm_90", "--target", "sm_100", "--out", tmp_path.name]
     assert main([*arguments, "--only", "SGD,clip+Lion", "--dtype", "fp32", "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.strip().split("\n")
     assert [line.rpartition("\r")[2].partition(",")[0] for line in lines] == [
         f"{target}: 7 kernels in {tmp_path}" for target in ("sm_90", "sm_100")
     ]
     assert {cached.target for cached in kernel_cache.read(tmp_path)} == {"sm_90", "sm_100"}
+    group = json.loads(next(tmp_path.glob("*/__grp__*.json")).read_text())
+    assert all(path.startswith(str(tmp_path)) for path in group["child_paths"].values())
     assert main(["precompile", "--list"]) == 0
     assert capsys.readouterr().out.split("\n")[:-1] == list(families.FAMILIES)
 
