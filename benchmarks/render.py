@@ -2,7 +2,9 @@
 
 benchmarks/results/audit.json          the code audit (`make audit`)
 benchmarks/results/*/bench.json        runs of `fastreg bench`, one folder for each machine
-            ──render──▶ benchmarks/results/README.md, and the marked part of README.md
+benchmarks/results/cold_start.json     first steps of processes (`make results`)
+benchmarks/results/versions/*.json     tests on other versions (`nox`)
+            ──render──▶ benchmarks/results/README.md, and the marked parts of README.md
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
 VERSIONS = "<!-- versions, rendered by `make render` -->"
+COLD_START = "<!-- cold start, rendered by `make render` -->"
 
 COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48, "dp": 28}
 """Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, `_foreach_lerp_` (with
@@ -221,11 +224,25 @@ def versions() -> str:
     return report.markdown(headings, lines)
 
 
+def cold_start() -> str:
+    """What first steps take, and compiling ahead of time."""
+    found = json.loads((RESULTS / "cold_start.json").read_text("utf-8"))
+    step, kernels, machine = found["compiled_step"], found["kernels"], found["machine"]
+    first, later = f"{step['first_process']:.0f} s", f"{step['later_process'] * 1000:.0f} ms"
+    size, seconds = f"{kernels['bytes'] / 1e6:.0f} MB", f"{kernels['seconds']:.0f} s"
+    return (
+        f"On {machine['threads']} threads of an {machine['device']}, the first step of {step['chain']} took "
+        f"{first} in the first process\nand {later} in later ones. `fastreg precompile` compiled "
+        f"{kernels['kernels']} kernels for {kernels['target']}, {size}, in {seconds}\non these. "
+        "([figures](benchmarks/results/cold_start.json))"
+    )
+
+
 def rendered() -> dict[Path, str]:
     """What the files should hold."""
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
-    for begin, what in ((BEGIN, performance), (VERSIONS, versions)):
+    for begin, what in ((BEGIN, performance), (COLD_START, cold_start), (VERSIONS, versions)):
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(END)
         if not found:

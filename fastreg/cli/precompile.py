@@ -14,7 +14,7 @@ DESCRIPTION = """\
 Compile the kernels that fastreg ships into Triton's cache, for a container image or for a machine whose GPU
 time is short. No GPU is needed. A run finds them where fastreg, triton and Python have the same versions, in
 the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. The folder must keep its path,
-because Triton stores paths in it. All kernels take about a minute on two cores and 16 MB for each target;
+because Triton stores paths in it. All kernels take about a minute on two cores and 19 MB for each target;
 --only takes those of some chains."""
 
 

@@ -1,0 +1,87 @@
+"""What a first step takes in a process: on a CPU compiled or loaded, and kernels compiled for a GPU or found.
+
+python -m fastreg_benchmarks.cold_start --json benchmarks/results/cold_start.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastreg.cli import document
+
+from . import measure, precompile
+
+CHAIN, ELEMENTS = "clip+noise+AdamW+EMA", 2_000_000
+STEP = f"""
+import time, torch
+from fastreg_benchmarks import chains
+p = torch.nn.Parameter(torch.randn({ELEMENTS}))
+p.grad = torch.randn({ELEMENTS})
+step = chains.whole_step(chains.optimizer({CHAIN!r}, [p], lr=0.01, seed=0))
+seconds = []
+for _ in range(2):
+    start = time.perf_counter()
+    step()
+    seconds.append(time.perf_counter() - start)
+print(*seconds)
+"""
+LATER = 3
+"""Processes that find what the first one has made."""
+
+
+def steps() -> dict[str, Any]:
+    """Seconds of the first compiled step and of the second, in a first process and in later ones."""
+    with tempfile.TemporaryDirectory() as place:
+        environment = {
+            **os.environ, "FASTREG_BACKEND": "compiled",
+            "FASTREG_CACHE_DIR": f"{place}/fastreg", "TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor",
+        }  # fmt: skip
+        found = []
+        for _ in range(1 + LATER):
+            command = [sys.executable, "-c", STEP]
+            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found.append([float(number) for number in run.stdout.split()])
+    first, *later = found
+    return {
+        "chain": CHAIN, "elements": ELEMENTS, "first_process": first[0],
+        "later_process": statistics.median(row[0] for row in later),
+        "warm_step": statistics.median(row[1] for row in later),
+    }  # fmt: skip
+
+
+def kernels(target: str = "sm_90") -> dict[str, Any]:
+    """Seconds and bytes of `fastreg precompile`, and its seconds where all is there."""
+    with tempfile.TemporaryDirectory() as place:
+        work, jobs = precompile.items(), os.cpu_count() or 1
+        first = precompile.fill(target, Path(place), work, jobs)
+        again = precompile.fill(target, Path(place), work, jobs)
+        size = sum(file.stat().st_size for file in Path(place).glob("*/*"))
+    return {
+        "target": target, "kernels": first.kernels, "bytes": size, "processes": jobs,
+        "seconds": first.seconds, "seconds_again": again.seconds, "compiled_again": again.compiled,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.cold_start", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write it here")
+    options = parser.parse_args(arguments)
+    found = {"machine": measure.machine(torch.device("cpu")), "compiled_step": steps(), "kernels": kernels()}
+    print(found["compiled_step"], found["kernels"], sep="\n")
+    if options.json:
+        document.write(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
