@@ -6,19 +6,75 @@ process, or replacing a function, changes or keeps it as it should.
 
 from __future__ import annotations
 
+import abc
+import collections
 import dataclasses
 import dis
 import functools
 import hashlib
+import importlib
+import sys
 import types
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-FOREIGN = ("torch", "builtins", "math", "functools", "operator", "collections", "typing", "itertools")
-"""Packages whose code does not change with ours: they count by name, and by their version elsewhere."""
-_PLAIN = (bool, int, float, complex, str, bytes, slice, type(...))
+FOREIGN = (
+    "torch", "builtins", "math", "functools", "operator", "collections", "typing", "itertools", "abc",
+    "dataclasses", "reprlib", "types",
+)  # fmt: skip
+"""Modules whose code does not change with ours: they count by name, and by their version elsewhere."""
+
+_PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, range, type(...), type(NotImplemented),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""What is told by its `repr`."""
+
+_HELD: dict[type, tuple[str, ...]] = {
+    slice: ("start", "stop", "step"),
+    functools.partial: ("func", "args", "keywords", "__dict__"),
+    functools.partialmethod: ("func", "args", "keywords", "__dict__"),
+    functools.cached_property: ("func", "attrname"),
+    property: ("fget", "fset", "fdel"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    dataclasses.Field: ("name", "default", "default_factory", "metadata"),
+    types.MethodType: ("__func__", "__self__"),
+    types.MethodWrapperType: ("__name__", "__self__"),
+    types.FunctionType: ("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__dict__"),
+    types.CellType: ("cell_contents",),
+    types.CodeType: (
+        "co_code", "co_exceptiontable", "co_flags", "co_argcount", "co_posonlyargcount", "co_kwonlyargcount",
+        "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_consts",
+    ),
+    types.MethodDescriptorType: ("__name__", "__objclass__"),
+    types.WrapperDescriptorType: ("__name__", "__objclass__"),
+    types.ClassMethodDescriptorType: ("__name__", "__objclass__"),
+    types.GetSetDescriptorType: ("__name__", "__objclass__"),
+    types.MemberDescriptorType: ("__name__", "__objclass__"),
+}  # fmt: skip
+"""What is told by its attributes; a missing one, of another version of Python, counts as `None`."""
+
+_FIELD = type(vars(collections.namedtuple("_Of", "one"))["one"])
+_COMPILED = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
+_SENTINELS = (dataclasses.MISSING, vars(dataclasses)["_HAS_DEFAULT_FACTORY"])
+_STATELESS = (object, abc.ABC, typing.Generic, typing.Protocol)
+"""Bases that keep nothing in an object besides its attributes."""
+
+_ANYTHING = ("__import__", "eval", "exec", "globals", "input", "open")
+"""Builtins whose effect depends on more than their arguments."""
+
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+
+_UNSEEN = (
+    "__abstractmethods__", "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__",
+    "__dataclass_params__", "__doc__", "__firstlineno__", "__module__", "__orig_bases__", "__parameters__",
+    "__static_attributes__", "__type_params__", "_abc_impl",
+)  # fmt: skip
+"""Attributes of a class that Python writes itself, for reading, or because of others."""
 
 
 class Unknown(TypeError):
@@ -28,116 +84,170 @@ class Unknown(TypeError):
 def fingerprint(*values: Any) -> str:
     """A hexadecimal digest of values and of all code that functions among them can reach.
 
-    Functions count with their code, defaults, closures and the globals they name; classes with their methods
-    and constants; dataclasses and collections with what they hold.
+    Functions count with their code, defaults, closures, attributes and the globals they name; classes with
+    their bases and all members; dataclasses and collections with what they hold.
 
     Raises:
-        Unknown: For a value of another kind, such as a tensor or an object of a class in a closure.
+        Unknown: For a value of another kind, such as a tensor or an object of a class in a closure, and for
+            code that imports or evaluates, or that uses a module otherwise than for what it takes of it.
     """
+    try:
+        return _digest(values, {})
+    except (ImportError, RecursionError, ValueError) as error:
+        raise Unknown("a module, a collection within itself, or a cell without content") from error
+
+
+def _digest(value: Any, seen: dict[int, int]) -> str:
     digest = hashlib.sha256()
-    for part in _described(values, {}):
-        digest.update(part.encode() + b"\0")
+    _describe(value, seen, lambda text: digest.update(text.encode() + b"\0"))
     return digest.hexdigest()
 
 
-def _described(value: Any, seen: dict[Any, int]) -> Iterator[str]:
-    yield type(value).__name__
-    if value is None or isinstance(value, _PLAIN):
-        yield repr(value)
-    elif isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-        yield str(value)
-    elif isinstance(value, (types.FunctionType, type)) and value in seen:  # functions may call each other
-        yield f"seen {seen[value]}"
+def _describe(value: Any, seen: dict[int, int], write: Callable[[str], None]) -> None:
+    """Write text that differs for what differs, given the functions and classes that were seen before."""
+    write(type(value).__name__)
+    if type(value) in _PLAIN:
+        write(repr(value))
+    elif id(value) in seen:  # functions may call each other
+        write(f"seen {seen[id(value)]}")
+    elif type(value) in (set, frozenset):
+        write(" ".join(sorted(_digest(item, dict(seen)) for item in value)))
     else:
         if isinstance(value, (types.FunctionType, type)):
-            seen[value] = len(seen)
+            seen[id(value)] = len(seen)
         for part in _parts(value):
             if isinstance(part, str):
-                yield part
+                write(part)
             else:
-                yield from _described(part[0], seen)
+                _describe(part[0], seen, write)
 
 
 def _parts(value: Any) -> Iterator[str | tuple[Any]]:
     """Text as it is, and what is to be described in turn in tuples of one."""
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         yield str(len(value))
         yield from ((item,) for item in value)
-    elif isinstance(value, (set, frozenset)):
-        yield from sorted(map(repr, value))
-    elif isinstance(value, dict):
-        yield from ((item,) for pair in value.items() for item in pair)
-    elif isinstance(value, functools.partial):
-        yield from ((value.func,), (value.args,), (value.keywords,))
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield (value.__func__,)
-    elif isinstance(value, types.MethodType):
-        yield from ((value.__func__,), (value.__self__,))
-    elif isinstance(value, types.CodeType):
-        yield value.co_code.hex()
-        yield " ".join((*value.co_names, "|", *value.co_varnames, "|", *value.co_freevars))
-        yield (value.co_consts,)
+        if type(value) is not tuple:
+            yield from ((type(value),), (getattr(value, "__dict__", None),))
+    elif type(value) is list:
+        yield (tuple(value),)
+    elif type(value) in (dict, types.MappingProxyType):
+        yield (tuple(item for pair in value.items() for item in pair),)
+    elif any(value is sentinel for sentinel in _SENTINELS):
+        yield "no value"
+    elif type(value) is _FIELD:
+        yield (value.__reduce__()[1],)
+    elif isinstance(value, types.BuiltinFunctionType):
+        yield from _builtin(value)
+    elif isinstance(value, _COMPILED) and not _foreign(value.__objclass__):
+        raise Unknown(f"{value!r} is not written in Python")
+    elif type(value) in _HELD:
+        yield from _held(value)
     elif _foreign(value):
         yield _name(value)
-    elif isinstance(value, types.FunctionType):
-        yield from _function(value)
     elif isinstance(value, type):
-        yield f"{_name(value)} {getattr(value, '_fields', ())}"
-        yield from ((member,) for member in _members(value))
+        members = {name: item for name, item in vars(value).items() if name not in _UNSEEN}
+        yield _name(value)
+        yield from ((type(value),), (value.__bases__,), (tuple(sorted(members)),))
+        yield from ((item,) for _, item in sorted(members.items(), key=lambda member: member[0]))
+    elif typing.get_origin(value) is not None:
+        yield from ((typing.get_origin(value),), (typing.get_args(value),))
     elif dataclasses.is_dataclass(value):
-        yield (type(value),)
-        yield from ((getattr(value, field.name),) for field in dataclasses.fields(value))
+        yield from ((type(value),), (_state(value),))
     else:
         raise Unknown(f"{value!r} of {type(value)}")
 
 
+def _builtin(value: Any) -> Iterator[str | tuple[Any]]:
+    owner = value.__self__
+    module = owner.__name__ if isinstance(owner, types.ModuleType) else value.__module__
+    if module is None and owner is not None:  # a method of this object
+        yield from (value.__name__, (owner,))
+    elif _is_foreign(module) and value.__name__ not in _ANYTHING:
+        yield f"{module}.{value.__qualname__}"
+    else:
+        raise Unknown(f"{value!r} of {module}")
+
+
+def _held(value: Any) -> Iterator[str | tuple[Any]]:
+    yield from ((getattr(value, name, None),) for name in _HELD[type(value)])
+    if isinstance(value, types.FunctionType):
+        yield _name(value)
+        if not value.__code__.co_filename.startswith(_places()):  # names could be copied from another
+            yield from _named(value)
+
+
+def _named(function: types.FunctionType) -> Iterator[str | tuple[Any]]:
+    """What a function takes of its module, of Python's builtins, and of modules that these hold."""
+    builtins: Any = function.__builtins__
+    for path in _globals(function.__code__):
+        yield " ".join(path)
+        name, *attributes = path
+        held = next((names for names in (function.__globals__, builtins) if name in names), None)
+        if held is None:
+            continue
+        found = held[name]
+        for attribute in attributes:
+            if isinstance(found, types.ModuleType):
+                found = getattr(found, attribute, dataclasses.MISSING)
+        yield (found,)
+
+
+@functools.cache
+def _globals(code: types.CodeType) -> list[tuple[str, ...]]:
+    """The globals that code names, each with the attributes that are taken of it at once."""
+    paths: set[tuple[str, ...]] = set()
+    path: tuple[str, ...] = ()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            raise Unknown(f"{code.co_name} imports {instruction.argval}")
+        if path and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            path = (*path, str(instruction.argval))
+        elif instruction.opname != "EXTENDED_ARG":
+            paths |= {path} - {()}
+            path = (str(instruction.argval),) if instruction.opname in _LOADS else ()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            paths |= set(_globals(constant))
+    return sorted(paths)
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """What an object holds in its slots and its dictionary."""
+    kinds = type(value).__mro__
+    if any(_foreign(kind) and kind not in _STATELESS for kind in kinds):
+        raise Unknown(f"{value!r} of {type(value)}")
+    slots = [
+        name
+        for kind in kinds
+        for name, item in vars(kind).items()
+        if isinstance(item, types.MemberDescriptorType)
+    ]
+    held = {name: getattr(value, name, dataclasses.MISSING) for name in slots}
+    return {**held, **getattr(value, "__dict__", {})}
+
+
+@functools.cache
+def _places() -> tuple[str, ...]:
+    """Files of the modules of `FOREIGN`, and folders of its packages."""
+    files = [getattr(importlib.import_module(name), "__file__", None) for name in FOREIGN]
+    return tuple(file.removesuffix("__init__.py") for file in files if file)
+
+
+def _is_foreign(module: Any) -> bool:
+    return isinstance(module, str) and module.lstrip("_").partition(".")[0] in FOREIGN
+
+
 def _foreign(value: Any) -> bool:
-    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    if isinstance(value, types.BuiltinFunctionType):
-        module = module or "builtins"
-    return isinstance(module, str) and module.partition(".")[0] in FOREIGN and hasattr(value, "__name__")
+    """Whether a module of `FOREIGN` holds this under its own name."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not _is_foreign(module) or not isinstance(name, str):
+        return False
+    found: Any = sys.modules.get(str(module))
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is value
 
 
 def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
-
-
-def _members(value: type) -> Iterator[Any]:
-    """The methods, properties and constants of a class, less what Python writes itself."""
-    for name, item in sorted(vars(value).items()):
-        item = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
-        if isinstance(item, types.FunctionType):
-            written = item.__code__.co_filename != "<string>"
-            if written and (name in ("__init__", "__new__", "__call__") or not name.startswith("__")):
-                yield item
-        elif isinstance(item, _PLAIN) and not name.startswith("__"):
-            yield name, item
-
-
-def _function(value: types.FunctionType) -> Iterator[str | tuple[Any]]:
-    yield _name(value)
-    yield from ((value.__code__,), (value.__defaults__,), (value.__kwdefaults__,))
-    yield from ((cell.cell_contents,) for cell in value.__closure__ or ())
-    for name, *attributes in sorted(set(_globals(value.__code__))):
-        if name in value.__globals__:
-            found = value.__globals__[name]
-            for attribute in attributes:  # of a module of ours, what the function takes from it
-                if isinstance(found, types.ModuleType) and not _foreign(found):
-                    found = getattr(found, attribute, None)
-            yield " ".join((name, *attributes))
-            yield (found,)
-
-
-def _globals(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """The globals that code names, each with the attributes that are taken of it at once."""
-    path: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if path and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            path.append(str(instruction.argval))
-            continue
-        if path:
-            yield tuple(path)
-        path = [str(instruction.argval)] if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals(constant)
+    return f"{value.__module__}.{value.__qualname__}"
