@@ -12,6 +12,7 @@ caller keeps what torch has compiled.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from .fingerprint import Unknown, fingerprint
 
-FORMAT = 1
+FORMAT = 2
 _ALLOCATING = ("empty_strided_cpu", "reinterpret_tensor", "assert_size_stride")
 """What `call` may name besides torch and its kernels, and where torch keeps it."""
 
@@ -218,11 +220,11 @@ def _results(result: Any, returned: Sequence[Any]) -> Any:
 
 def folder() -> Path | None:
     """Where programs are kept: `FASTREG_CACHE_DIR`, "off" for nowhere; by default in the user's cache."""
-    given = os.environ.get("FASTREG_CACHE_DIR")
-    if given == "off":
+    given = os.environ.get("FASTREG_CACHE_DIR", "")
+    if given.lower() == "off":
         return None
     if given:
-        return Path(given) / "programs"
+        return Path(os.path.expanduser(given)) / "programs"
     base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     try:
         return (Path(base) if base else Path.home() / ".cache") / "fastreg" / "programs"
@@ -281,53 +283,101 @@ def _at_default(config: Any, line: str) -> bool:
 
 
 def load(key: str) -> Program | None:
-    """The program that is kept under a key; `None` where there is none, or it cannot be loaded."""
+    """The program that is kept under a key; `None` if there is none, or none that is whole and to be trusted."""
     place = folder()
-    if place is None or not (place / key / "program.json").is_file() or not _trusted(place / key):
+    if place is None:
         return None
     try:
-        kept = json.loads((place / key / "program.json").read_text())
-        libraries = {name: str(place / key / file) for name, file in kept["libraries"].items()}
+        kept = _intact(place / key)
+        libraries = {name: str(place / key / file) for name, (file, _) in kept["libraries"].items()}
         order = [(i, dim) for i, dim in kept["order"]]
         return Program(kept["source"], libraries, order, kept["written"], kept["results"])
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError):
+    except Exception:  # whatever is wrong with it, it is compiled anew, and replaced
         return None
 
 
-def _trusted(place: Path) -> bool:
-    """Whether a folder, whose contents would be run, belongs to this user or to the system's."""
-    return os.name == "nt" or place.stat().st_uid in (0, os.getuid())
+def _intact(made: Path) -> dict[str, Any]:
+    """What the file of a program tells, once its libraries are known to be as they were written.
+
+    Raises:
+        OSError: If a file is missing or cannot be read.
+        ValueError: If a file is damaged, or somebody else may have written it.
+    """
+    _check_owner(made)
+    _check_owner(made / "program.json")
+    kept: dict[str, Any] = json.loads((made / "program.json").read_text())
+    for file, digest in kept["libraries"].values():
+        _check_owner(made / file)
+        if _digest(made / file) != digest:
+            raise ValueError(f"{made / file} is damaged")
+    return kept
+
+
+def _check_owner(path: Path) -> None:
+    """Raise `ValueError` where somebody else than this user and the system could have written what is run."""
+    if os.name == "nt":
+        return
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+        raise ValueError(f"others than this user may write {path}")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def save(key: str, program: Program) -> None:
-    """Keep a program under a key.  Where the folder cannot be written, nothing is kept.
+    """Keep a program under a key, instead of a damaged one; nothing where the folder cannot be written.
 
     Whole or not at all: it is written beside its place and moved there, so that no process sees half of it.
     """
-    place = folder()
-    if place is None or (place / key).exists():
+    place, made = folder(), None
+    if place is None:
         return
-    made = None
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            _intact(place / key)
+            return  # another process was faster
+        place.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=place, prefix="."))
         libraries = {}
         for i, (name, file) in enumerate(program.libraries.items()):
-            libraries[name] = f"{i}.so"
-            shutil.copyfile(file, made / libraries[name])
+            shutil.copyfile(file, made / f"{i}.so")
+            libraries[name] = (f"{i}.so", _digest(made / f"{i}.so"))
         kept = {
             "source": program.source, "libraries": libraries, "order": program.order,
             "written": program.written, "results": program.results,
         }  # fmt: skip
         (made / "program.json").write_text(json.dumps(kept))
+        for path in made.iterdir():
+            path.chmod(0o644)
+        made.chmod(0o755)  # an image may be filled by root and used by others
+        with contextlib.suppress(FileNotFoundError):
+            (place / key).rename(made / "damaged")
         made.rename(place / key)
+        shutil.rmtree(place / key / "damaged", ignore_errors=True)
     except OSError:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
 
 
+def writable() -> bool:
+    """Whether programs can be kept in the folder, or the folder be made."""
+    place = folder()
+    if place is None:
+        return False
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+    except OSError:
+        return False
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def kept() -> tuple[int, int]:
     """How many programs are kept, and their bytes."""
     place = folder()
-    files = [file for file in place.glob("*/*") if file.is_file()] if place else []
-    return sum(file.name == "program.json" for file in files), sum(file.stat().st_size for file in files)
+    try:
+        files = [file for file in place.glob("*/*") if file.is_file()] if place else []
+        return sum(file.name == "program.json" for file in files), sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0, 0

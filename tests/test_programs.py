@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,23 +66,72 @@ def test_what_is_damaged_is_compiled_again(place, monkeypatch):
     for damaged in ("{", "{}", json.dumps({**whole, "libraries": {"call": "missing.so"}})):
         file.write_text(damaged)
         assert programs.load(file.parent.name) is None
+    file.write_text(json.dumps(whole))
+    assert programs.load(file.parent.name) is not None
+    library = file.parent / "0.so"
+    content = library.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content[:-1] + b"?"):
+        library.unlink()  # it is mapped into this process
+        library.write_bytes(damaged)
+        assert programs.load(file.parent.name) is None
+    monkeypatch.setattr(compiled, "_compiled", lambda *_: program)
+    monkeypatch.setattr(programs, "capture", lambda *_: program)
+    monkeypatch.setattr(program, "libraries", {name: str(place / "whole.so") for name in program.libraries})
+    (place / "whole.so").write_bytes(content)
+    assert compile_ahead(body, examples()) is program
+    check(programs.load(file.parent.name))  # it is kept instead of the damaged one
+    assert [path.name for path in place.iterdir() if path.is_dir()] == [file.parent.name]
+
+
+def test_what_others_may_have_written_is_not_run(place, monkeypatch):
+    compile_ahead(body, examples())
+    (file,) = place.glob("*/program.json")
+    key, made = file.parent.name, file.parent
+    for path in (made, file, made / "0.so"):
+        mode = path.stat().st_mode
+        path.chmod(0o666 | mode)
+        assert programs.load(key) is None, path
+        path.chmod(mode)
+        moved = path.rename(place / "moved")
+        path.symlink_to(moved)
+        assert programs.load(key) is None, path
+        path.unlink()
+        moved.rename(path)
+        assert programs.load(key) is not None
+    inner = os.lstat
+    for owner, trusted in ((0, True), (os.getuid(), True), (4321, False)):
+
+        def owned(self, owner=owner):
+            status = inner(self)
+            return os.stat_result((*status[:4], owner, *status[5:10]))
+
+        with monkeypatch.context() as changed:
+            changed.setattr(type(file), "lstat", owned)
+            assert (programs.load(key) is not None) == trusted, owner
+
+
+def test_a_folder_that_cannot_be_read_keeps_nothing(place, monkeypatch):
+    """Such as that of another user: what is needed is compiled, and no error is made of it."""
+    program = compile_ahead(body, examples())
+
+    def refused(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for name in ("lstat", "is_file", "exists"):
+        monkeypatch.setattr(type(place), name, refused)
     monkeypatch.setattr(compiled, "_compiled", lambda *_: program)
     monkeypatch.setattr(programs, "capture", lambda *_: program)
     assert compile_ahead(body, examples()) is program
-
-
-def test_what_belongs_to_others_is_not_run(place, monkeypatch):
-    compile_ahead(body, examples())
-    (file,) = place.glob("*/program.json")
-    assert programs.load(file.parent.name) is not None
-    monkeypatch.setattr(os, "getuid", lambda: 4321)
-    monkeypatch.setattr(programs, "_trusted", lambda folder: folder.stat().st_uid == os.getuid())
-    assert programs.load(file.parent.name) is None
+    assert programs.kept() == (0, 0)
 
 
 def test_where_they_are(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTREG_CACHE_DIR", "off")
     assert programs.folder() is None and programs.kept() == (0, 0)
+    monkeypatch.setenv("FASTREG_CACHE_DIR", "OFF")
+    assert programs.folder() is None
+    monkeypatch.setenv("FASTREG_CACHE_DIR", "~/kept")
+    assert programs.folder() == Path.home() / "kept" / "programs"
     monkeypatch.delenv("FASTREG_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert programs.folder() == tmp_path / "fastreg" / "programs"
@@ -91,7 +141,9 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTREG_CACHE_DIR", str(tmp_path / "file"))
     programs.save("key", programs.Program("def call(args):\n    return ()", {}, [], [], None))
-    assert programs.kept() == (0, 0)
+    assert programs.kept() == (0, 0) and not programs.writable()
+    told = f"no compiled steps: {tmp_path}/file/programs cannot be written, FASTREG_CACHE_DIR names another"
+    assert told in str(fastreg.info())
 
 
 def test_a_key_for_every_difference(monkeypatch):
