@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -85,6 +86,9 @@ DEFAULTS: Mapping[str, LaunchParameters] = {
 }
 """By the name of the kernel, less `_kernel`. No GPU has measured them yet."""
 
+CHUNKED = ("step", "norm", "per_sample_norm", "dropout", "noise", "adversarial_step", "adversarial_norm")
+"""Kernels whose programs work on a number of whole chunks."""
+
 MEASURED: dict[str, dict[str, LaunchParameters]] = {}
 """What was measured to be faster than the defaults, by architecture and kernel."""
 
@@ -93,9 +97,28 @@ _tried: dict[str, LaunchParameters] = {}
 
 def launch_parameters(kernel: str, architecture: Architecture) -> LaunchParameters:
     """How a kernel is launched on an architecture."""
-    if kernel in _tried:
-        return _tried[kernel]
-    return MEASURED.get(architecture.name, {}).get(kernel) or DEFAULTS[kernel]
+    chosen = _tried.get(kernel) or MEASURED.get(architecture.name, {}).get(kernel) or DEFAULTS[kernel]
+    return _checked(kernel, chosen, architecture.lanes)
+
+
+@functools.cache
+def _checked(kernel: str, chosen: LaunchParameters, lanes: int) -> LaunchParameters:
+    """The parameters, if no element is left out with them.
+
+    Raises:
+        ValueError: If they are not powers of two, or a program works on less than a chunk.
+    """
+    sizes = {"block": chosen.block, "warps": chosen.warps, "per_thread": chosen.per_thread}
+    sizes |= {name: size for name in ("least", "depth") if (size := getattr(chosen, name))}
+    for name, size in sizes.items():
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"launch parameters of {kernel!r}: {name} must be a power of two, got {size}")
+    if kernel in CHUNKED and chosen.block < chosen.chunk(lanes):
+        raise ValueError(
+            f"launch parameters of {kernel!r}: block must be at least per_thread · warps · {lanes} = "
+            f"{chosen.chunk(lanes)}, got {chosen.block}"
+        )
+    return chosen
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What launching needs of a device: limits of a launch, alignment, what architecture a device has."""
 
+import re
+
 import pytest
 import torch
 
@@ -84,6 +86,35 @@ def test_what_an_architecture_was_measured_to_want(monkeypatch):
     assert launch_parameters("step", device.H200) == faster
     assert launch_parameters("step", Architecture("sm_80", 32, 108)) == DEFAULTS["step"]
     assert launch_parameters("norm", device.H200) == DEFAULTS["norm"]
+
+
+def test_what_is_in_the_table_can_be_launched():
+    """By architectures and kernels that exist, on warps of 32 and of 64."""
+    for name, kernels in MEASURED.items():
+        assert re.fullmatch(r"sm_\d+|gfx[0-9a-f]{3,4}", name) and kernels.keys() <= DEFAULTS.keys()
+        for kernel in kernels:
+            launch_parameters(kernel, Architecture(name, 64 if name.startswith("gfx9") else 32, 100))
+    for kernel in DEFAULTS:
+        for target in (device.H200, Architecture("gfx942", 64, 304)):
+            assert launch_parameters(kernel, target) == DEFAULTS[kernel]
+
+
+@pytest.mark.parametrize(
+    "kernel, wrong, expected",
+    [
+        ("norm", LaunchParameters(4096, warps=16, per_thread=16), "block must be at least .* = 8192"),
+        ("step", LaunchParameters(1536), "block must be a power of two, got 1536"),
+        ("dropout", LaunchParameters(16384, least=3000), "least must be a power of two, got 3000"),
+        ("noise", LaunchParameters(16384, per_thread=0), "per_thread must be a power of two, got 0"),
+        ("ghost_sums", LaunchParameters(64, depth=24), "depth must be a power of two, got 24"),
+    ],
+)
+def test_parameters_that_would_leave_elements_out_are_refused(kernel, wrong, expected, monkeypatch):
+    monkeypatch.setitem(MEASURED, "sm_90", {kernel: wrong})
+    with pytest.raises(ValueError, match=expected):
+        launch_parameters(kernel, device.H200)
+    with trying(kernel, wrong), pytest.raises(ValueError, match=expected):
+        launch_parameters(kernel, device.H200)
 
 
 def test_trying_parameters():
