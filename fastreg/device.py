@@ -102,7 +102,10 @@ def capturing(device: torch.device) -> bool:
 
     What is written to the device then is there only once the graph is replayed, and serves nobody else.
     """
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with _current(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def stream(device: torch.device) -> Any:

@@ -147,7 +147,11 @@ class Pass(torch.optim.Optimizer):
         if not parameters:
             return Work([], 0, [], [])
         tensors, dtypes = parameters, list(map(_dtype, gradients))
-        if not _PLAIN_TYPES.issuperset(map(type, parameters)) or any(d.is_complex for d in set(dtypes)):
+        if (
+            not _PLAIN_TYPES.issuperset(map(type, parameters))
+            or any(d.is_complex for d in set(dtypes))
+            or any(map(Tensor.is_neg, gradients))
+        ):
             gradients = list(map(placement.local_gradient, parameters, gradients))
             tensors = list(map(placement.local, parameters))
         ids = list(map(id, parameters))

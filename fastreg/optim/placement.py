@@ -38,9 +38,13 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local part of a DTensor; complex numbers as pairs of real ones."""
+    """The tensor itself, or the local part of a DTensor; complex numbers as pairs of real ones.
+
+    Memory holds its numbers: those of views that conjugate or negate are copied.
+    """
     inner = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    return torch.view_as_real(inner.resolve_conj()) if inner.is_complex() else inner
+    inner = torch.view_as_real(inner.resolve_conj()) if inner.is_complex() else inner
+    return inner.resolve_neg()
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -280,6 +280,18 @@ def test_parameters_that_only_lie_close(backend, case, close):
     close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", (1, 5))
+def test_gradients_that_are_views_which_negate(rule, backend, size, close):
+    """The imaginary part of a conjugate: memory holds numbers of the other sign."""
+    waves = torch.randn(size, dtype=torch.complex64)
+    ours, theirs = (Parameter(torch.ones(size)) for _ in range(2))
+    ours.grad, theirs.grad = waves.conj().imag, -waves.imag
+    assert ours.grad.is_neg()
+    for p in (ours, theirs):
+        rule([p], seed=0).step()
+    close(ours, theirs)
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "transposed", "gaps", "conjugate gradient", "scalar"))
 def test_complex_parameters(rule, backend, layout, close):
     """As pairs of real numbers, in any layout, with everything that goes along."""
