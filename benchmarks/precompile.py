@@ -6,13 +6,16 @@ nothing, so that specialisation, options and keys are those of a run on the targ
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,36 +118,41 @@ def fill(
     """
     start = time.perf_counter()
     place.mkdir(parents=True, exist_ok=True)
-    before, needed, failed = hashes(place), set(), {}
+    tempfile.TemporaryFile(dir=place).close()  # an error now rather than in every process
+    before, failed = hashes(place).keys(), {}
+    needed: set[str] = set()
     with ProcessPoolExecutor(
         max(1, min(jobs, len(work))),
         multiprocessing.get_context("spawn"),
         _begin,
         (target, str(place), driver),
     ) as pool:
-        for item, (used, error) in zip(work, pool.map(_run, work), strict=True):
-            needed |= used
-            if error:
-                failed[str(item)] = error
-            report(item, len(used))
-    strip(place)
+        try:
+            for item, (used, error) in zip(work, pool.map(_run, work), strict=True):
+                needed |= used
+                if error:
+                    failed[str(item)] = error
+                report(item, len(used))
+        except BrokenProcessPool:
+            failed[target] = "a process died of the compiler, which may not know this target"
+    strip(place, needed - before)
     if not failed:
-        kernel_cache.note(place, target, len(needed))
+        kernel_cache.note(place, target, needed)
     return Filled(len(needed), len(needed - before), time.perf_counter() - start, failed)
 
 
-def strip(place: Path) -> None:
-    """Remove what no run reads of our kernels, four fifths of a cache.
+def strip(place: Path, made: set[str]) -> None:
+    """Remove what no run reads of these kernels, by their hashes: four fifths of a cache.
 
     Triton 3.9 takes a kernel for lost if a file of its group is, so the group no longer names it.
     """
-    for name in entry_points():
-        for group in place.glob(f"*/__grp__{name}.json"):
+    for folder in (folder for hash, folder in hashes(place).items() if hash in made):
+        for group in folder.glob("__grp__*.json"):
             members = json.loads(group.read_text())["child_paths"]
-            kept = {member: path for member, path in members.items() if not member.endswith(".source")}
-            if kept != members:
-                document.write(group, {"child_paths": kept})
-            (group.parent / f"{name}.source").unlink(missing_ok=True)
+            kept = {name: path for name, path in members.items() if not name.endswith(".source")}
+            document.write(group, {"child_paths": kept})
+        for file in folder.glob("*.source"):
+            file.unlink()
 
 
 def _begin(target: str, place: str, driver: str) -> None:
@@ -154,7 +162,7 @@ def _begin(target: str, place: str, driver: str) -> None:
     torch.set_num_threads(1)
     from . import recording, stub
 
-    made = recording.recording_driver() if driver == "recording" else stub.stub_driver(target)
+    made = recording.recording_driver(target) if driver == "recording" else stub.stub_driver(target)
     made.__enter__()
     _entered.append(made)
 
@@ -175,7 +183,11 @@ def _run(item: Item) -> tuple[set[str], str]:
     return {kernel.hash for kernel in stub.compiled()}, error
 
 
-def hashes(place: Path) -> set[str]:
-    """Of the kernels of ours that are in a cache."""
-    files = (file for file in place.glob("*/*_kernel.json") if not file.name.startswith("__"))
-    return {json.loads(file.read_text())["hash"] for file in files}
+def hashes(place: Path) -> dict[str, Path]:
+    """Of the kernels that are in a cache, and the folder of each; damaged files count for nothing."""
+    found = {}
+    for name in entry_points():
+        for file in place.glob(f"*/{name}.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found[json.loads(file.read_text())["hash"]] = file.parent
+    return found

@@ -43,23 +43,25 @@ def folder() -> Path:
 def read(place: Path | None = None) -> list[Cached]:
     """What was compiled ahead of time into a cache, by default Triton's own."""
     known = _known((folder() if place is None else place) / FILE)
-    return [Cached(target, count, version == identity()) for target, (count, version) in known.items()]
+    return [Cached(target, len(hashes), version == identity()) for target, (hashes, version) in known.items()]
 
 
-def note(place: Path, target: str, kernels: int) -> None:
-    """Write down that so many kernels have been compiled into a cache for a target."""
-    known = {**_known(place / FILE), target: (kernels, identity())}
-    rows = {name: {"kernels": count, "version": version} for name, (count, version) in known.items()}
+def note(place: Path, target: str, hashes: set[str]) -> None:
+    """Write down that these kernels have been compiled into a cache for a target, beside earlier ones."""
+    known = _known(place / FILE)
+    before, version = known.get(target, (set(), ""))
+    known[target] = (hashes | before if version == identity() else hashes), identity()
+    rows = {name: {"version": version, "kernels": sorted(found)} for name, (found, version) in known.items()}
     made = place / f".{FILE}.{os.getpid()}"
     made.write_text(json.dumps(rows, indent=1) + "\n")
     made.replace(place / FILE)
 
 
-def _known(file: Path) -> dict[str, tuple[int, str]]:
-    """Kernels and version by target."""
+def _known(file: Path) -> dict[str, tuple[set[str], str]]:
+    """Hashes of kernels, and version, by target."""
     try:
         rows = json.loads(file.read_text())
-        return {target: (int(row["kernels"]), str(row["version"])) for target, row in rows.items()}
+        return {target: (set(row["kernels"]), str(row["version"])) for target, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ DESCRIPTION = """\
 Compile the kernels that fastreg ships into Triton's cache, for a container image or for a machine whose GPU
 time is short. No GPU is needed. A run finds them where fastreg, triton and Python have the same versions, in
 the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. The folder must keep its path,
-because Triton stores paths in it. All kernels take about a minute on two cores and 19 MB for each target;
---only takes those of some chains."""
+because Triton stores paths in it; and for its own launchers, Triton still needs a C compiler where it runs.
+All kernels take about a minute on two cores and 19 MB for each target; --only takes those of some chains."""
 
 
 def add_parser(commands: Any) -> None:
@@ -68,20 +69,26 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(f"--target: {error}") from None
     work = precompile.items(_names(args.only), _kinds(args.dtype), _features(args.features))
+    if not work:
+        raise UsageError("there is nothing to compile: none of these names has kernels of these dtypes")
+    if args.out == "":
+        raise UsageError("--out names no folder")
     place = (Path(args.out) if args.out else kernel_cache.folder()).absolute()  # Triton stores paths
     status = 0
     for target in targets:
         done = iter(range(1, len(work) + 1))
 
         def report(item: Any, kernels: int, target: str = target, done: Iterator[int] = done) -> None:
-            print(f"\r{target}  {next(done)}/{len(work)}  {item!s:<44}", end="", flush=True)
+            if sys.stdout.isatty():
+                print(f"\r{target}  {next(done)}/{len(work)}  {item!s:<44}", end="", flush=True)
 
         try:
             found = precompile.fill(target, place, work, args.jobs, report)
         except OSError as error:
-            raise UsageError(f"--out {place}: {error.strerror}") from None
+            raise UsageError(f"{place} cannot be written ({error.strerror}): name another --out") from None
         counts = f"{found.kernels} kernels in {place}, {found.compiled} of them new"
-        print(f"\r{f'{target}: {counts}, {found.seconds:.0f} s':<70}")
+        line = f"{target}: {counts}, {found.seconds:.0f} s"
+        print(f"\r{line:<70}" if sys.stdout.isatty() else line)
         for item, why in found.failed.items():
             print(f"  {item} did not compile: {why}")
             status = 1
@@ -106,7 +113,8 @@ def _names(given: str | None) -> list[str]:
     for name in names:
         if name not in FAMILIES and not known(name):
             raise UsageError(
-                f"--only: unknown name {name!r}; --list shows the names, and their parts may be combined"
+                f"--only: unknown name {name!r}; --list shows the names, and parts may be combined with a "
+                "rule, as in EMA+SGD"
             )
     if given is not None and not names:
         raise UsageError(f"--only names nothing, got {given!r}; for example --only AdamW,dropout")
@@ -130,6 +138,8 @@ def _kinds(given: str | None) -> list[str]:
     from fastreg_benchmarks.precompile import DTYPES, KINDS
 
     kinds = [kind.strip() for kind in given.split(",") if kind.strip()] if given is not None else list(KINDS)
+    if not kinds:
+        raise UsageError(f"--dtype names nothing, got {given!r}; for example --dtype fp32,bf16")
     for kind in kinds:
         if kind not in (known := dict.fromkeys((*DTYPES, *STORAGES))):
             raise UsageError(f"--dtype: unknown dtype {kind!r}; choose from {', '.join(known)}")

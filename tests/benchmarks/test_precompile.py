@@ -64,14 +64,34 @@ def test_only_what_a_run_needs_is_stored(cache):
     assert groups and all(os.path.isfile(path) for group in groups for path in group.values())
 
 
-def test_kernels_of_others_are_left_alone(tmp_path):
-    other = tmp_path / "KEY"
-    other.mkdir()
-    (other / "theirs.source").write_text("theirs")
-    group, names = other / "__grp__theirs.json", '{"child_paths": {"theirs.source": "elsewhere"}}'
-    group.write_text(names)
-    precompile.strip(tmp_path)
-    assert (other / "theirs.source").exists() and group.read_text() == names
+def test_what_others_have_compiled_is_left_alone(tmp_path):
+    """Also a kernel of the same name, and what is not whole."""
+    for folder, text in (("THEIRS", '{"hash": "abc"}'), ("HALF", "{")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dropout_kernel.json").write_text(text)
+        (tmp_path / folder / "dropout_kernel.source").write_text("theirs")
+        (tmp_path / folder / "__grp__dropout_kernel.json").write_text('{"child_paths": {"a.source": "b"}}')
+    before = {file: file.read_text() for file in tmp_path.glob("*/*")}
+    filled = precompile.fill("sm_90", tmp_path, precompile.items(["dropout"], ["fp32"], [16]))
+    assert filled.kernels == filled.compiled > 0 and not filled.failed
+    assert {file: file.read_text() for file in before} == before
+
+
+def test_what_is_cached_adds_up(tmp_path, monkeypatch):
+    for name in ("Lion", "SGD", "Lion"):
+        precompile.fill("sm_90", tmp_path, precompile.items([name], ["fp32"]))
+    (cached,) = kernel_cache.read(tmp_path)
+    assert cached.kernels == len(precompile.hashes(tmp_path)) and cached.current
+    monkeypatch.setattr(kernel_cache, "identity", lambda: "another")
+    kernel_cache.note(tmp_path, "sm_90", {"1", "2"})
+    assert kernel_cache.read(tmp_path) == [kernel_cache.Cached("sm_90", 2, True)]
+
+
+@pytest.mark.parametrize("target", ["sm_200", "gfx000"])
+def test_a_target_that_the_compiler_dies_of(tmp_path, capfd, target):
+    given = ["precompile", "--target", target, "--only", "SGD", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert main(given) == 1
+    assert "did not compile" in capfd.readouterr().out and not kernel_cache.read(tmp_path)
 
 
 def test_again_compiles_nothing(cache):
@@ -167,7 +187,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["--target", "h100"], "--target: a target must be such as sm_90 or gfx942, got 'h100'"),
         (
             ["--target", "sm_90", "--only", "AdamV"],
-            "--only: unknown name 'AdamV'; --list shows the names, and their parts",
+            "--only: unknown name 'AdamV'; --list shows the names, and parts may be combined",
         ),
         (
             ["--target", "sm_90", "--only", ","],
@@ -181,6 +201,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
             ["--target", "sm_90", "--features", "768,wide"],
             "--features: must be a whole number >= 1, got 'wide'",
         ),
+        (["--target", "sm_90", "--dtype", ""], "--dtype names nothing, got ''; for example --dtype fp32"),
+        (
+            ["--target", "sm_90", "--dtype", "mixed", "--only", "dropout"],
+            "there is nothing to compile: none of these names has kernels of these dtypes",
+        ),
+        (["--target", "sm_90", "--out", ""], "--out names no folder"),
+        (["--target", "sm_90", "--out", __file__], "cannot be written (File exists): name another --out"),
+        (["--target", "sm_90", "--out", "/proc/1"], "/proc/1 cannot be written ("),
         (["--target", "sm_90", "--jobs", "0"], "must be a whole number >= 1, got '0'"),
     ],
 )
