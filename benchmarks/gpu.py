@@ -12,8 +12,10 @@
 | sanitize | compute-sanitizer on odd and misaligned tensors                           | sanitize.json |
 
 A stage runs in a process of its own.  What it has is on disk at every moment, as whole JSON: a second call
-with the same folder does what is missing and what has failed.  `benchmarks/gpu.sh` calls this where nothing
-is installed; `benchmarks/GPU.md` tells what to carry to a GPU and what to type there.
+with the same folder does what is missing and what has failed or was skipped.  Results of another machine, of
+another version of the kernels or of a dry run are kept beside, and the stage starts afresh.
+`benchmarks/gpu.sh` calls this where nothing is installed; `benchmarks/GPU.md` tells what to carry to a GPU
+and what to type there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any, TextIO
 import torch
 
 from . import counters, device_tests, measure, sanitize, smoke, suite, tune
-from .ledger import Ledger, failed, read
+from .ledger import EARLIER, Ledger, failed, former, settled, version
 from .suite import Case
 
 LIMITS = {"smoke": 75, "tests": 150, "bench": 240, "tune": 100, "counters": 60, "sanitize": 150}
@@ -40,6 +42,8 @@ FIRST = ("smoke", "tests", "bench")
 """What a first call on a machine does."""
 WHOLE = 470
 """Seconds for all stages of a call, by default."""
+FOLDER, DRY_FOLDER = Path("benchmarks/results/gpu"), Path("runs/gpu-dry")
+"""Where results go by default."""
 
 HEADLINES = (
     "clip+AdamW, GPT-2 124M, fp32", "AdamW, GPT-2 124M, fp32", "clip+AdamW+EMA, GPT-2 124M, fp32",
@@ -78,10 +82,9 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
 
     from . import SUITES, figure, report
 
-    contents = report.document(where, quick=True)
-    if not again:
-        contents |= read(path, "results", list)
-    done = {(result["suite"], result["case"]) for result in contents["results"]}
+    contents = report.document(where, quick=True) | {"dry": dry, "version": version()}
+    contents |= former(path, "results", list, contents, again)
+    results = {(result["suite"], result["case"]): result for result in contents["results"]}
     contents["complete"] = False
     if "copy_gbps" not in contents:
         contents["copy_gbps"] = copied(where)
@@ -89,11 +92,11 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
     print(f"copy: {contents['copy_gbps']:.0f} GB/s", flush=True)
     names = ("norm", "host") if dry else SUITES
     every = [case for name in names for case in suite.cases(name, where, quick=True)]
-    for case in ordered(every):
-        if (case.suite, case.name) not in done:
-            contents["results"].append(suite.measured(case, where)[0])
-            document.write(path, contents)
-            print(told(contents["results"][-1]), flush=True)
+    for case in pending(every, results):
+        result = results[case.suite, case.name] = suite.measured(case, where)[0]
+        contents["results"] = list(results.values())
+        document.write(path, contents)
+        print(told(result), flush=True)
     contents["complete"] = True
     document.write(path, contents)
     figure.draw(path.with_suffix(".png"), contents)
@@ -104,6 +107,21 @@ def ordered(cases: Iterable[Case]) -> list[Case]:
     """Headlines first, then the others in their order."""
     place = {name: i for i, name in enumerate(HEADLINES)}
     return sorted(cases, key=lambda case: place.get(case.name, len(place)))
+
+
+def pending(cases: Iterable[Case], results: dict[tuple[str, str], suite.Result]) -> list[Case]:
+    """What has not been measured, and then what was wrong or skipped."""
+    left = [(case, results.get((case.suite, case.name))) for case in ordered(cases)]
+    missing = [case for case, result in left if result is None]
+    return missing + [case for case, result in left if result and not finished(result)]
+
+
+def finished(result: suite.Result) -> bool:
+    """Whether a case need not be done again; peers may have been skipped, such as those not installed."""
+    rows = result["rows"].items()
+    return settled(result) and all(
+        settled(row) if name.startswith(suite.OURS) else not failed(row) for name, row in rows
+    )
 
 
 def copied(where: torch.device) -> float:
@@ -211,7 +229,9 @@ def _within(limit: float, command: list[str], environment: dict[str, str], log: 
         process.wait()
     with open(log.name, encoding="utf-8", errors="replace") as shown:
         shown.seek(before)
-        print("".join(shown.readlines()[-12:]), end="", flush=True)
+        lines = shown.readlines()
+    last = [line for line in lines[:-12] if line.startswith(EARLIER)] + lines[-12:]
+    print("".join(last), end="", flush=True)
     log.seek(0, os.SEEK_END)
     return status, time.monotonic() - start
 
@@ -226,23 +246,24 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry", action="store_true", help="a little of every stage, without a GPU")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results"
+        "--out", type=Path, help=f"folder of the results (default: {FOLDER}, or {DRY_FOLDER} with --dry)"
     )
     parser.add_argument("--limit", type=float, default=WHOLE, help="seconds for all stages")
     parser.add_argument(
-        "--again", action="store_true", help="all anew, not only what is missing or has failed"
+        "--again", action="store_true", help="all anew, not only what is missing, has failed or was skipped"
     )
     parser.add_argument("--stage", choices=list(LIMITS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    out: Path = options.out or (DRY_FOLDER if options.dry else FOLDER)
     if options.stage:
-        return stage(options.stage, options.out, options.dry, options.again)
+        return stage(options.stage, out, options.dry, options.again)
     if unknown := [name for name in options.stages if name not in LIMITS]:
         parser.error(f"unknown stage {unknown[0]!r}; choose from {', '.join(LIMITS)}")
     if not options.dry and not torch.cuda.is_available():
         print("there is no GPU that torch can use; --dry runs without one", file=sys.stderr)
         return 2
     names = [name for name in LIMITS if name in (options.stages or (LIMITS if options.dry else FIRST))]
-    return run(names, options.out.resolve(), options.dry, options.again, options.limit)
+    return run(names, out.resolve(), options.dry, options.again, options.limit)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 #
 # benchmarks/GPU.md tells what to carry there and what to type; --help lists stages and options.
 #
-# OUT=folder      where results go (benchmarks/results/gpu); with results in it, the stages go on from there
+# OUT=folder      where results go (benchmarks/results/gpu, dry ones runs/gpu-dry); with results of the same
+#                 machine and kernels in it, the stages go on from there
 # CARRY=file      what `python -m fastreg_benchmarks.pack` has compiled (benchmarks/results/.carry/triton.tar.gz)
 # PEERS=folder    wheels of the libraries to compare with
 # PYTHON=python3  the interpreter that has torch
@@ -25,7 +26,16 @@ if [ -n "${PEERS-}" ]; then
 fi
 if [ -z "${TRITON_CACHE_DIR-}" ] && [ -f "$carry" ]; then
     export TRITON_CACHE_DIR=/tmp/fastreg-triton # where it was made: Triton writes absolute paths into it
-    tar -xzf "$carry" -C /tmp || echo "$carry could not be unpacked: kernels are compiled here" >&2
+    mkdir -m 700 "$TRITON_CACHE_DIR" 2>/dev/null
+    # What is in there is run.
+    if [ -L "$TRITON_CACHE_DIR" ] || [ ! -d "$TRITON_CACHE_DIR" ] || [ ! -O "$TRITON_CACHE_DIR" ] ||
+        [ -n "$(find "$TRITON_CACHE_DIR" -maxdepth 0 -perm /022)" ]; then
+        echo "$TRITON_CACHE_DIR is not a folder that you alone can write to, and what is in it is run: remove it," \
+            "have its owner remove it, or set TRITON_CACHE_DIR to a folder of yours and compile kernels there" >&2
+        exit 2
+    fi
+    (umask 022 && tar -xz --no-same-owner --no-same-permissions -f "$carry" -C "${TRITON_CACHE_DIR%/*}") ||
+        echo "$carry could not be unpacked: kernels are compiled here" >&2
 fi
 
-"$python" -m fastreg_benchmarks.gpu --out "${OUT:-benchmarks/results/gpu}" "$@"
+"$python" -m fastreg_benchmarks.gpu ${OUT:+--out "$OUT"} "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import traceback
@@ -13,35 +14,37 @@ from fastreg import kernel_cache
 from fastreg.cli import document
 
 Row = dict[str, Any]
+EARLIER = "earlier results"
+"""How the line begins that tells of results that are not gone on with."""
 
 
 class Ledger:
     """Rows by name, written to a file after each.
 
-    A file that is there already is gone on with: what has succeeded there is not done again.
+    A file that is there already is gone on with where it is `former`: what has succeeded is not done again.
 
     Args:
         path: The file.
-        about: What else it tells, such as the machine.
+        about: What else it tells, such as the machine, besides the version of the kernels.
         again: Whether to do all of it anew.
         every: Seconds between two writes at least, for many small rows.
     """
 
     def __init__(self, path: Path, about: Row, again: bool = False, every: float = 0.0) -> None:
         self.path, self._start, self._every, self._written = path, time.perf_counter(), every, 0.0
-        former = {} if again else read(path, "rows", dict)
-        self.rows: dict[str, Row] = former.get("rows", {})
-        self._before = former.get("seconds", 0.0)
-        self._about = about
+        self._about = {**about, "version": version()}
+        found = former(path, "rows", dict, self._about, again)
+        self.rows: dict[str, Row] = found.get("rows", {})
+        self._before = found.get("seconds", 0.0)
         self.write()
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those that have not succeeded yet, in their order."""
-        return [name for name in names if name not in self.rows or failed(self.rows[name])]
+        return [name for name in names if name not in self.rows or not settled(self.rows[name])]
 
     def add(self, name: str, row: Row) -> None:
-        """Write a row down, with the version of the kernels that it is about."""
-        self.rows[name] = {**row, "version": kernel_cache.identity()[:12]}
+        """Write a row down."""
+        self.rows[name] = row
         if time.perf_counter() - self._written >= self._every:
             self.write()
 
@@ -74,6 +77,52 @@ class Ledger:
 def failed(row: Row) -> bool:
     """Whether a row tells of something that did not work."""
     return "failed" in row or "wrong" in row
+
+
+def settled(row: Row) -> bool:
+    """Whether a row tells of something that need not be done again: it has not failed, nor been skipped."""
+    return not failed(row) and "skipped" not in row and row.get("outcome") != "skipped"
+
+
+def version() -> str:
+    """What all results of a file are about: fastreg and its kernels as they are now, and triton."""
+    return kernel_cache.identity()[:12]
+
+
+def former(path: Path, what: str, kind: type, about: Row, again: bool) -> Row:
+    """The document in a file, if it is of the same machine and version, and dry like this one or not.
+
+    Any other is moved beside, to `<name>.old-<number>.json`, and a line says so.
+
+    Args:
+        path: The file.
+        what: What it must hold.
+        kind: And of which type.
+        about: What tells the machine and the version of the results to come.
+        again: Whether to go on with none.
+    """
+    found = read(path, what, kind)
+    if not found:
+        return {}
+    before, now = _source(found), _source(about)
+    other = [name for name in now if before[name] != now[name]]
+    if not other and not again:
+        return found
+    names = (path.with_name(f"{path.stem}.old-{i}{path.suffix}") for i in itertools.count(1))
+    beside = next(name for name in names if not name.exists())
+    path.rename(beside)
+    why = f" differ in {', '.join(other)} and" if other else ""
+    print(f"{EARLIER} in {path.name}{why} are kept in {beside.name}: all is done anew", flush=True)
+    return {}
+
+
+def _source(about: Row) -> Row:
+    """What results must have in common to stand in one file."""
+    return {
+        "--dry": about.get("dry"),
+        "machine": about.get("machine", {}).get("device"),
+        "version of fastreg or triton": about.get("version"),
+    }
 
 
 def read(path: Path, what: str, kind: type) -> Row:

@@ -4,6 +4,8 @@
 
 Run it with the versions of Python, torch and triton that the machine with the GPU has: Triton's keys and the
 launchers hold for these alone.  No GPU is needed.  `benchmarks/gpu.sh` unpacks the file there.
+
+Targets are NVIDIA's GPUs from sm_80 on: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200) and others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -25,21 +28,38 @@ import triton
 from fastreg import device
 from fastreg.launch_parameters import Architecture
 
-from . import device_tests, precompile, tune
+from . import device_tests, precompile, recording, tune
 
 PLACE = Path("/tmp/fastreg-triton")
-"""Where the cache is made and used: Triton writes absolute paths into it."""
+"""Where the cache is made and used: Triton writes absolute paths into it.  What is in it is run."""
 FILE = Path("benchmarks/results/.carry/triton.tar.gz")
 
 
-def tests(jobs: int) -> None:
+def claim(place: Path) -> None:
+    """Make a folder anew, which nobody else can write to.
+
+    Raises:
+        PermissionError: If there is something of somebody else, or that others can write to.
+    """
+    if os.path.lexists(place):
+        found = place.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(
+                f"{place} is not a folder that you alone can write to, and what is in it is run: "
+                "remove it, or have its owner remove it"
+            )
+        shutil.rmtree(place)
+    place.mkdir(mode=0o700)
+
+
+def tests(jobs: int, target: str) -> None:
     """Compile what the tests of the stage launch; they fail, because nothing is computed."""
     files = [str(device_tests.ROOT / file) for file in device_tests.FILES]
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider",
         "-p", "fastreg_benchmarks.compile_only", "-n", str(jobs), "--rootdir", str(device_tests.ROOT), *files,
     ]  # fmt: skip
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE), "FASTREG_TARGET": target}
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
 
 
@@ -53,10 +73,8 @@ def settings(target: str) -> None:
 
 def tried(target: str) -> None:
     """The trials, with a driver that launches nothing."""
-    from .recording import recording_driver
-
     architecture = Architecture(target, 32, device.H200.multiprocessors)
-    with recording_driver():
+    with recording.recording_driver(target):
         for trial in tune.TRIALS.values():
             for setting in tune.settings(trial, architecture):
                 tune.with_setting(trial.kernel, setting, functools.partial(_made, trial))
@@ -70,16 +88,22 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.pack", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=FILE, metavar="FILE", help=f"(default: {FILE})")
-    parser.add_argument("--target", default="sm_90", help="such as sm_90, which is the default")
+    parser.add_argument("--target", default="sm_90", help="sm_80 or later (default: sm_90)")
     options = parser.parse_args(arguments)
+    try:
+        recording.nvidia_target(options.target)
+        claim(PLACE)
+    except ValueError as error:
+        parser.error(f"--target: {error}")
+    except PermissionError as error:
+        parser.exit(2, f"{error}\n")
     start, jobs = time.monotonic(), os.cpu_count() or 1
     print(f"for Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
-    shutil.rmtree(PLACE, ignore_errors=True)
     filled = precompile.fill(options.target, PLACE, precompile.items(), jobs, driver="recording")
     print(f"all that is shipped: {filled.kernels} kernels", *filled.failed.values())
     settings(options.target)
-    tests(jobs)
-    precompile.strip(PLACE)
+    tests(jobs, options.target)
+    precompile.strip(PLACE, set(precompile.hashes(PLACE)))
     options.file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(options.file, "w:gz") as packed:
         packed.add(PLACE, PLACE.name)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 from fastreg import device
@@ -26,6 +27,8 @@ from fastreg import device
 from . import stub
 
 SOURCE = Path(__file__).with_name("libcuda.c")
+OLDEST = 80
+"""The compute capability, times ten, from which on Triton compiles for NVIDIA's GPUs."""
 
 
 class _Last(ctypes.Structure):
@@ -58,15 +61,31 @@ class Launch:
     given: dict[str, int]
 
 
+def nvidia_target(name: str) -> GPUTarget:
+    """What Triton calls a target that its launcher for NVIDIA can be built for.
+
+    Raises:
+        ValueError: For any other.
+    """
+    target = stub.gpu_target(name)
+    if target.backend != "cuda" or int(target.arch) < OLDEST:
+        raise ValueError(
+            f"launchers are built for NVIDIA GPUs alone, from sm_{OLDEST} on: sm_80 (A100), sm_89 (L40), "
+            f"sm_90 (H100, H200), sm_100 (B200) and others; got {name!r}"
+        )
+    return target
+
+
 class _Driver(nvidia.CudaDriver):
     """Triton's driver for NVIDIA, without torch asking whether there is a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
         self.utils = nvidia.CudaUtils()
         self.launcher_cls = nvidia.CudaLauncher
 
-    def get_current_target(self) -> Any:
-        return stub.TARGETS["sm_90"]
+    def get_current_target(self) -> GPUTarget:
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -95,8 +114,16 @@ def _library() -> Any:
 
 
 @contextlib.contextmanager
-def recording_driver() -> Iterator[list[Launch]]:
-    """Within the block CPU tensors go to the kernels by Triton's own launcher; gives what it launched."""
+def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
+    """Within the block CPU tensors go to the kernels by Triton's own launcher; gives what it launched.
+
+    Args:
+        target: What kernels are compiled for: an NVIDIA GPU, such as "sm_90".
+
+    Raises:
+        ValueError: For any other target.
+    """
+    compiled_for = nvidia_target(target)
     if torch.cuda.is_available():
         raise RuntimeError("the stand-in for libcuda would take the place of the real one, which is loaded")
     library, launches = _library(), list[Launch]()
@@ -127,7 +154,7 @@ def recording_driver() -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": library.folder}))
         for module in (device, *_launchers()):
             stack.enter_context(mock.patch.object(module, _name(module), recorded))
-        stack.enter_context(stub.active(_Driver(), "sm_90"))
+        stack.enter_context(stub.active(_Driver(compiled_for), target))
         yield launches
 
 

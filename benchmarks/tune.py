@@ -6,7 +6,7 @@ A winner is what beats the setting in use by more than rounds of the same settin
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ class Trial:
 
     Args:
         kernel: Its name in the table of launch parameters.
-        make: Gives a run, and the bytes that it must move, on a device; small in a dry run.
+        make: Gives a run, and the bytes that it must move, on a device; small in a dry run.  What the run
+            returns is what it computes: tensors, in sequences and mappings.
         changes: What to replace in the parameters in use, for each setting.
     """
 
@@ -52,8 +53,13 @@ def _step(chain: str, storage: str, where: torch.device, dry: bool) -> tuple[Cal
     params = [torch.nn.Parameter(torch.randn(size, device=where, dtype=dtype)) for size in sizes]
     for p in params:
         p.grad = torch.randn_like(p)
-    made = chains.optimizer(chain, params, lr=1e-4, seed=0, bf16=bf16, state_dtype=state_dtype)
-    return made.step, sum(p.numel() for p in params) * chains.at(chain, storage).bytes
+    made = chains.optimizer(chain, params, lr=0.1, seed=0, bf16=bf16, state_dtype=state_dtype)
+
+    def run() -> list[Any]:
+        made.step()
+        return [params, made.state]
+
+    return run, sum(p.numel() for p in params) * chains.at(chain, storage).bytes
 
 
 def _norm(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
@@ -103,7 +109,7 @@ def _adversarial(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int
 def _per_sample(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
     held = [torch.randn(2 if dry else 32, 77 if dry else 768 * 3072, device=where)]
     total = [torch.zeros_like(held[0][0])]
-    return lambda: clip_and_sum(held, total, [1.0], False), 8 * held[0].numel()
+    return lambda: [clip_and_sum(held, total, [1.0], False), total], 8 * held[0].numel()
 
 
 def _ghost(dtype: torch.dtype, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
@@ -176,7 +182,7 @@ def run(ledger: Ledger, where: str, dry: bool) -> bool:
     names = ["dropout, 6 M bf16"] if dry else list(TRIALS)
     for name in ledger.pending(names):
         row = ledger.attempt(name, functools.partial(tried, TRIALS[name], torch.device(where), target, dry))
-        print(f"{name}: {row.get('failed') or row.get('line') or 'as it is'}", flush=True)
+        print(f"{name}: {row.get('failed') or row.get('wrong') or row.get('line') or 'as it is'}", flush=True)
     return not any(map(failed, ledger.rows.values()))
 
 
@@ -187,23 +193,27 @@ def settings(trial: Trial, target: Architecture) -> list[LaunchParameters]:
 
 
 def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) -> Row:
-    """Times of every setting, and the line for the table of launch parameters if one wins."""
-    now = launch_parameters(trial.kernel, target)
+    """Times of every setting, and the line for the table of launch parameters if one wins.
+
+    Settings that do not compile, or need more than there is, are refused; one that gives something else than
+    the setting in use is wrong, and so is the row.
+    """
+    now, *others = settings(trial, target)
+    expected = results(trial, now, where, dry)
     run, moved = trial.make(where, dry)
-    runs: dict[str, measure.Run] = {}
+    runs: dict[str, measure.Run] = {_told(now): functools.partial(with_setting, trial.kernel, now, run)}
+    refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
-    expected = _result(run)
-    for setting in settings(trial, target):
+    for setting in others:
         try:
-            with trying(trial.kernel, setting):
-                found = _result(run)
+            found = results(trial, setting, where, dry)
         except Exception as error:  # such as more shared memory than there is
-            wrong[_told(setting)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            refused[_told(setting)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        if expected is not None and not torch.allclose(found, expected, rtol=1e-3, atol=1e-5):
-            wrong[_told(setting)] = f"off by {float((found - expected).abs().max()):.1e}"
-            continue
-        runs[_told(setting)] = functools.partial(with_setting, trial.kernel, setting, run)
+        if differs := _difference(found, expected):
+            wrong[_told(setting)] = differs
+        else:
+            runs[_told(setting)] = functools.partial(with_setting, trial.kernel, setting, run)
     if not dry:
         runs["copy"] = measure.copy(where)
     timings = measure.interleave(runs, 2 if dry else 25, measure.Clock(where))
@@ -211,7 +221,9 @@ def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) ->
     copied = rows.pop("copy", None)
     best = min(rows, key=lambda name: rows[name]["median"])
     gain = 1 - rows[best]["median"] / rows[_told(now)]["median"]
-    row: Row = {"ms": rows, "refused": wrong, "best": best, "gain": gain, "bytes": moved}
+    row: Row = {"ms": rows, "refused": refused, "best": best, "gain": gain, "bytes": moved}
+    if wrong:
+        row["wrong"] = wrong
     if copied:
         row["of_copy"] = (moved / rows[best]["median"]) / (2 * measure.COPIED / copied["median"])
     if gain > BETTER:
@@ -219,11 +231,30 @@ def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) ->
     return row
 
 
-def _result(run: Callable[[], Any]) -> Tensor | None:
-    """What a run gives, where it gives the same every time."""
-    found = run()
-    found = found[0] if isinstance(found, tuple) else found
-    return found.detach().float().clone() if isinstance(found, Tensor) else None
+def results(trial: Trial, setting: LaunchParameters, where: torch.device, dry: bool) -> list[Tensor]:
+    """What a first run computes with a setting, from the same every time."""
+    torch.manual_seed(0)
+    run, _ = trial.make(where, dry)
+    with trying(trial.kernel, setting):
+        return _tensors(run())
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """All tensors in what a run returns."""
+    if isinstance(found, Tensor):
+        return [found.detach()]
+    held = found.values() if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else ()
+    return [tensor for part in held for tensor in _tensors(part)]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
+    """By how much results differ, where it is more than rounding."""
+    for one, other in zip(found, expected, strict=True):
+        rounding = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+        one, other = one.float(), other.float()
+        if not torch.allclose(one, other, rtol=max(1e-3, rounding), atol=1e-5):
+            return f"off by {float((one - other).abs().max()):.1e}"
+    return ""
 
 
 def with_setting(kernel: str, setting: LaunchParameters, run: Callable[[], Any]) -> None:

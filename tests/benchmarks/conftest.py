@@ -11,7 +11,8 @@ class Interpreted(pytest.Module):
 
     def collect(self):
         pytest.skip(
-            "compiles kernels, which other tests of this run interpret: run `pytest tests/benchmarks`",
+            "compiles kernels, which other tests of this run interpret: unset TRITON_INTERPRET and run "
+            "`pytest tests/benchmarks`",
             allow_module_level=True,
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastreg
+from fastreg import kernel_cache
 from fastreg.launch_parameters import DEFAULTS, launch_parameters
-from fastreg_benchmarks import counters, device_tests, families, gpu, pack, suite, tune
+from fastreg_benchmarks import counters, device_tests, families, gpu, measure, pack, suite, tune
 from fastreg_benchmarks.ledger import Ledger, failed
 from fastreg_benchmarks.stub import stub_driver
 
@@ -132,6 +135,116 @@ def test_a_failure_is_told_and_kept(tmp_path):
     assert Ledger(tmp_path / "stage.json", {}).rows == {}
 
 
+GPU = {"stage": "toy", "dry": False, "machine": {"device": "NVIDIA H100"}}
+
+
+@pytest.mark.parametrize(
+    "other, told",
+    [
+        ({"dry": True}, "differ in --dry and are kept"),
+        ({"machine": {"device": "NVIDIA H200"}}, "differ in machine and are kept"),
+        ({}, "differ in version of fastreg or triton and are kept"),
+    ],
+)
+def test_results_of_another_machine_or_version_are_kept_beside(tmp_path, monkeypatch, capfd, other, told):
+    Ledger(tmp_path / "stage.json", GPU | other).add("good", {})
+    if not other:
+        monkeypatch.setattr(kernel_cache, "identity", lambda: "mended")
+    for left in (["good"], []):
+        ledger = Ledger(tmp_path / "stage.json", GPU)
+        assert ledger.pending(["good"]) == left and len(list(tmp_path.iterdir())) == 2
+        ledger.add("good", {"value": 2})
+    assert told in capfd.readouterr().out
+    assert read(tmp_path / "stage.old-1.json")["rows"] == {"good": {}}
+    assert Ledger(tmp_path / "stage.json", GPU, again=True).rows == {}
+    assert read(tmp_path / "stage.old-2.json")["rows"] == {"good": {"value": 2}}
+
+
+def test_what_was_skipped_or_wrong_is_done_again(tmp_path):
+    ledger = Ledger(tmp_path / "stage.json", GPU)
+    ledger.add("passed", {"outcome": "passed"})
+    rows = {"wrong": {"wrong": "off"}, "skipped": {"skipped": "no ncu"}, "test": {"outcome": "skipped"}}
+    for name, row in rows.items():
+        ledger.add(name, row)
+    assert Ledger(tmp_path / "stage.json", GPU).pending(["passed", *rows]) == list(rows)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Gives the cases that `gpu.bench` measures, and what each comes to."""
+    from types import SimpleNamespace
+
+    from fastreg_benchmarks import figure
+
+    done, outcomes = [], {}
+    toys = [SimpleNamespace(suite="norm", name=name) for name in "abcdef"]
+
+    def measured(case, where):
+        done.append(case.name)
+        result = {"suite": case.suite, "case": case.name, "rows": {"fastreg": {"ms": {"median": 1.0}}}}
+        return result | outcomes.get(case.name, {}), {}
+
+    monkeypatch.setattr(suite, "cases", lambda name, *_, **__: toys if name == "norm" else [])
+    monkeypatch.setattr(suite, "measured", measured)
+    monkeypatch.setattr(gpu, "copied", lambda where: float(len(done)))
+    monkeypatch.setattr(figure, "draw", lambda *_: None)
+    return done, outcomes
+
+
+def test_benchmarks_go_on_with_what_is_missing_then_with_what_was_wrong_or_skipped(tmp_path, toys):
+    done, outcomes = toys
+    outcomes |= {
+        "a": {"skipped": "no data", "rows": {}},
+        "b": {"rows": {"fastreg": {"wrong": "off by 1"}}},
+        "c": {"rows": {"fastreg": {}, "peer": {"wrong": "off by 1"}}},
+        "d": {"rows": {"fastreg": {}, "peer": {"skipped": "not installed"}}},
+        "e": {"rows": {"fastreg": {"skipped": "out of memory"}, "peer": {}}},
+    }
+    path, cpu = tmp_path / "bench.json", torch.device("cpu")
+    assert gpu.bench(path, cpu, True, False) == 1
+    contents = read(path)
+    contents["results"] = [result for result in contents["results"] if result["case"] != "f"]
+    path.write_text(json.dumps(contents))
+    done.clear()
+    outcomes.clear()
+    assert gpu.bench(path, cpu, True, False) == 0 and done == ["f", "a", "b", "c", "e"]
+    found = read(path)
+    assert [result["case"] for result in found["results"]] == list("abcdef") and found["complete"]
+    assert all("skipped" not in result for result in found["results"])
+    assert gpu.bench(path, cpu, True, False) == 0 and len(done) == 5
+
+
+def test_benchmarks_of_two_machines_are_not_mixed(tmp_path, toys, monkeypatch):
+    done, _ = toys
+    path, cpu, machine = tmp_path / "bench.json", torch.device("cpu"), measure.machine(torch.device("cpu"))
+    for i, name in enumerate(("NVIDIA H200", "NVIDIA H100")):
+        monkeypatch.setattr(measure, "machine", lambda where, name=name: machine | {"device": name})
+        gpu.bench(path, cpu, False, False)
+        found = read(path)
+        assert found["machine"]["device"] == name and found["copy_gbps"] == 6 * i and len(done) == 6 * i + 6
+    assert read(tmp_path / "bench.old-1.json")["machine"]["device"] == "NVIDIA H200"
+    monkeypatch.setattr(kernel_cache, "identity", lambda: "mended")
+    gpu.bench(path, cpu, False, False)
+    assert len(done) == 18 and (tmp_path / "bench.old-2.json").exists()
+
+
+def test_dry_runs_have_a_folder_of_their_own(monkeypatch):
+    folders = []
+    monkeypatch.setattr(gpu, "run", lambda names, out, *_: folders.append(out) or 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert gpu.main(["--dry"]) == gpu.main([]) == gpu.main(["--dry", "--out", "here"]) == 0
+    assert folders == [gpu.DRY_FOLDER.resolve(), gpu.FOLDER.resolve(), Path("here").resolve()]
+    assert folders[0] != folders[1]
+
+
+def test_what_is_kept_beside_is_told_whatever_follows(tmp_path, capfd):
+    code = "print('earlier results in a.json are kept'); [print(i) for i in range(50)]"
+    with (tmp_path / "log.txt").open("a") as log:
+        assert gpu._within(30, [sys.executable, "-c", code], dict(os.environ), log)[0] == "ok"
+    told = capfd.readouterr().out.splitlines()
+    assert told == ["earlier results in a.json are kept", *map(str, range(38, 50))]
+
+
 def test_benchmarks_come_in_the_order_of_what_is_told():
     """Every headline is a case on a GPU, and all other cases follow."""
 
@@ -165,13 +278,71 @@ def test_trials_launch_what_they_tune_and_every_setting_compiles(name):
         for setting in settings:
             run, moved = trial.make(torch.device("cpu"), True)
             launches.clear()
-            tune.with_setting(trial.kernel, setting, run)
+            computed = []
+            tune.with_setting(trial.kernel, setting, lambda run=run, to=computed: to.append(run()))
+            assert tune._tensors(computed)
             assert f"{trial.kernel}_kernel" in launches and moved > 0
 
 
 def test_all_kernels_that_matter_are_tuned():
     untuned = DEFAULTS.keys() - {trial.kernel for trial in tune.TRIALS.values()}
     assert untuned == {"unit_squares", "per_sample_factor", "adversarial_norm"}
+
+
+def toy(result):
+    """A trial of three settings, whose run gives what `result` makes of the setting."""
+    target = pack.Architecture("sm_90", 32, 132)
+
+    def make(where, dry):
+        return lambda: result(launch_parameters("dropout", target)), 8
+
+    return tune.Trial("dropout", make, ({"block": 4096}, {"block": 8192}))
+
+
+def out_of_shared_memory(chosen):
+    if chosen.block == 8192:
+        raise RuntimeError("out of resource: shared memory")
+    return torch.ones(3)
+
+
+def second_is_off(chosen):
+    return torch.zeros(3), {"state": torch.full((3,), float(chosen.block == 4096))}
+
+
+def test_a_setting_that_computes_something_else_fails_the_stage(tmp_path, monkeypatch):
+    """One that needs more than there is does not."""
+    monkeypatch.setitem(tune.TRIALS, "dropout, 6 M bf16", toy(second_is_off))
+    ledger = Ledger(tmp_path / "tune.json", {})
+    assert not tune.run(ledger, "cpu", True)
+    (row,) = ledger.rows.values()
+    assert [what.rpartition("(")[2][:4] for what in row["wrong"]] == ["4096"] and not row["refused"]
+    assert set(row["wrong"].values()) == {"off by 1.0e+00"} and len(row["ms"]) == 2
+    assert "4096" not in row["best"] and ledger.pending(["dropout, 6 M bf16"])
+    monkeypatch.setitem(tune.TRIALS, "dropout, 6 M bf16", toy(out_of_shared_memory))
+    assert tune.run(ledger, "cpu", True)
+    (row,) = ledger.rows.values()
+    assert len(row["refused"]) == 1 and "wrong" not in row
+
+
+@pytest.mark.parametrize("what", ["parameter", "state", "nothing"])
+def test_steps_of_every_setting_are_compared(monkeypatch, what):
+    honest = fastreg.AdamW.step
+
+    def step(self):
+        honest(self)
+        (p,) = self.param_groups[0]["params"]
+        state = next(held for held in self.state[p].values() if held.shape == p.shape)
+        changed = {"parameter": p.detach(), "state": state, "nothing": torch.zeros(1)}
+        changed[what] += launch_parameters("step", target).warps == 8
+
+    monkeypatch.setattr(fastreg.AdamW, "step", step)
+    target = pack.Architecture("sm_90", 32, 132)
+    trial = tune.TRIALS["step, AdamW fp32"]
+    row = tune.tried(trial, torch.device("cpu"), target, True)
+    if what == "nothing":
+        assert "wrong" not in row
+    else:
+        assert len(row["wrong"]) == 3 and all("warps=8" in name for name in row["wrong"])
 
 
 def test_a_winner_is_a_line_to_paste():
@@ -209,6 +380,72 @@ def test_the_script_says_what_it_cannot_do(tmp_path):
     assert run.returncode == 2 and "--wet" in run.stderr
     run = script("smoke", "smell", out=tmp_path)
     assert run.returncode == 2 and "unknown stage 'smell'; choose from smoke, tests, bench" in run.stderr
+
+
+def shared(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def linked(folder):
+    (folder.parent / "mine").mkdir()
+    folder.symlink_to(folder.parent / "mine")
+
+
+def foreign(folder):
+    if os.getuid():
+        pytest.skip("only root can give a folder away")
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 12345, 12345)
+
+
+@pytest.mark.parametrize("make", [shared, linked, foreign])
+def test_launchers_of_others_are_not_run(tmp_path, monkeypatch, capsys, make):
+    """Neither unpacked over, nor filled."""
+    place = tmp_path / "fastreg-triton"
+    make(place)
+    run = unpacking(place)
+    assert run.returncode == 2 and f"{place} is not a folder that you alone can write to" in run.stderr
+    assert "remove it" in run.stderr and not list(place.iterdir())
+    monkeypatch.setattr(pack, "PLACE", place)
+    with pytest.raises(SystemExit, match="2"):
+        pack.main([])
+    told = capsys.readouterr().err
+    assert f"{place} is not a folder that you alone can write to" in told and "remove it" in told
+
+
+def test_launchers_of_ones_own_are_unpacked_and_filled_anew(tmp_path):
+    place = tmp_path / "fastreg-triton"
+    for _ in range(2):
+        run = unpacking(place)
+        assert run.returncode == 0 and not run.stderr, run.stderr
+        assert (place / "launcher").read_text() == "packed" and place.stat().st_mode & 0o077 == 0o055
+        assert place.stat().st_uid == os.getuid()
+    pack.claim(place)
+    assert not list(place.iterdir()) and place.stat().st_mode & 0o777 == 0o700
+
+
+def unpacking(place):
+    """Run the script on a packed folder that anyone can write to, with another place and without Python."""
+    site = place.parent / "checkout" / "benchmarks"
+    (site / "made" / place.name).mkdir(parents=True, exist_ok=True)
+    (site / "made" / place.name).chmod(0o777)
+    (site / "made" / place.name / "launcher").write_text("packed")
+    subprocess.run(["tar", "-czf", "packed", "-C", "made", place.name], cwd=site, check=True)
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    (site / "gpu.sh").write_text(text.replace("/tmp/fastreg-triton", str(place)))
+    settings = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}
+    settings |= {"CARRY": "benchmarks/packed", "PYTHON": shutil.which("true")}
+    return subprocess.run(["bash", site / "gpu.sh"], env=settings, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("target", ["gfx942", "sm_75", "h100"])
+def test_targets_without_launchers_are_refused(target, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(pack, "PLACE", tmp_path / "place")
+    with pytest.raises(SystemExit, match="2"):
+        pack.main(["--target", target])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--target: " in told and f"got {target!r}" in told and not (tmp_path / "place").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")

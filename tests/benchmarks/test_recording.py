@@ -7,7 +7,7 @@ import fastreg
 from fastreg.nn import ops
 from fastreg.privacy import ghost
 from fastreg.privacy.per_sample import clip_and_sum
-from fastreg_benchmarks import families
+from fastreg_benchmarks import families, stub
 from fastreg_benchmarks.entry_points import entry_points
 from fastreg_benchmarks.families import Inputs
 from fastreg_benchmarks.recording import recording_driver
@@ -48,6 +48,20 @@ def test_all_kernels_are_among_them():
         for name in names:
             families.run(name, Inputs(torch.float32, "cpu", "triton", [(3, 5, 16)]))
     assert {launch.kernel for launch in launches} == entry_points().keys()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_are_those_of_the_target(target):
+    with recording_driver(target) as launches:
+        families.run("SGD", Inputs(torch.float32, "cpu", "triton", [(3, 5, 16)]))
+        assert {made.metadata.target for made in stub.compiled()} == {stub.gpu_target(target)}
+    assert launches
+
+
+@pytest.mark.parametrize("target", ["gfx942", "sm_75"])
+def test_other_targets_are_refused(target):
+    with pytest.raises(ValueError, match=f"NVIDIA GPUs alone, from sm_80 on: .* got '{target}'"):
+        recording_driver(target).__enter__()
 
 
 def grids(launches):
