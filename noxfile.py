@@ -49,8 +49,8 @@ def pinned(session: nox.Session) -> None:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The newest torch, triton, transformers and numpy that there are."""
-    check(session, "newest", constraints(session, {}, (*OLDEST, *FOLLOWING)))
+    """The newest torch, triton, transformers and numpy that there are, whenever it was installed first."""
+    check(session, "newest", constraints(session, {}, (*OLDEST, *FOLLOWING)), "--upgrade")
 
 
 def constraints(session: nox.Session, pins: dict[str, str], without: tuple[str, ...]) -> str:
@@ -67,10 +67,10 @@ def constraints(session: nox.Session, pins: dict[str, str], without: tuple[str, 
     return str(file)
 
 
-def check(session: nox.Session, label: str, versions: str) -> None:
+def check(session: nox.Session, label: str, versions: str, *how: str) -> None:
     """Install, run the tests as `make test` does, and record how many have passed."""
     session.install("--constraint", versions, "setuptools")
-    session.install("--constraint", versions, "--no-build-isolation", "--editable", ".[dev]")
+    session.install("--constraint", versions, "--no-build-isolation", *how, "--editable", ".[dev]")
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
