@@ -283,7 +283,7 @@ def _at_default(config: Any, line: str) -> bool:
 
 
 def load(key: str) -> Program | None:
-    """The program that is kept under a key; `None` if there is none, or none that is whole and to be trusted."""
+    """The program that is kept under a key; `None` if there is none that is whole and to be trusted."""
     place = folder()
     if place is None:
         return None
