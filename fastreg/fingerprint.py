@@ -179,7 +179,7 @@ def _held(value: Any) -> Iterator[str | tuple[Any]]:
 
 def _named(function: types.FunctionType) -> Iterator[str | tuple[Any]]:
     """What a function takes of its module, of Python's builtins, and of modules that these hold."""
-    builtins: Any = function.__builtins__
+    builtins: Any = function.__builtins__  # type: ignore[attr-defined]
     for path in _globals(function.__code__):
         yield " ".join(path)
         name, *attributes = path
