@@ -16,6 +16,10 @@ cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 carry=${CARRY:-benchmarks/results/.carry/triton.tar.gz}
+if ! "$python" -c "import torch, triton, pytest" 2>/dev/null; then
+    echo "$python lacks torch, triton or pytest: set PYTHON to an interpreter that has them" >&2
+    exit 2
+fi
 site=$(mktemp -d) || exit 2
 trap 'rm -rf "$site"' EXIT
 ln -s "$PWD/benchmarks" "$site/fastreg_benchmarks" # the name under which it is installed elsewhere

@@ -452,3 +452,8 @@ def test_targets_without_launchers_are_refused(target, monkeypatch, capsys, tmp_
 def test_without_a_gpu_it_says_so(tmp_path):
     run = script(out=tmp_path)
     assert run.returncode == 2 and "there is no GPU that torch can use; --dry" in run.stderr
+
+
+def test_a_python_without_torch_is_told(tmp_path):
+    run = script("--help", out=tmp_path, PYTHON=shutil.which("false"))
+    assert run.returncode == 2 and "lacks torch, triton or pytest: set PYTHON to" in run.stderr
