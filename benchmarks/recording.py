@@ -76,26 +76,13 @@ def nvidia_target(name: str) -> GPUTarget:
     return target
 
 
-class _Driver(nvidia.CudaDriver):
+class _Driver(stub.OneDevice, nvidia.CudaDriver):
     """Triton's driver for NVIDIA, without torch asking whether there is a GPU."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
         self.utils = nvidia.CudaUtils()
         self.launcher_cls = nvidia.CudaLauncher
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
 
 
 @functools.cache

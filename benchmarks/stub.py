@@ -39,19 +39,10 @@ TARGETS = {name: gpu_target(name) for name in ("sm_80", "sm_90", "sm_100", "gfx9
 """What the audit reads."""
 
 
-class _Driver(DriverBase):
-    def __init__(self, launches: list[str], target: GPUTarget = TARGETS["sm_90"]) -> None:
-        self._target = target
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
-            unload_module=lambda *_: None,
-            get_device_properties=lambda _: {"max_shared_mem": 232448},
-        )
+class OneDevice:
+    """What a driver is asked about devices, answered for one of a chosen target, without a GPU."""
 
-        def launcher(source: Any, metadata: Any) -> Any:
-            return lambda *_: launches.append(source.name)
-
-        self.launcher_cls = launcher
+    _target: GPUTarget
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -65,6 +56,21 @@ class _Driver(DriverBase):
     @classmethod
     def is_active(cls) -> bool:
         return True
+
+
+class _Driver(OneDevice, DriverBase):
+    def __init__(self, launches: list[str], target: GPUTarget = TARGETS["sm_90"]) -> None:
+        self._target = target
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
+            unload_module=lambda *_: None,
+            get_device_properties=lambda _: {"max_shared_mem": 232448},
+        )
+
+        def launcher(source: Any, metadata: Any) -> Any:
+            return lambda *_: launches.append(source.name)
+
+        self.launcher_cls = launcher
 
     def get_active_torch_device(self) -> Any:
         raise NotImplementedError
