@@ -67,11 +67,8 @@ def stage(name: str, out: Path, dry: bool, again: bool) -> int:
         return bench(out / "bench.json", torch.device(where), dry, again)
     about = {"stage": name, "dry": dry, "machine": measure.machine(torch.device(where))}
     ledger = Ledger(out / f"{name}.json", about, again, every=1.0 if name == "tests" else 0.0)
-    try:
+    with ledger.interruptible():
         good = sanitized(ledger, dry) if name == "sanitize" else STAGES[name](ledger, where, dry)
-    except BaseException:
-        ledger.write()
-        raise
     ledger.write(complete=True)
     return 0 if good else 1
 

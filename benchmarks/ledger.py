@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,27 @@ class Ledger:
         self.path, self._start, self._every, self._written = path, time.perf_counter(), every, 0.0
         self._about = {**about, "version": version()}
         found = former(path, "rows", dict, self._about, again)
+        self._interrupted = False
         self.rows: dict[str, Row] = found.get("rows", {})
         self._before = found.get("seconds", 0.0)
         self.write()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within the block an interrupt ends what is attempted, also where a library catches it."""
+
+        def interrupt(*_: object) -> None:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        except BaseException:
+            self.write()
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those that have not succeeded yet, in their order."""
@@ -58,6 +78,8 @@ class Ledger:
                 "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
                 "trace": traceback.format_exc()[-4000:],
             }
+        if self._interrupted:  # whatever became of the exception
+            raise KeyboardInterrupt
         self.add(name, {**row, "seconds": time.perf_counter() - start})
         return row
 

@@ -135,6 +135,9 @@ def fill(
                 report(item, len(used))
         except BrokenProcessPool:
             failed[target] = "a process died of the compiler, which may not know this target"
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     strip(place, needed - before)
     if not failed:
         kernel_cache.note(place, target, needed)

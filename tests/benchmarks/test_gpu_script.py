@@ -1,5 +1,6 @@
 """`benchmarks/gpu.sh` and its stages, as far as they go without a GPU."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -81,6 +82,23 @@ def test_a_second_call_does_what_has_failed_and_what_is_missing(dry, tmp_path):
     assert "1 passed" in run.stdout
     assert [result["case"] for result in read(tmp_path / "bench.json")["results"]].count(gone["case"]) == 1
     assert read(tmp_path / "tests.json")["rows"].keys() == read(out / "tests.json")["rows"].keys()
+
+
+def test_an_interrupt_that_a_library_catches_ends_the_stage(tmp_path):
+    """And makes another error of it."""
+    made = Ledger(tmp_path / "smoke.json", {})
+
+    def caught():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("KeyboardInterrupt()")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), made.interruptible():
+        made.attempt("first", dict)
+        made.attempt("second", caught)
+    assert read(tmp_path / "smoke.json")["rows"].keys() == {"first"}
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
