@@ -216,6 +216,8 @@ def versions() -> str:
         record = found[name]
         results = [
             f"{record[part]['passed']} passed, {record[part]['skipped']} skipped"
+            + f", {record[part].get('second_attempt')} at a second attempt"
+            * ("second_attempt" in record[part])
             + f", {record[part]['failed']} failed" * bool(record[part]["failed"])
             for part in ("tests", "machine code")
         ]
