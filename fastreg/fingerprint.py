@@ -177,9 +177,9 @@ def _held(value: Any) -> Iterator[str | tuple[Any]]:
             yield from _named(value)
 
 
-def _named(function: types.FunctionType) -> Iterator[str | tuple[Any]]:
+def _named(function: Any) -> Iterator[str | tuple[Any]]:
     """What a function takes of its module, of Python's builtins, and of modules that these hold."""
-    builtins: Any = function.__builtins__  # type: ignore[attr-defined]
+    builtins: Any = function.__builtins__
     for path in _globals(function.__code__):
         yield " ".join(path)
         name, *attributes = path
