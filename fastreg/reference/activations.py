@@ -1,4 +1,4 @@
-"""Activation functions by name, with their derivatives, in the precision of their argument."""
+"""Activation functions by name, with their backward passes, in the precision of their argument."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn import functional
 
 
 class Activation(NamedTuple):
-    """A function of each element and its derivative."""
+    """A function of each element, and its backward pass: of a gradient by the result, and of its argument."""
 
     function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ def _silu_derivative(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "identity": Activation(_identity, torch.ones_like),
-    "relu": Activation(functional.relu, lambda x: (x > 0).to(x.dtype)),
-    "gelu": Activation(functional.gelu, _gelu_derivative),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative),
-    "silu": Activation(functional.silu, _silu_derivative),
+    "identity": Activation(_identity, lambda gradient, x: gradient),
+    "relu": Activation(functional.relu, lambda gradient, x: torch.where(x <= 0, 0, gradient)),
+    "gelu": Activation(functional.gelu, lambda gradient, x: gradient * _gelu_derivative(x)),
+    "gelu_tanh": Activation(_gelu_tanh, lambda gradient, x: gradient * _gelu_tanh_derivative(x)),
+    "silu": Activation(functional.silu, lambda gradient, x: gradient * _silu_derivative(x)),
 }
 """ReLU; GELU (Hendrycks & Gimpel 2016), exact and by tanh; SiLU, or Swish (Ramachandran et al. 2017)."""

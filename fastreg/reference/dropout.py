@@ -79,7 +79,7 @@ def dropout_backward(
     """
     compute = compute_dtype(dtype)
     h = x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
-    g = gradient.to(compute) * ACTIVATIONS[activation].derivative(h) * scale(thresholds, compute)
+    g = ACTIVATIONS[activation].backward(gradient.to(compute), h) * scale(thresholds, compute)
     return torch.where(kept(seed, thresholds, at, x), g, 0).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Activation functions by name, with their derivatives, out of exponentials of base 2.
+"""Activation functions by name, with their backward passes, out of exponentials of base 2.
 
 GELU (Hendrycks & Gimpel 2016), exact and by tanh, and SiLU (Ramachandran et al. 2017).
 """
@@ -62,16 +62,17 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def derivative(x, ACTIVATION: tl.constexpr):
+def backpropagate(gradient, x, ACTIVATION: tl.constexpr):
+    """The gradient by x, of one by the activation of x."""
     if ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0).to(x.dtype)
+        return tl.where(x <= 0, 0.0, gradient)
     elif ACTIVATION == "gelu":
         # φ(x) = 2 ** (-x² log2(e) / 2 - log2(2 π) / 2)
-        return normal_cdf(x) + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)
+        return gradient * (normal_cdf(x) + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593))
     elif ACTIVATION == "gelu_tanh":
         s, slope = gelu_gate(x)
-        return s + slope * (1.5957691216057308 + 0.21406444881780073 * x * x) * x
+        return gradient * (s + slope * (1.5957691216057308 + 0.21406444881780073 * x * x) * x)
     else:
         tl.static_assert(ACTIVATION == "silu")
         s, slope = sigmoid(1.4426950408889634 * x)
-        return s + slope * x
+        return gradient * (s + slope * x)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .activations import activate, derivative
+from .activations import activate, backpropagate
 from .random import At, reaches16
 
 
@@ -105,7 +105,8 @@ def drop_block(
     if gradient is None:
         y = activate(y, ACTIVATION)
     else:
-        y = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE) * derivative(y, ACTIVATION)
+        g = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE)
+        y = backpropagate(g, y, ACTIVATION)
     y = drop(y, mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
     if residual is not None:
         y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y

@@ -32,3 +32,14 @@ def test_functions_and_derivatives(activation, backend, dtype):
     # Tails are a difference from 1, with its rounding, times x.
     assert ((y - truth).abs() <= 2 * unit * exact.abs().clamp(min=1)).all()
     assert ((d - slope).abs() <= 8 * unit).all()
+
+
+def test_relu_passes_gradients_as_torch_does(backend):
+    """None where x is not positive, however large; all where x is NaN."""
+    x = torch.tensor([-1.0, 0.0, 1.0, float("nan"), float("-inf"), 2.0])
+    gradient = torch.tensor([float("inf"), float("nan"), 3.0, 4.0, float("-inf"), float("inf")])
+    exact = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.relu(exact), exact, gradient)
+    none, seed = rates.thresholds(0.0), torch.tensor(0)
+    found = ops.bias_act_dropout_backward(gradient, x, None, seed, none, 1, "relu")
+    assert torch.equal(found, expected)
