@@ -68,11 +68,14 @@ def test_single_programs_hide_their_own_latency():
         assert any("in flight" in fault for fault in audit.audit(narrow, "sm_90").faults)
 
 
-@pytest.mark.parametrize(
-    "name, loads", [("AdamW fp32", 8), ("AdamW bf16", 8), ("norm fp32", 6), ("per-sample norm fp32", 6)]
-)
-def test_misaligned_tensors_keep_loads_in_flight(name, loads):
+FEWER_IN_FLIGHT = {"norm fp32": 7, "per-sample norm fp32": 6} if triton.__version__.startswith("3.6.") else {}
+"""What Triton 3.6 makes of them; later versions leave 11 loads and 16 under way."""
+
+
+@pytest.mark.parametrize("name", ["AdamW fp32", "AdamW bf16", "norm fp32", "per-sample norm fp32"])
+def test_misaligned_tensors_keep_loads_in_flight(name):
     """A gradient in a bucket may start anywhere: its tensor's loop is narrow, but not one load at a time."""
+    loads = FEWER_IN_FLIGHT.get(name, 8)
     entry = next(entry for entry in ENTRIES if entry.name == name)
     code = sass.read(audit.compile_entry(entry, "sm_90").asm["cubin"]).instructions
     narrow = [loop for loop in sass.loops(code) if any(i.kind == "LDG" for i in loop) and not sass.wide(loop)]

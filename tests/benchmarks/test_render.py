@@ -12,6 +12,13 @@ def test_the_readmes_are_up_to_date():
     assert not stale, "run `make render`"
 
 
+def test_the_recorded_audit_has_no_faults():
+    """On any target: tests compile a few kernels for those besides sm_90."""
+    rows = render.audited()["rows"]
+    assert {row["target"] for row in rows} >= {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert not [(row["kernel"], row["target"], row["faults"]) for row in rows if row["faults"]]
+
+
 def test_without_a_gpu_it_says_so():
     gpus = [name for name, run in render.runs().items() if "multiprocessors" in run["machine"]]
     assert ("No GPU has run these kernels yet" in render.performance()) == (not gpus)
