@@ -16,7 +16,8 @@ cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 carry=${CARRY:-benchmarks/results/.carry/triton.tar.gz}
-if ! "$python" -c "import torch, triton, pytest" 2>/dev/null; then
+found="import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'triton', 'pytest'))))"
+if ! "$python" -c "$found"; then # which imports none of them: that takes seconds
     echo "$python lacks torch, triton or pytest: set PYTHON to an interpreter that has them" >&2
     exit 2
 fi
