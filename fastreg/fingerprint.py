@@ -27,13 +27,13 @@ FOREIGN = (
 )  # fmt: skip
 """Modules whose code does not change with ours: they count by name, and by their version elsewhere."""
 
-_PLAIN = (
+_BY_REPR = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), type(NotImplemented),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 """What is told by its `repr`."""
 
-_HELD: dict[type, tuple[str, ...]] = {
+_BY_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     slice: ("start", "stop", "step"),
     functools.partial: ("func", "args", "keywords", "__dict__"),
     functools.partialmethod: ("func", "args", "keywords", "__dict__"),
@@ -58,18 +58,18 @@ _HELD: dict[type, tuple[str, ...]] = {
 }  # fmt: skip
 """What is told by its attributes; a missing one, of another version of Python, counts as `None`."""
 
-_FIELD = type(vars(collections.namedtuple("_Of", "one"))["one"])
-_COMPILED = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
-_SENTINELS = (dataclasses.MISSING, vars(dataclasses)["_HAS_DEFAULT_FACTORY"])
+_NAMEDTUPLE_FIELD = type(vars(collections.namedtuple("_Of", "one"))["one"])
+_C_METHODS = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
+_SENTINELS = (dataclasses.MISSING, getattr(dataclasses, "_HAS_DEFAULT_FACTORY", dataclasses.MISSING))
 _STATELESS = (object, abc.ABC, typing.Generic, typing.Protocol)
 """Bases that keep nothing in an object besides its attributes."""
 
-_ANYTHING = ("__import__", "eval", "exec", "globals", "input", "open")
+_UNPREDICTABLE = ("__import__", "eval", "exec", "globals", "input", "open")
 """Builtins whose effect depends on more than their arguments."""
 
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+_GLOBAL_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 
-_UNSEEN = (
+_IGNORED_MEMBERS = (
     "__abstractmethods__", "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__",
     "__dataclass_params__", "__doc__", "__firstlineno__", "__module__", "__orig_bases__", "__parameters__",
     "__static_attributes__", "__type_params__", "_abc_impl",
@@ -106,7 +106,7 @@ def _digest(value: Any, seen: dict[int, int]) -> str:
 def _describe(value: Any, seen: dict[int, int], write: Callable[[str], None]) -> None:
     """Write text that differs for what differs, given the functions and classes that were seen before."""
     write(type(value).__name__)
-    if type(value) in _PLAIN:
+    if type(value) in _BY_REPR:
         write(repr(value))
     elif id(value) in seen:  # functions may call each other
         write(f"seen {seen[id(value)]}")
@@ -135,18 +135,18 @@ def _parts(value: Any) -> Iterator[str | tuple[Any]]:
         yield (tuple(item for pair in value.items() for item in pair),)
     elif any(value is sentinel for sentinel in _SENTINELS):
         yield "no value"
-    elif type(value) is _FIELD:
+    elif type(value) is _NAMEDTUPLE_FIELD:
         yield (value.__reduce__()[1],)
     elif isinstance(value, types.BuiltinFunctionType):
         yield from _builtin(value)
-    elif isinstance(value, _COMPILED) and not _foreign(value.__objclass__):
+    elif isinstance(value, _C_METHODS) and not _foreign(value.__objclass__):
         raise Unknown(f"{value!r} is not written in Python")
-    elif type(value) in _HELD:
+    elif type(value) in _BY_ATTRIBUTES:
         yield from _held(value)
     elif _foreign(value):
         yield _name(value)
     elif isinstance(value, type):
-        members = {name: item for name, item in vars(value).items() if name not in _UNSEEN}
+        members = {name: item for name, item in vars(value).items() if name not in _IGNORED_MEMBERS}
         yield _name(value)
         yield from ((type(value),), (value.__bases__,), (tuple(sorted(members)),))
         yield from ((item,) for _, item in sorted(members.items(), key=lambda member: member[0]))
@@ -163,14 +163,14 @@ def _builtin(value: Any) -> Iterator[str | tuple[Any]]:
     module = owner.__name__ if isinstance(owner, types.ModuleType) else value.__module__
     if module is None and owner is not None:  # a method of this object
         yield from (value.__name__, (owner,))
-    elif _is_foreign(module) and value.__name__ not in _ANYTHING:
+    elif _is_foreign(module) and value.__name__ not in _UNPREDICTABLE:
         yield f"{module}.{value.__qualname__}"
     else:
         raise Unknown(f"{value!r} of {module}")
 
 
 def _held(value: Any) -> Iterator[str | tuple[Any]]:
-    yield from ((getattr(value, name, None),) for name in _HELD[type(value)])
+    yield from ((getattr(value, name, None),) for name in _BY_ATTRIBUTES[type(value)])
     if isinstance(value, types.FunctionType):
         yield _name(value)
         if not value.__code__.co_filename.startswith(_places()):  # names could be copied from another
@@ -205,7 +205,7 @@ def _globals(code: types.CodeType) -> list[tuple[str, ...]]:
             path = (*path, str(instruction.argval))
         elif instruction.opname != "EXTENDED_ARG":
             paths |= {path} - {()}
-            path = (str(instruction.argval),) if instruction.opname in _LOADS else ()
+            path = (str(instruction.argval),) if instruction.opname in _GLOBAL_LOADS else ()
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             paths |= set(_globals(constant))
