@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 import fastreg
-from fastreg.chain import Chain
-from fastreg.optim.averaging import Averaging
-from fastreg.optim.buckets import Variant
-from fastreg.optim.passes import Pass
+from fastreg.engine.multi_tensor_optimizer import Pass
+from fastreg.engine.plan import Variant
+from fastreg.engine.stage import Chain
+from fastreg.optim.model_average import Averaging
 from fastreg.privacy.noise import Noise, PrivateNoise
 
 MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.999, 0.05, 5, 0.5

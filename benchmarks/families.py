@@ -21,8 +21,10 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg.adversarial.ball import Ball
-from fastreg.nn import noise_ops, ops, rates
-from fastreg.privacy import ghost
+from fastreg.nn import rates
+from fastreg.ops import dropout as dropout_ops
+from fastreg.ops import ghost as ghost_ops
+from fastreg.ops import noise as noise_ops
 from fastreg.reference import ghost as ghost_reference
 from fastreg.reference.activations import ACTIVATIONS
 from fastreg.reference.noise import KINDS
@@ -85,14 +87,14 @@ def dropout(inputs: Inputs) -> list[Tensor]:
         bias = x.detach()[0, 0].clone().requires_grad_()
         each = rates.thresholds(torch.linspace(0, 1, x.shape[-1]), torch.device(inputs.device))
         for thresholds in (one, each):
-            y = ops.Dropout.apply(x, inputs.seed, thresholds, 1, None)
+            y = dropout_ops.Dropout.apply(x, inputs.seed, thresholds, 1, None)
             found += [y, *torch.autograd.grad(y, x, gradient)]
         for activation in ACTIVATIONS:
-            y = ops.BiasActDropoutAdd.apply(x, bias, residual, inputs.seed, one, 1, activation)
+            y = dropout_ops.BiasActDropoutAdd.apply(x, bias, residual, inputs.seed, one, 1, activation)
             found += [y, *torch.autograd.grad(y, (x, bias, residual), gradient)]
-        y = ops.BiasActDropoutAdd.apply(x, bias, None, inputs.seed, one, 1, "gelu")
+        y = dropout_ops.BiasActDropoutAdd.apply(x, bias, None, inputs.seed, one, 1, "gelu")
         found += [y, *torch.autograd.grad(y, (x, bias), gradient)]
-        found.append(ops.BiasActDropoutAdd.apply(x, None, residual, inputs.seed, one, 1, "identity"))
+        found.append(dropout_ops.BiasActDropoutAdd.apply(x, None, residual, inputs.seed, one, 1, "identity"))
     return found
 
 
@@ -171,10 +173,10 @@ def ghost_norms(inputs: Inputs) -> list[Tensor]:
         if left.shape[1] > MOST_POSITIONS:
             continue
         whole = ghost_reference.ghost_sums(left.float().abs(), right.float().abs())
-        found.append(ghost.ghost_sums(left, right) / whole)
+        found.append(ghost_ops.ghost_sums(left, right) / whole)
         mean, deviation = left.float().mean(-1), right.float().abs().mean(-1)
         for others in ((left, right, mean, deviation), (left, right), (left,)):
-            found += [t for t in ghost.sample_sums(*others) if t is not None]
+            found += [t for t in ghost_ops.sample_sums(*others) if t is not None]
     return found
 
 

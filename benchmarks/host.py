@@ -103,7 +103,7 @@ class PerTensorCase(TinyCase):
 
     def setup(self, device: torch.device) -> Workload:
         workload = super().setup(device)
-        if not fastreg.backend.has_compiler():
+        if not fastreg.runtime.backend.has_compiler():
             raise Unavailable("needs a C++ compiler")
         workload.stubs.enter_context(fastreg.use_backend("compiled"))
         return workload

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from fastreg import multi_tensor
-from fastreg.adversarial import ops as adversarial
-from fastreg.chain import Chain
-from fastreg.device import H200
-from fastreg.launch_parameters import Architecture, LaunchParameters, launch_parameters
-from fastreg.nn import noise_ops, ops
-from fastreg.penalty import L1, L2, SUM
-from fastreg.privacy import ghost, per_sample
+from fastreg.engine.batch import Measurand
+from fastreg.engine.launch import triton as launchers
+from fastreg.engine.stage import Chain
+from fastreg.ops import adversarial as adversarial
+from fastreg.ops import dropout as dropout_ops
+from fastreg.ops import ghost as ghost_ops
+from fastreg.ops import noise as noise_ops
+from fastreg.ops import per_sample as per_sample_ops
+from fastreg.ops.penalty import L1, L2, SUM
 from fastreg.reference import adversarial as reference
 from fastreg.reference.activations import ACTIVATIONS
+from fastreg.runtime.device import H200
+from fastreg.runtime.launch_parameters import Architecture, LaunchParameters, launch_parameters
 from fastreg_kernels import adversarial as adversarial_kernels
 from fastreg_kernels import dropout as dropout_kernels
 from fastreg_kernels import ghost as ghost_kernels
@@ -78,34 +81,34 @@ def step_entry(
     budget: float | None = None,
 ) -> Entry:  # fmt: skip
     """The step kernel as the launcher would run it for a chain on tensors of these dtypes."""
-    stages, storage = multi_tensor.device_chain(chain, dtypes)
+    stages, storage = launchers.device_chain(chain, dtypes)
     chosen = launch_parameters("step", target)
-    constants = multi_tensor.step_constants(chain, dtypes, chosen, target.lanes)
+    constants = launchers.step_constants(chain, dtypes, chosen, target.lanes)
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
         "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
     }  # fmt: skip
     return Entry(
         name, step_kernels.step_kernel, arguments, constants, *moved(chain, dtypes), budget,
-        gathers=len(chain.units), options=multi_tensor.options(chain.stages, chosen),
+        gathers=len(chain.units), options=launchers.options(chain.stages, chosen),
     )  # fmt: skip
 
 
 def norm_entry(
-    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: multi_tensor.Measurand,
+    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand,
     target: Architecture, budget: float | None, reads: int | None = None,
 ) -> Entry:  # fmt: skip
     """The norm kernel as the launcher would run it; by default it reads gradients alone."""
-    stages, storage = multi_tensor.device_chain(chain, dtypes)
+    stages, storage = launchers.device_chain(chain, dtypes)
     chosen = launch_parameters("norm", target)
-    constants = multi_tensor.norm_constants(chain, dtypes, of, chosen, target.lanes)
+    constants = launchers.norm_constants(chain, dtypes, of, chosen, target.lanes)
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
         "work": "*i32", "partial": "*fp64", "turns": "i32", "stages": stages[: of.of(chain)],
         "storage": storage,
     }  # fmt: skip
     reads = dtypes[1].itemsize if reads is None else reads
-    options = multi_tensor.options(chain.stages[: of.of(chain)], chosen)
+    options = launchers.options(chain.stages[: of.of(chain)], chosen)
     return Entry(
         name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget, options=options,
         program=chosen.block,
@@ -122,16 +125,16 @@ MEASURED = {
 }
 
 
-def _measured(shipped: Shipped) -> tuple[str, multi_tensor.Measurand | None, int]:
+def _measured(shipped: Shipped) -> tuple[str, Measurand | None, int]:
     """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
     parts = shipped.name.split("+")
     if "MSAM" in parts:
-        of = multi_tensor.Measurand(momentum=True)
+        of = Measurand(momentum=True)
         return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
     if {"dp", "clip"} <= set(parts):
-        return "noised norm", multi_tensor.Measurand(stages=1), shipped.dtypes[1].itemsize
+        return "noised norm", Measurand(stages=1), shipped.dtypes[1].itemsize
     if shipped.name == "ASAM climb":
-        return "adaptive norm", multi_tensor.Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
+        return "adaptive norm", Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
     return "", None, 0
 
 
@@ -144,7 +147,7 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
         for name, dtype, budget in zip(
             ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
         ):
-            of = multi_tensor.Measurand(largest=largest)
+            of = Measurand(largest=largest)
             listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, target, budget))
     for c in chains:
         kind, of, read = _measured(c)
@@ -155,7 +158,7 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
     arguments = {"table": "*i64", "gradients": "*i64", "work": "*i32"}
     for dtype, name, budget in ((torch.float32, "fp32", 19), (torch.bfloat16, "bf16", 21)):
         chosen = launch_parameters("unit_squares", target)
-        units = multi_tensor.unit_constants(adaptive.chain, (dtype, dtype), chosen, target.lanes)
+        units = launchers.unit_constants(adaptive.chain, (dtype, dtype), chosen, target.lanes)
         kernel, read = unit_kernels.unit_squares_kernel, 2 * dtype.itemsize
         sums = {**arguments, "out": f"*{units['COMPUTE']}"}
         listed.append(
@@ -193,7 +196,7 @@ def ghost_entries(target: Architecture) -> list[Entry]:
         sums = {"grad": pointer, "x": pointer, "weight": "*fp32", "bias": "*fp32"}
         rows = {"mean": "*fp32", "deviation": "*fp32", "positions": "i32", "features": "i32"}
         chosen = launch_parameters("ghost_sums", target)
-        constants = ghost.ghost_constants(dtype, chosen)
+        constants = ghost_ops.ghost_constants(dtype, chosen)
         constants["PRECISION"] = tl.constexpr(constants["PRECISION"])
         kernel, own = ghost_kernels.ghost_sums_kernel, ("p", "d")
         listed.append(
@@ -204,7 +207,7 @@ def ghost_entries(target: Architecture) -> list[Entry]:
         chosen = launch_parameters("sample_sums", target)
         listed.append(
             Entry(
-                f"sample sums {storage}", kernel, arguments, ghost.sample_constants(chosen),
+                f"sample sums {storage}", kernel, arguments, ghost_ops.sample_constants(chosen),
                 options=chosen.options, multiples=("features",),
             )
         )  # fmt: skip
@@ -223,8 +226,8 @@ def per_sample_entries(target: Architecture) -> list[Entry]:
         dtype = STORAGES[storage][0]
         norm, total = per_sample_kernels.per_sample_norm_kernel, per_sample_kernels.per_sample_sum_kernel
         constants = (
-            per_sample.norm_constants(dtype, chosen[0], target.lanes),
-            per_sample.sum_constants(dtype, torch.float32, False, chosen[1], target.lanes),
+            per_sample_ops.norm_constants(dtype, chosen[0], target.lanes),
+            per_sample_ops.sum_constants(dtype, torch.float32, False, chosen[1], target.lanes),
         )
         listed += [
             Entry(
@@ -256,7 +259,7 @@ def penalty_entries(target: Architecture) -> list[Entry]:
     """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
     listed = []
     for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        of = multi_tensor.Measurand(absolute=True)
+        of = Measurand(absolute=True)
         listed.append(norm_entry(f"magnitudes {storage}", SUM, (dtype, dtype), of, target, 4.8))
         for name, (chain, *budgets) in PENALTIES.items():
             entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), target)
@@ -303,7 +306,7 @@ def dropout_entry(name: str, storage: str, target: Architecture, budget: float) 
     thresholds = torch.zeros(FEATURES if channels else (), dtype=torch.int32)
     bias = torch.zeros(FEATURES) if "bias" in parts else None
     chosen = launch_parameters("dropout", target)
-    constants = ops.constants(bias, thresholds, 1, activation, dtype, chosen, target.lanes)
+    constants = dropout_ops.constants(bias, thresholds, 1, activation, dtype, chosen, target.lanes)
     constants["ACTIVATION"] = tl.constexpr(activation)
     pointer = f"*{storage}"
     arguments = {

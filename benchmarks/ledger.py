@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastreg import kernel_cache
 from fastreg.cli import document
+from fastreg.runtime import kernel_cache
 
 Row = dict[str, Any]
 EARLIER = "earlier results"

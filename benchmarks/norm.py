@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg import multi_tensor
-from fastreg.chain import Chain
+from fastreg.engine import launch
+from fastreg.engine.batch import Batch
+from fastreg.engine.stage import Chain
+from fastreg.engine.table import Table
 from fastreg.reference.norm import Measured
 
 from . import shapes
@@ -71,16 +73,16 @@ class _Ours:
     """The norm of some gradients by the kernels of the step, with the table that a step keeps."""
 
     def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients, self._table = gradients, multi_tensor.Table()
+        self._gradients, self._table = gradients, Table()
         self._limits = torch.ones(2, dtype=torch.float64, device=gradients[0].device)
 
     def __call__(self) -> Tensor:
         count = len(self._gradients)
-        batch = multi_tensor.Batch(
+        batch = Batch(
             Chain(()), self._gradients, self._gradients, [], [], [], [0] * count, [0] * count, [0] * count,
             [1], [[]], table=self._table,
         )  # fmt: skip
-        return Measured(*multi_tensor.measure([batch], self._limits)).norm
+        return Measured(*launch.measure([batch], self._limits)).norm
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 import triton
 
-from fastreg import device
-from fastreg.launch_parameters import Architecture
+from fastreg.runtime import device
+from fastreg.runtime.launch_parameters import Architecture
 
 from . import device_tests, precompile, recording, tune
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastreg import kernel_cache
 from fastreg.cli import document
+from fastreg.runtime import kernel_cache
 
 from . import chains, families
 from .entry_points import entry_points

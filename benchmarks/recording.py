@@ -22,7 +22,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from fastreg import device
+from fastreg.runtime import device
 
 from . import stub
 
@@ -147,12 +147,10 @@ def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
 
 def _launchers() -> list[Any]:
     """The modules that launch kernels."""
-    from fastreg import multi_tensor
-    from fastreg.adversarial import ops as adversarial
-    from fastreg.nn import noise_ops, ops
-    from fastreg.privacy import ghost, per_sample
+    from fastreg.engine.launch import triton
+    from fastreg.ops import adversarial, dropout, ghost, noise, per_sample
 
-    return [multi_tensor, adversarial, noise_ops, ops, ghost, per_sample]
+    return [triton, adversarial, noise, dropout, ghost, per_sample]
 
 
 def _name(module: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastreg import device, kernel_cache
+from fastreg.runtime import device, kernel_cache
 
 from . import families, precompile, sanitize
 from .families import Inputs, Shape

@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from fastreg import backend, device
-from fastreg.launch_parameters import Architecture
+from fastreg.runtime import backend, device
+from fastreg.runtime.launch_parameters import Architecture
 
 from .entry_points import entry_points
 

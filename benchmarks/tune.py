@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import device
 from fastreg.adversarial.ball import Ball
-from fastreg.launch_parameters import Architecture, LaunchParameters, launch_parameters, trying
-from fastreg.nn import noise_ops, ops, rates
-from fastreg.privacy import ghost
-from fastreg.privacy.per_sample import clip_and_sum
+from fastreg.nn import rates
+from fastreg.ops import dropout as dropout_ops
+from fastreg.ops import ghost as ghost_ops
+from fastreg.ops import noise as noise_ops
+from fastreg.ops.per_sample import clip_and_sum
+from fastreg.runtime import device
+from fastreg.runtime.launch_parameters import Architecture, LaunchParameters, launch_parameters, trying
 
 from . import chains, measure, shapes
 from .ledger import Ledger, Row, failed
@@ -69,11 +71,11 @@ def _norm(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
 
 def _partials(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
     """As many partial sums as 7 G parameters leave."""
-    from fastreg.multi_tensor import _finish
+    from fastreg.engine.launch.triton import clip_factor
 
     partial = torch.rand(100 if dry else 430_000, dtype=torch.float64, device=where)
     limits = torch.ones(2, dtype=torch.float64, device=where)
-    return lambda: _finish(partial, limits, False), 8 * len(partial)
+    return lambda: clip_factor(partial, limits, False), 8 * len(partial)
 
 
 def _activations(dry: bool, where: torch.device, large: bool) -> Tensor:
@@ -87,7 +89,7 @@ def _dropout(large: bool, where: torch.device, dry: bool) -> tuple[Callable[[], 
         torch.tensor(7, device=where),
         rates.thresholds(0.1, where),
     )
-    return lambda: ops.dropout(x, seed, threshold, 1, None), 4 * x.numel()
+    return lambda: dropout_ops.dropout(x, seed, threshold, 1, None), 4 * x.numel()
 
 
 def _noise(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
@@ -117,14 +119,14 @@ def _ghost(dtype: torch.dtype, where: torch.device, dry: bool) -> tuple[Callable
         torch.randn(2 if dry else 16, 9 if dry else 1024, 5 if dry else features, device=where, dtype=dtype)
         for features in (768, 3072)
     )
-    return lambda: ghost.ghost_sums(left, right), (left.numel() + right.numel()) * dtype.itemsize
+    return lambda: ghost_ops.ghost_sums(left, right), (left.numel() + right.numel()) * dtype.itemsize
 
 
 def _sums(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
     grad, x = (
         torch.randn(2 if dry else 32, 9 if dry else 1024, 5 if dry else 768, device=where) for _ in range(2)
     )
-    return lambda: ghost.sample_sums(grad, x), 8 * x.numel()
+    return lambda: ghost_ops.sample_sums(grad, x), 8 * x.numel()
 
 
 WIDER = ({"block": 8192}, {"warps": 8}, {"block": 8192, "warps": 8}, {"block": 16384, "warps": 8})

@@ -2,9 +2,7 @@
 
 from . import adversarial, layerwise, loops, nn, privacy, schedules
 from .adversarial import FGM, fgsm, pgd
-from .backend import use_backend
-from .batch_norm import frozen_running_stats, update_bn
-from .environment import info
+from .common.batch_norm import frozen_running_stats, update_bn
 from .losses import l1_penalty, l2_penalty, r_drop, r_drop_loss
 from .nn import NoiseScheduler
 from .optim import (
@@ -33,6 +31,8 @@ from .optim import (
 )
 from .privacy import DPOptimizer
 from .recipe import Regularization
+from .runtime.backend import use_backend
+from .runtime.environment import info
 
 __version__ = "0.1.0"
 

@@ -4,8 +4,8 @@
 history = fastreg.loops.train_with_weight_decay(model, dataloader, lr=3e-4, weight_decay=0.1)
 ```
 
-All are the loop of `fastreg.training` with another optimizer around it, and take its `Settings` as keyword
-arguments: epochs, mixed precision, accumulation, schedules, validation, progress.
+All are the loop of `fastreg.training.loop` with another optimizer around it. They take its `Settings` as
+keyword arguments: epochs, mixed precision, accumulation, schedules, validation, progress.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .layerwise.apply import FIELD, ORIGINAL
 from .layerwise.knobs import unwrapped
 from .optim import L2SP, SAM, AdamW, ClipNorm, Piece, param_groups
 from .schedules import Linear
-from .training import DivergedError, History, Settings, train
+from .training.loop import DivergedError, History, Settings, train
 
 __all__ = [
     "DivergedError", "History", "Settings", "fine_tune_with_adaptive_regularization",

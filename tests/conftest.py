@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastreg
-from fastreg import multi_tensor
-from fastreg.adversarial import ops as adversarial_ops
-from fastreg.multi_tensor import Batch, Measurand
-from fastreg.nn import noise_ops, ops
+from fastreg.engine import table
+from fastreg.engine.batch import Batch, Measurand
+from fastreg.engine.launch import triton as launchers
+from fastreg.ops import adversarial as adversarial_ops
+from fastreg.ops import dropout as dropout_ops
+from fastreg.ops import noise as noise_ops
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
@@ -103,8 +105,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE is None:
         return
-    run, partial_norms = multi_tensor._run_triton, multi_tensor._partial_norms
-    finish, unit_squares = multi_tensor._finish, multi_tensor._unit_squares
+    run, partial_norms = launchers.run, launchers.partial_norms
+    finish, unit_squares = launchers.clip_factor, launchers.unit_squares
 
     def run_there(batch: Batch) -> None:
         if batch.device.type != "cpu":
@@ -154,13 +156,13 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adversarial_ops, "launch_step", step_there)
     monkeypatch.setattr(adversarial_ops, "launch_norm", norm_there)
-    monkeypatch.setattr(fastreg.backend, "_no_triton", lambda device: None)
-    for module in (ops, noise_ops):
+    monkeypatch.setattr(fastreg.runtime.backend, "_no_triton", lambda device: None)
+    for module in (dropout_ops, noise_ops):
         monkeypatch.setattr(module, "launch", functools.partial(launch_there, module.launch))
-    monkeypatch.setattr(multi_tensor, "_unit_squares", unit_squares_there)
-    monkeypatch.setattr(multi_tensor, "_run_triton", run_there)
-    monkeypatch.setattr(multi_tensor, "_partial_norms", partial_norms_there)
-    monkeypatch.setattr(multi_tensor, "_finish", finish_there)
+    monkeypatch.setattr(launchers, "unit_squares", unit_squares_there)
+    monkeypatch.setattr(launchers, "run", run_there)
+    monkeypatch.setattr(launchers, "partial_norms", partial_norms_there)
+    monkeypatch.setattr(launchers, "clip_factor", finish_there)
 
 
 def written(batch: Batch) -> list[Tensor]:
@@ -190,11 +192,11 @@ def moved(batch: Batch) -> Batch:
         buffers=[list(map(there, buffer)) for buffer in batch.buffers],
         scalars=[scalar.to(DEVICE) for scalar in batch.scalars],
         skip=None if batch.skip is None else batch.skip.to(DEVICE),
-        table=multi_tensor.Table(),
+        table=table.Table(),
         memory=None,
         uploaded=None,
     )
-    multi_tensor._begin(there_batch)
+    table.upload_changes(there_batch)
     for mine, theirs in zip(
         there_batch.table.units_of(there_batch), batch.table.units_of(batch), strict=True
     ):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.privacy.ghost import sample_sums
-from fastreg.privacy.per_sample import clip_and_sum
+from fastreg.ops.ghost import sample_sums
+from fastreg.ops.per_sample import clip_and_sum
 
 pytestmark = [
     pytest.mark.gpu,

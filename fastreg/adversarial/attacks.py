@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.adversarial import Bounds
 from .ball import Ball, Limit, Range, draw_seed
 from .objective import Losses, Objective, bare, model_of, undisturbed
-from .ops import Bounds
 
 
 @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it

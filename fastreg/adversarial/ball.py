@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.adversarial import Bounds, Given, move, norms
 from ..reference.adversarial import threshold
 from ..reference.random import At, uniform
 from ..reference.step import compute_dtype
-from .ops import Bounds, Given, move, norms
 
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-12

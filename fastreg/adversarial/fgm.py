@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..optim.ascent import Ascent
-from ..optim.ranges import checked
+from ..common.validation import checked
+from ..optim.perturb import Ascent
 
 
 class FGM:

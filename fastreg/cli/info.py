@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    from ..environment import info
+    from ..runtime.environment import info
 
     found = info()
     print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     require("precompile", "cli", "triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
-    from fastreg import kernel_cache
+    from fastreg.runtime import kernel_cache
     from fastreg_benchmarks import precompile, stub
 
     targets = args.target or [_here()]
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def _here() -> str:
     import torch
 
-    from fastreg import device
+    from fastreg.runtime import device
 
     if not torch.cuda.is_available():
         raise UsageError("there is no GPU here: name a target, for example --target sm_90")

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from .. import backend
+from ..runtime import backend
 from . import document
 from .measure import PeakMemory
 from .results import QUANTILE, Record, Result, quantile

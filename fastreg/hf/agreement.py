@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..rdrop import r_drop
+from ..losses.r_drop import r_drop
 
 
 class Agreeing:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..optim.averages import SHOWN, TRAINED
-from ..optim.passes import Pass
+from ..engine.multi_tensor_optimizer import Pass
+from ..optim.weight_averages import SHOWN, TRAINED
 from ..optim.wrapper import Wrapper
 from .unwrap import layers, sam_of
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..optim import ClipNorm
-from ..optim.engine import Engine
+from ..optim.fused_optimizer import Engine
 from ..reference.step import scalar_dtype
 
 logger = logging.get_logger(__name__)

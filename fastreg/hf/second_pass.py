@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..batch_norm import frozen_running_stats
+from ..common.batch_norm import frozen_running_stats
 from ..optim import SAM
 
 BackwardPass = Callable[[nn.Module, Any, Any], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 
 from ..optim import SAM
-from ..optim.engine import Engine
+from ..optim.fused_optimizer import Engine
 from ..optim.wrapper import Wrapper
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..blocks import stacks
+from ..common.blocks import stacks
 from ..nn import BiasActDropout
 from ..nn.dropout import Rated
 from ..nn.fused import Fused

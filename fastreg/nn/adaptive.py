@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._elementwise import draw_seed, transformed
 from ..reference.dropout import LEVELS
 from . import functional, rates
 from .dropout import Rated
-from .elementwise import draw_seed, transformed
 from .rates import Rate
 
 IMPORTANCES = ("activation", "activation_gradient")

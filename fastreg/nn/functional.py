@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import dropout as dropout_ops
+from ..ops._elementwise import draw_seed, transformed
 from ..reference.activations import ACTIVATIONS
-from . import ops, rates
-from .elementwise import draw_seed, transformed
+from . import rates
 from .noise_functional import gaussian_noise as gaussian_noise
 from .noise_functional import token_noise as token_noise
 from .noise_functional import uniform_noise as uniform_noise
@@ -83,16 +84,16 @@ def by_thresholds(
     if seed is None:
         seed = draw_seed(input.device)
     if inplace and not torch.compiler.is_compiling() and not transformed():
-        out = ops.InplaceDropout.apply(input, seed, thresholds, inner, noise_shape)
+        out = dropout_ops.InplaceDropout.apply(input, seed, thresholds, inner, noise_shape)
     else:
-        kind = ops.Dropout if torch.compiler.is_compiling() else ops.ForwardDropout
+        kind = dropout_ops.Dropout if torch.compiler.is_compiling() else dropout_ops.ForwardDropout
         out = kind.apply(input, seed, thresholds, inner, noise_shape)
         if inplace:
             out = input.copy_(out)
     if not return_mask:
         return out
     ones = torch.ones(tuple(shape), dtype=torch.float32, device=input.device)
-    return out, ops.dropout(ones, seed, thresholds, inner, None) != 0
+    return out, dropout_ops.dropout(ones, seed, thresholds, inner, None) != 0
 
 
 def bias_act_dropout_add(
@@ -166,7 +167,7 @@ def fused_by_thresholds(
     else:
         seed = draw_seed(x.device)
     inner = inner_of(x.shape, thresholds, -1)
-    return ops.BiasActDropoutAdd.apply(x, bias, residual, seed, thresholds, inner, activation)
+    return dropout_ops.BiasActDropoutAdd.apply(x, bias, residual, seed, thresholds, inner, activation)
 
 
 def drop_path(
@@ -198,7 +199,7 @@ def path_by_threshold(input: Tensor, threshold: Tensor, scale_by_keep: bool = Tr
     if scale_by_keep:
         return by_thresholds(input, threshold, noise_shape=shape)
     seed = draw_seed(input.device)
-    factors = ops.dropout(torch.ones(shape, device=input.device), seed, threshold, 1, None)
+    factors = dropout_ops.dropout(torch.ones(shape, device=input.device), seed, threshold, 1, None)
     return torch.where(factors != 0, input, 0)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import noise as noise_ops
+from ..ops._elementwise import draw_seed
 from ..reference.dropout import LEVELS
-from . import noise_ops, rates
-from .elementwise import draw_seed
+from . import rates
 from .rates import Rate
 
 Level = float | Tensor

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ranges
-from .engine import Engine
-from .piece import Piece
+from ..common import validation
+from ..engine.component import Piece
+from .fused_optimizer import Engine
 from .rules import Adam as Rule
 
 
@@ -59,7 +59,7 @@ class Adam(Engine, torch.optim.Adam):
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         self._compose(Rule(), decay, regularizers, seed, bf16, state_dtype, nonfinite)
-        with ranges.told(lr=lr, betas=betas):
+        with validation.told(lr=lr, betas=betas):
             torch.optim.Adam.__init__(
                 self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
                 capturable=capturable, differentiable=differentiable, fused=fused,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
+from ..engine import layout
 from ..reference.step import compute_dtype
-from . import placement
-from .averaging import Averaging, local_part
+from .model_average import Averaging, local_part
 
 NARROW = (torch.bfloat16, torch.float16)
 AVERAGED = (*NARROW, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -222,7 +222,7 @@ class AveragedModel(swa_utils.AveragedModel):
                     f"the model has {tuple(weight.shape)}, {weight.dtype} where its average has "
                     f"{tuple(own.shape)}, {own.dtype}; pass the model that AveragedModel was made from"
                 )
-            if placement.is_dtensor(weight) != placement.is_dtensor(own):
+            if layout.is_dtensor(weight) != layout.is_dtensor(own):
                 raise ValueError(
                     f"the model has a {type(weight.data).__name__} where its average is a "
                     f"{type(own.data).__name__}; shard the model first, then make the AveragedModel"
@@ -408,7 +408,7 @@ def _put(tree: nn.Module, name: str, tensor: Tensor, persistent: bool | None = N
 
 def _weight(own: Tensor, weight: Tensor) -> Tensor:
     """The weight on the device of its average, placed alike."""
-    if placement.is_dtensor(own) and weight.placements != own.placements:  # type: ignore[attr-defined]
+    if layout.is_dtensor(own) and weight.placements != own.placements:  # type: ignore[attr-defined]
         weight = weight.redistribute(placements=own.placements)  # type: ignore[attr-defined]
     return weight if weight.device == own.device else weight.to(own.device)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chain import Stage
+from ..engine.component import Phase, Piece, values
+from ..engine.stage import Stage
 from ..reference import regularizers as reference
-from .piece import Phase, Piece, values
 
 KINDS = ("l2", "decoupled", "independent", "cautious")
 

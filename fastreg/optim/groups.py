@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import stacks
+from ..common.blocks import stacks
 
 
 def param_groups(
@@ -21,7 +21,7 @@ def param_groups(
     included, so that unfreezing them later is enough; tied ones appear once, where they are first.
 
     Layers have a depth: 0 for all before the blocks, such as embeddings, 1 to L for the blocks, L + 1 for all
-    after them, such as the final norm and the head.  Blocks are found by `fastreg.blocks.stacks`.
+    after them, such as the final norm and the head.  Blocks are found by `fastreg.common.blocks.stacks`.
 
     Args:
         model: The model.

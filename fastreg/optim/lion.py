@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Engine
-from .piece import Piece
+from ..engine.component import Piece
+from .fused_optimizer import Engine
 from .rules import Lion as Rule
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from . import amp, averages, placement
-from .averages import FIRST_MOMENTS, SlowWeights
-from .passes import Operands, Pass
-from .state import start
+from ..engine import grad_scaler as amp
+from ..engine import layout
+from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.state import start
+from . import weight_averages
+from .weight_averages import FIRST_MOMENTS, SlowWeights
 from .wrapper import Wrapper
 
 
@@ -74,7 +76,7 @@ class Lookahead(Wrapper):
             buffer = piece._stage.buffers[0]
             state = holder.state[p]
             if buffer.name not in state:
-                chain = holder.chain(self.param_groups[0], placement.local(p).dtype)
+                chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
                 dtype = holder.buffer_dtype(chain, buffer, p)
                 with torch.no_grad():
                     state[buffer.name] = start(buffer, p, index, dtype, ())
@@ -109,7 +111,7 @@ class Lookahead(Wrapper):
                 return self.base_optimizer.step(closure)
             base: Any = self.base_optimizer
             return base.step(closure, grad_scaler=amp.scaling(self, grad_scaler))
-        if averages.shown(self._sync) is not None:
+        if weight_averages.shown(self._sync) is not None:
             raise RuntimeError("step() would train the slow weights: call optimizer.train() first")
         loss = self.base_optimizer.step(closure)
         self._sync.after_step()
@@ -132,33 +134,33 @@ class Lookahead(Wrapper):
             with self.base_optimizer.averaged(name):  # type: ignore[attr-defined]
                 yield
             return
-        if averages.shown(self._sync) is not None:
+        if weight_averages.shown(self._sync) is not None:
             raise RuntimeError("averages are swapped in already")
-        averages.show(self._sync, averages.find(self._sync, name))
+        weight_averages.show(self._sync, weight_averages.find(self._sync, name))
         try:
             yield
         finally:
-            averages.hide(self._sync)
+            weight_averages.hide(self._sync)
 
     def eval(self) -> None:
         """Parameters hold their slow weights until `train()`."""
         if self._sync is None:
             self.base_optimizer.eval()  # type: ignore[attr-defined]
-        elif averages.shown(self._sync) is None:
-            averages.show(self._sync, self._sync.piece)
+        elif weight_averages.shown(self._sync) is None:
+            weight_averages.show(self._sync, self._sync.piece)
 
     def train(self) -> None:
         """Parameters hold what is trained, as before `eval()`."""
         if self._sync is None:
             self.base_optimizer.train()  # type: ignore[attr-defined]
-        elif averages.shown(self._sync) is not None:
-            averages.hide(self._sync)
+        elif weight_averages.shown(self._sync) is not None:
+            weight_averages.hide(self._sync)
 
     def _own(self) -> _Sync | None:
         return self._sync
 
     def _saved(self) -> dict[str, str]:
-        names = ("slow", "slow_momentum", averages.TRAINED)
+        names = ("slow", "slow_momentum", weight_averages.TRAINED)
         return {**{name: name for name in names}, "step": "lookahead_count"} if self._sync else {}
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Stage
-from ..multi_tensor import Measurand
+from ..engine import layout
+from ..engine.batch import Measurand
+from ..engine.component import Phase, Piece, Work
+from ..engine.grad_norm import measured
+from ..engine.stage import Stage
 from ..reference import ascent, rules
 from ..reference.norm import Measured
 from ..reference.step import scalar_dtype
-from . import averages, placement
-from .averages import Average
-from .measurement import measured
-from .piece import Phase, Piece, Work
+from . import weight_averages
+from .weight_averages import Average
 
 TINY = 1e-12
 """Added to norms that are divided by, as in the published implementations."""
@@ -61,7 +62,7 @@ class MSAM(Average):
     _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, scalars=("size",))
 
     def __init__(self, rho: float = 0.3) -> None:
-        self.rho = averages.checked("rho", rho, 0)
+        self.rho = weight_averages.checked("rho", rho, 0)
         self._sizes: dict[torch.device, Tensor] = {}  # [2]: in the weight, and after this step
         self._limits: dict[torch.device, Tensor] = {}
         self._loaded = 0.0
@@ -114,7 +115,7 @@ class MSAM(Average):
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
         """What has been put in is in, unless the step was skipped; who was absent keeps what it has."""
         for tensor, state in work.absent:
-            if any(name in state for name in averages.FIRST_MOMENTS):
+            if any(name in state for name in weight_averages.FIRST_MOMENTS):
                 state.setdefault("msam_size", self.former(tensor.device).clone())
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
             former, new = self._size(device)
@@ -126,7 +127,7 @@ class MSAM(Average):
 
     def shown(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
         """The weight itself."""
-        momentum = next(state[name] for name in averages.FIRST_MOMENTS if name in state)
+        momentum = next(state[name] for name in weight_averages.FIRST_MOMENTS if name in state)
         return parameter.detach() + momentum.to(parameter.dtype) * float(state.get("msam_size", self.size))
 
     def _size(self, device: torch.device) -> Tensor:
@@ -147,7 +148,7 @@ class MSAM(Average):
 
 
 def _momentum(state: dict[str, Any]) -> Tensor:
-    return placement.local(next(state[name] for name in averages.FIRST_MOMENTS if name in state))
+    return layout.local(next(state[name] for name in weight_averages.FIRST_MOMENTS if name in state))
 
 
 class _Rule(Piece):

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Buffer, Stage
-from ..multi_tensor import Batch, unit_squares
-from ..random import Purpose, key
+from ..common.random import Purpose, key
+from ..common.validation import checked
+from ..engine.batch import Batch
+from ..engine.component import Phase, Piece, Work, values
+from ..engine.launch import unit_squares
+from ..engine.layout import Shards
+from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
-from .piece import Phase, Piece, Work, values
-from .placement import Shards
-from .ranges import checked
 
 
 class ClipNorm(Piece):

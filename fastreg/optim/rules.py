@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chain import Buffer, Stage
+from ..engine.component import Phase, Piece, betas, values
+from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference_regularizers
 from ..reference import rules as reference
-from .piece import Phase, Piece, betas, values
 
 
 class Adam(Piece):

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from . import amp, averages, placement
-from .ascent import Ascent
-from .engine import Engine
-from .ranges import checked, counted
-from .state import BACKUP
+from ..common.validation import checked, counted
+from ..engine import grad_scaler as amp
+from ..engine import layout
+from ..engine.state import BACKUP
+from . import weight_averages
+from .fused_optimizer import Engine
+from .perturb import Ascent
 from .wrapper import Wrapper, evaluated, no_gradients
 
 CLOSURES = ("second", "both")
@@ -182,7 +184,7 @@ class SAM(Wrapper):
         Raises:
             RuntimeError: While averages are shown.
         """
-        if self.engine is not None and averages.shown(self.engine) is not None:
+        if self.engine is not None and weight_averages.shown(self.engine) is not None:
             raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:
@@ -200,7 +202,7 @@ class SAM(Wrapper):
         if self._perturbed:
             self._ascent.param_groups = self.param_groups
             self._ascent.restore(self._perturbed)
-            placement.reshard(self._perturbed)  # what FSDP2 has gathered of them may be in use still
+            layout.reshard(self._perturbed)  # what FSDP2 has gathered of them may be in use still
         self._perturbed = []
         self._set("perturbed", False)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ranges
-from .engine import Engine
-from .piece import Piece
+from ..common import validation
+from ..engine.component import Piece
+from .fused_optimizer import Engine
 from .rules import SGD as Rule
 
 
@@ -53,7 +53,7 @@ class SGD(Engine, torch.optim.SGD):
         seed: int | None = None,
     ) -> None:  # fmt: skip
         self._compose(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
-        with ranges.told(lr=lr, momentum=momentum, dampening=dampening):
+        with validation.told(lr=lr, momentum=momentum, dampening=dampening):
             super().__init__(
                 params, lr, momentum, dampening, weight_decay, nesterov,
                 maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,

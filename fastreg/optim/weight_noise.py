@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Stage
-from ..random import Purpose, key
+from ..common.random import Purpose, key
+from ..common.validation import checked
+from ..engine import layout
+from ..engine.component import Phase
+from ..engine.multi_tensor_optimizer import Operands
+from ..engine.stage import Stage
+from ..engine.state import BACKUP
 from ..reference import ascent as reference
-from . import placement
-from .ascent import Excursion, Leaving, Mode
-from .passes import Operands
-from .piece import Phase
-from .ranges import checked
-from .state import BACKUP
+from .perturb import Excursion, Leaving, Mode
 
 
 class _Noise(Leaving):
@@ -164,7 +164,7 @@ class WeightNoise:
             raise RuntimeError("the weights are perturbed already: call restore() first")
         self._pass.climb()
         self._perturbed = True
-        placement.reshard(self._pass.parameters)
+        layout.reshard(self._pass.parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -172,7 +172,7 @@ class WeightNoise:
         if self._perturbed:
             self._pass.restore(self._pass.parameters)
             self._perturbed = False
-            placement.reshard(self._pass.parameters)  # what FSDP2 has gathered of them may be in use still
+            layout.reshard(self._pass.parameters)  # what FSDP2 has gathered of them may be in use still
 
     def state_dict(self) -> dict[str, int]:
         """Seed and count, from which a resumed run goes on with the same noise.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .engine import Engine
-from .passes import Pass
+from ..engine.multi_tensor_optimizer import Pass
+from .fused_optimizer import Engine
 
 
 class Wrapper(torch.optim.Optimizer):

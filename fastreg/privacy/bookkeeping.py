@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.ghost import Grams, ghost_sums
 from ..reference.step import compute_dtype
-from .ghost import Grams, ghost_sums
 from .layers import Layer, Refused, layer_of
 from .norms import Noted, ghostly, measured, small
 from .parts import Convolution, Dense, Outer, Part, Stacked, joined

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ghost import sample_sums
+from ..ops.ghost import sample_sums
 from .parts import Convolution, Dense, Outer, Part, Rows
 
 Kept = tuple[Tensor, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.engine import Engine
+from ..optim.fused_optimizer import Engine
 from .noise import Noise, Noising, PrivateNoise
 from .sources import Parameters, Source, reduced
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chain import Stage
-from ..optim.passes import Operands, Pass
-from ..optim.piece import Phase, Piece, Work
-from ..random import Purpose, key
+from ..common.random import Purpose, key
+from ..engine.component import Phase, Piece, Work
+from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
 STEPS = 2**32

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.validation import checked
 from ..optim import AdamW, AdaptiveClip
-from ..optim.engine import Engine
-from ..optim.ranges import checked
+from ..optim.fused_optimizer import Engine
 from ..optim.sam import SAM
 from ..optim.wrapper import Wrapper, evaluated
 from .accounting import Accounted, accountant_of, spent

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import ghost as ghost_ops
 from ..reference import ghost as reference
 from ..reference.step import compute_dtype, scalar_dtype
-from . import ghost
 
 CHUNK = 2**24
 """Elements of per-sample gradients that are formed at a time where they are not kept."""
@@ -198,7 +198,7 @@ class Outer(Part):
         """By the cheaper way."""
         if not self.ghostly:
             return super().squares()
-        sums = ghost.ghost_sums(self.left, self.right).unsqueeze(0)
+        sums = ghost_ops.ghost_sums(self.left, self.right).unsqueeze(0)
         found, error = reference.ghost_squares(sums, [self.terms], [self.shape], self.dtype)
         return found[0], error[0]
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..optim import placement
+from ..engine import layout
+from ..ops.per_sample import Clipped, clip_and_sum
 from ..reference.step import compute_dtype
 from .bookkeeping import BookKeeping
-from .per_sample import Clipped, clip_and_sum
 
 Parameters = dict[Any, str]
 """Trainable parameters, and what errors call them."""
@@ -303,11 +303,11 @@ class Ghost:
 
 def reduced(sums: list[Tensor], group: Any) -> list[Tensor]:
     """Added up over the processes of a group; shards belong to one process each, and are whole already."""
-    sums = [total if placement.is_dtensor(total) else total.contiguous() for total in sums]
+    sums = [total if layout.is_dtensor(total) else total.contiguous() for total in sums]
     works = [
         torch.distributed.all_reduce(total, group=group, async_op=True)
         for total in sums
-        if not placement.is_dtensor(total)
+        if not layout.is_dtensor(total)
     ]
     for work in works:
         work.wait()

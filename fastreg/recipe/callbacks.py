@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..batch_norm import frozen_running_stats
+from ..common.batch_norm import frozen_running_stats
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from .. import nn as ours
 from ..layerwise.apply import remembered
 from ..layerwise.inject import branches
 from ..layerwise.knobs import places, unwrapped
+from ..losses.r_drop import divergence, shifts
 from ..nn.embedding_noise import input_embeddings
-from ..rdrop import divergence, shifts
 from .callbacks import Callback, Evaluate, Gradients, Passes, Watch
 
 Times = Callable[[int], float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .fields import (
+from .fields import (  # fmt: skip
     Key,
     Section,
     duration,
@@ -18,7 +18,7 @@ from .fields import (
     pair,
     text,
     whole,
-)  # fmt: skip
+)
 
 ANNEALING = Section(
     "How the rate changes with the step: a factor of it, or the rate itself where none is given.",

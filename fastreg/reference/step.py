@@ -19,7 +19,7 @@ def step(
     chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], units: Sequence[Tensor],
     scalars: Sequence[Tensor], words: Sequence[Tensor], numbers: Sequence[Tensor], at: At,
 ) -> None:  # fmt: skip
-    """Apply the stages of a `fastreg.chain.Chain` in order; write parameter and buffers in place.
+    """Apply the stages of a `fastreg.engine.stage.Chain` in order; write parameter and buffers in place.
 
     Args:
         chain: The stages and how the weight is stored.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import fastreg
 from fastreg.adversarial import ffgsm, fgsm, fgsm_attack, pgd
-from fastreg.adversarial import ops as adversarial_ops
+from fastreg.ops import adversarial as adversarial_ops
 
 EPSILON = 8 / 255
 NORMS = {"linf": math.inf, "l2": 2, "l1": 1}

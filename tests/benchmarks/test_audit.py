@@ -15,8 +15,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import fastreg.nn
-from fastreg import launch_parameters
-from fastreg.chain import Chain, Stage
+from fastreg.engine.stage import Chain, Stage
+from fastreg.runtime import launch_parameters
 from fastreg_benchmarks import audit, chains, kernels, sass
 from fastreg_benchmarks.entry_points import entry_points
 
@@ -145,7 +145,7 @@ def test_documented_bytes_of_norms(name):
 def test_what_is_audited_is_what_runs(make, expected, dtype, storage, monkeypatch):
     """Chains and dtypes of the table are those of the batches that the library makes."""
     found = []
-    monkeypatch.setattr(fastreg.multi_tensor, "run", lambda batch: found.append((batch.chain, batch.dtypes)))
+    monkeypatch.setattr(fastreg.engine.launch, "run", lambda batch: found.append((batch.chain, batch.dtypes)))
     parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     with fastreg.use_backend("reference"):

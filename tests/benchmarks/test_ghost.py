@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fastreg.device import H200
+from fastreg.runtime.device import H200
 from fastreg_benchmarks import audit, kernels, sass
 
 ENTRIES = {entry.name: entry for entry in kernels.ghost_entries(H200)}

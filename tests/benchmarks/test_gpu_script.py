@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import fastreg
-from fastreg import kernel_cache
-from fastreg.launch_parameters import DEFAULTS, launch_parameters
+from fastreg.runtime import kernel_cache
+from fastreg.runtime.launch_parameters import DEFAULTS, launch_parameters
 from fastreg_benchmarks import counters, device_tests, families, gpu, measure, pack, suite, tune
 from fastreg_benchmarks.ledger import Ledger, failed
 from fastreg_benchmarks.stub import stub_driver

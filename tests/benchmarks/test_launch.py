@@ -109,8 +109,8 @@ def test_groups_and_step_counts_share_a_launch():
 
 def test_static_side_is_uploaded_once(monkeypatch):
     uploads = []
-    upload = fastreg.multi_tensor.upload
-    monkeypatch.setattr(fastreg.multi_tensor, "upload", lambda *a: uploads.append(a) or upload(*a))
+    upload = fastreg.engine.table.upload
+    monkeypatch.setattr(fastreg.engine.table, "upload", lambda *a: uploads.append(a) or upload(*a))
     params = parameters(4)
     with stub_driver():
         optimizer = fastreg.AdamW(params)

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 
 import fastreg
-from fastreg import kernel_cache
 from fastreg.cli import main
+from fastreg.runtime import kernel_cache
 from fastreg_benchmarks import chains, families, precompile, stub
 from fastreg_benchmarks.entry_points import entry_points
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.nn import ops
-from fastreg.privacy import ghost
-from fastreg.privacy.per_sample import clip_and_sum
+from fastreg.ops import dropout as dropout_ops
+from fastreg.ops import ghost as ghost_ops
+from fastreg.ops.per_sample import clip_and_sum
 from fastreg_benchmarks import families, stub
 from fastreg_benchmarks.entry_points import entry_points
 from fastreg_benchmarks.families import Inputs
@@ -89,7 +89,7 @@ def test_large_norms_take_larger_blocks():
 def test_dropout_has_work_for_every_multiprocessor(elements, programs):
     x = torch.zeros(1, dtype=torch.bfloat16).expand(elements).contiguous()
     with recording_driver() as launches:
-        ops.dropout(x, torch.tensor(1), torch.tensor(6554, dtype=torch.int32), 1, None)
+        dropout_ops.dropout(x, torch.tensor(1), torch.tensor(6554, dtype=torch.int32), 1, None)
     assert grids(launches) == [("dropout", programs)]
     assert launches[0].parameters["n"] == elements
     assert launches[0].parameters["x"] == x.data_ptr()
@@ -99,8 +99,8 @@ def test_more_samples_than_the_second_dimension_of_a_grid_holds():
     samples = 65_537
     with recording_driver() as launches:
         clip_and_sum([torch.ones(samples, 8)], [torch.zeros(8)], [1.0], False)
-        ghost.sample_sums(torch.ones(samples, 1, 4))
-        ghost.ghost_sums(torch.ones(samples, 1, 2), torch.ones(samples, 1, 3))
+        ghost_ops.sample_sums(torch.ones(samples, 1, 4))
+        ghost_ops.ghost_sums(torch.ones(samples, 1, 2), torch.ones(samples, 1, 3))
     assert grids(launches) == [
         ("per_sample_norm", samples), ("per_sample_factor", samples), ("per_sample_sum", 1),
         ("sample_sums", samples), ("ghost_sums", samples),
@@ -109,8 +109,8 @@ def test_more_samples_than_the_second_dimension_of_a_grid_holds():
 
 def test_ghost_norms_of_too_many_tiles_take_several_launches(monkeypatch):
     """A launch has fewer than 2³¹ programs: samples times tiles squared."""
-    monkeypatch.setattr(ghost, "MOST_PROGRAMS", 3 * 2**2)
+    monkeypatch.setattr(ghost_ops, "MOST_PROGRAMS", 3 * 2**2)
     with recording_driver() as launches:
-        found = ghost.ghost_sums(torch.ones(7, 65, 2), torch.ones(7, 65, 3))
+        found = ghost_ops.ghost_sums(torch.ones(7, 65, 2), torch.ones(7, 65, 3))
     assert grids(launches) == [("ghost_sums", 12), ("ghost_sums", 12), ("ghost_sums", 4)]
     assert found.shape == (5, 7)

@@ -9,10 +9,10 @@ import torch
 
 import fastreg
 from fastreg.cli import main
-from fastreg.optim import ascent
-from fastreg.optim.averaging import Averaging
+from fastreg.engine.grad_norm import Measurement
+from fastreg.optim import perturb
 from fastreg.optim.decay import Shrinkage
-from fastreg.optim.measurement import Measurement
+from fastreg.optim.model_average import Averaging
 from fastreg.optim.rules import Adam
 from fastreg_benchmarks import (
     SUITES,
@@ -164,11 +164,11 @@ def test_averages_are_right():
 
 
 def no_perturbation(monkeypatch):
-    monkeypatch.setattr(ascent._Perturb, "numbers", lambda self, group, step: (0.0,))
+    monkeypatch.setattr(perturb._Perturb, "numbers", lambda self, group, step: (0.0,))
 
 
 def gradients_of_both(monkeypatch):
-    monkeypatch.setattr(ascent._Perturb, "scalars", lambda self, device: (torch.tensor(1.0),))
+    monkeypatch.setattr(perturb._Perturb, "scalars", lambda self, device: (torch.tensor(1.0),))
 
 
 def not_restored(monkeypatch):

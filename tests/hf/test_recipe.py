@@ -10,7 +10,7 @@ from torch import nn
 import fastreg
 from fastreg.hf import FastregTrainer
 from fastreg.hf.unwrap import engine_of, sam_of
-from fastreg.rdrop import r_drop_loss
+from fastreg.losses.r_drop import r_drop_loss
 
 EVERYTHING: dict[str, Any] = {
     "optimizer": {"name": "adamw", "eps": 1e-5},

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.nn import ops, rates
+from fastreg.nn import rates
+from fastreg.ops import dropout as dropout_ops
 from fastreg.reference.activations import ACTIVATIONS
 
 
@@ -26,8 +27,8 @@ def test_functions_and_derivatives(activation, backend, dtype):
     none = rates.thresholds(0.0)
     seed = torch.tensor(0)
     with fastreg.use_backend(backend):
-        y = ops.bias_act_dropout_add(x, None, None, seed, none, 1, activation)
-        d = ops.bias_act_dropout_backward(torch.ones_like(x), x, None, seed, none, 1, activation)
+        y = dropout_ops.bias_act_dropout_add(x, None, None, seed, none, 1, activation)
+        d = dropout_ops.bias_act_dropout_backward(torch.ones_like(x), x, None, seed, none, 1, activation)
     unit = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else 4)  # in float64 the oracle rounds too
     # Tails are a difference from 1, with its rounding, times x.
     assert ((y - truth).abs() <= 2 * unit * exact.abs().clamp(min=1)).all()
@@ -41,5 +42,5 @@ def test_relu_passes_gradients_as_torch_does(backend):
     exact = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(torch.relu(exact), exact, gradient)
     none, seed = rates.thresholds(0.0), torch.tensor(0)
-    found = ops.bias_act_dropout_backward(gradient, x, None, seed, none, 1, "relu")
+    found = dropout_ops.bias_act_dropout_backward(gradient, x, None, seed, none, 1, "relu")
     assert torch.equal(found, expected)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.adversarial import ops
-from fastreg.launch_parameters import LaunchParameters, trying
+from fastreg.ops import adversarial as adversarial_ops
 from fastreg.reference import adversarial as reference
 from fastreg.reference import random
 from fastreg.reference.random import At
 from fastreg.reference.step import compute_dtype
+from fastreg.runtime.launch_parameters import LaunchParameters, trying
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
@@ -33,9 +33,9 @@ def limits(kind, dtype):
     if kind == "none":
         return None
     if kind == "scalar":
-        return ops.Bounds(torch.tensor(0.25, dtype=dtype), torch.tensor(0.75, dtype=dtype), 1)
+        return adversarial_ops.Bounds(torch.tensor(0.25, dtype=dtype), torch.tensor(0.75, dtype=dtype), 1)
     lower = torch.tensor([0.0, 0.125, 0.25], dtype=dtype)
-    return ops.Bounds(lower, lower + 0.5, 4)
+    return adversarial_ops.Bounds(lower, lower + 0.5, 4)
 
 
 def given(kind, dtype, shape, at_clean=False, skip=0):
@@ -54,7 +54,7 @@ def given(kind, dtype, shape, at_clean=False, skip=0):
     own = torch.rand(shape[0], 3, generator=generator, dtype=compute_dtype(dtype)) / 8
     peaks = torch.randint(shape[1], shape[:1], generator=generator)
     with_gradient = kind not in (*reference.NOISES, "none")
-    return ops.Given(
+    return adversarial_ops.Given(
         x, gradient if with_gradient else None, None if at_clean else clean, own, kind,
         peaks if kind == "peak" else None, torch.tensor(2**40 + 3) if kind in reference.NOISES else None,
     )  # fmt: skip
@@ -66,7 +66,9 @@ def on(backend, run, *arguments):
 
 
 def compare(same, given, ball, bounds, dtype):
-    found, expected = (on(name, ops.move, given, ball, bounds, dtype) for name in ("triton", "reference"))
+    found, expected = (
+        on(name, adversarial_ops.move, given, ball, bounds, dtype) for name in ("triton", "reference")
+    )
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and b.isfinite().all()
         assert same(a, b) or within_a_unit(a, b)
@@ -127,7 +129,7 @@ def test_norms(kind, order, moved, dtype):
         made = given(kind, dtype, shape)
         if not moved:
             made = made._replace(clean=None, x=torch.zeros(shape, dtype=dtype), numbers=None)
-        found, expected = (on(name, ops.norms, made, order) for name in ("triton", "reference"))
+        found, expected = (on(name, adversarial_ops.norms, made, order) for name in ("triton", "reference"))
         assert found.shape == (shape[0], 1) and found.dtype == expected.dtype == compute_dtype(dtype)
         bound = 1e-12 if dtype == torch.float64 and kind == "scaled" else 1e-6
         torch.testing.assert_close(found, expected, rtol=bound, atol=0)
@@ -140,7 +142,8 @@ def test_compiled_equals_the_reference(dtype, kind, ball):
     """Inductor keeps what has 16 bits in 32: rounding must not be lost."""
     made = given(kind, dtype, (5, 737))
     found, expected = (
-        on(name, ops.move, made, ball, limits("table", dtype), dtype) for name in ("compiled", "reference")
+        on(name, adversarial_ops.move, made, ball, limits("table", dtype), dtype)
+        for name in ("compiled", "reference")
     )
     assert all(map(torch.equal, found, expected))
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import fastreg
-from fastreg import multi_tensor
-from fastreg.chain import PLAIN, Buffer, Chain, Stage
-from fastreg.multi_tensor import Batch, Measurand
-from fastreg.optim.ascent import _Adaptive, _Perturb
+from fastreg.common.random import Purpose
+from fastreg.engine import launch
+from fastreg.engine.batch import Batch, Measurand
+from fastreg.engine.rounding import Rounding
+from fastreg.engine.stage import PLAIN, Buffer, Chain, Stage
 from fastreg.optim.msam import MSAM, _Descend
-from fastreg.optim.rounding import Rounding
-from fastreg.random import Purpose
+from fastreg.optim.perturb import _Adaptive, _Perturb
 from fastreg.reference import rules
 from fastreg.reference.step import compute_dtype
 
@@ -86,7 +86,7 @@ def held(made):
 def stepped(backend, *args, **options):
     with fastreg.use_backend(backend):
         made = batch(*args, **options)
-        multi_tensor.run(made)
+        launch.run(made)
     return held(made)
 
 
@@ -127,7 +127,7 @@ def test_a_size_of_0_leaves_every_bit(backend, name, bad, dtype):
 
 def norm(made, of):
     before = held(made)
-    result = multi_tensor.measure([made], torch.tensor([math.inf, 1.0], dtype=torch.float64), of)
+    result = launch.measure([made], torch.tensor([math.inf, 1.0], dtype=torch.float64), of)
     assert all(map(torch.equal, held(made), before))  # measuring writes nothing
     return float(result[2])
 
@@ -171,6 +171,6 @@ def test_norm_of_the_momentum_to_come(backend, name, dtype, offset):
 def test_scaled_norms_of_several_batches(backend):
     """One norm over all dtypes."""
     made = [batch("perturb_adaptive", dtype) for dtype in DTYPES]
-    total = multi_tensor.measure(made, torch.tensor([math.inf, 1.0], dtype=torch.float64), Measurand(1))[1]
+    total = launch.measure(made, torch.tensor([math.inf, 1.0], dtype=torch.float64), Measurand(1))[1]
     parts = [norm(one, Measurand(1)) ** 2 for one in made]
     assert float(total) == pytest.approx(sum(parts), rel=1e-12)

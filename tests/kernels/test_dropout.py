@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.launch_parameters import LaunchParameters, trying
-from fastreg.nn import ops, rates
+from fastreg.nn import rates
+from fastreg.ops import dropout as dropout_ops
 from fastreg.reference.activations import ACTIVATIONS
+from fastreg.runtime.launch_parameters import LaunchParameters, trying
 
 COLUMNS = [768, 1031]  # loaded eight at a time, and not
 SEED = torch.tensor(2**40 + 3)
@@ -29,7 +30,7 @@ def draw(shape, dtype=torch.float64, seed=0, spread=2.0):
 def run(kind, a, b, bias, thresholds, activation, dtype, backend="triton", inner=1):
     x, residual, gradient = (a, b, None) if kind == "dropout" else (b, None, a)
     with fastreg.use_backend(backend):
-        return ops._run(x, bias, residual, gradient, SEED, thresholds, inner, activation, dtype)
+        return dropout_ops._run(x, bias, residual, gradient, SEED, thresholds, inner, activation, dtype)
 
 
 def compare(kind, a, b, bias, thresholds, activation, dtype, inner=1):
@@ -45,7 +46,7 @@ def compare(kind, a, b, bias, thresholds, activation, dtype, inner=1):
     compute = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * truth.abs().max()
     assert (own <= 2 * other.max() + storage + compute).all()
     with fastreg.use_backend("reference"):
-        dropped = ops.dropout(torch.ones_like(truth), SEED, thresholds, inner, None) == 0
+        dropped = dropout_ops.dropout(torch.ones_like(truth), SEED, thresholds, inner, None) == 0
     expected = torch.zeros_like(found) if kind != "dropout" or b is None else b.to(dtype)
     assert torch.equal(found[dropped], expected[dropped])
 
@@ -130,7 +131,7 @@ def test_starts_amid_an_allocation(skip, dtype):
     own = draw(6000, dtype)
     with fastreg.use_backend("triton"):
         part = own[skip:]
-        ops._run(part, None, None, None, SEED, rates.thresholds(0.3), 1, "identity", dtype, part)
+        dropout_ops._run(part, None, None, None, SEED, rates.thresholds(0.3), 1, "identity", dtype, part)
     assert torch.equal(own[skip:], aligned) and torch.equal(own[:skip], draw(6000, dtype)[:skip])
 
 
@@ -140,7 +141,7 @@ def test_what_is_dropped_is_0_whatever_it_was(activation):
     """In a block where some stay, and where none does, which is not even read."""
     bad = torch.tensor([math.inf, -math.inf, math.nan]).repeat(3000)
     with fastreg.use_backend("reference"):
-        kept = ops.dropout(torch.ones_like(bad), SEED, rates.thresholds(0.5), 1, None) != 0
+        kept = dropout_ops.dropout(torch.ones_like(bad), SEED, rates.thresholds(0.5), 1, None) != 0
     for thresholds, stays in ((rates.thresholds(0.5), kept), (rates.thresholds(1.0), kept & False)):
         y = run("dropout", bad, None, None, thresholds, activation, torch.float32)
         g = run("dropout_backward", bad, bad, None, thresholds, activation, torch.float32)

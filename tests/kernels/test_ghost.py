@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.privacy import ghost
+from fastreg.ops import ghost as ghost_ops
 from fastreg.reference import ghost as reference
 
 # Sizes below, at and above a tile of 64 positions, 32 or 64 features of a turn and 128 of a program.
@@ -25,7 +25,7 @@ def drawn(*shapes, dtype):
 def test_ghost_sums(samples, positions, p, d, dtype):
     left, right = drawn((samples, positions, p), (samples, positions, d), dtype=dtype)
     with fastreg.use_backend("triton"):
-        found = ghost.ghost_sums(left, right)
+        found = ghost_ops.ghost_sums(left, right)
     exact = reference.ghost_sums(left.double(), right.double())
     assert found.shape == (5, samples) and found.dtype == torch.float32
     # Each addition may lose a unit in the last place of the sum of magnitudes, on tensor cores, too: so many
@@ -42,8 +42,8 @@ def test_sample_sums(samples, positions, features, normalized, dtype):
     mean, deviation = drawn(*[(samples, positions)] * 2, dtype=torch.float32)
     others = () if normalized else (mean, deviation)
     with fastreg.use_backend("triton"):
-        weight, bias = ghost.sample_sums(grad, x, *others)
-        nothing, alone = ghost.sample_sums(grad)
+        weight, bias = ghost_ops.sample_sums(grad, x, *others)
+        nothing, alone = ghost_ops.sample_sums(grad)
     exact = reference.sample_sums(grad.double(), x.double(), *([t.double() for t in others] or [None, None]))
     for found, expected in zip((weight, bias), exact, strict=True):
         assert found.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_sample_sums(samples, positions, features, normalized, dtype):
 def test_strided_factors():
     left, right = (t.transpose(1, 2) for t in drawn((2, 8, 20), (2, 6, 20), dtype=torch.float32))
     with fastreg.use_backend("triton"):
-        found = ghost.ghost_sums(left, right)
+        found = ghost_ops.ghost_sums(left, right)
     expected = reference.ghost_sums(left, right)
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
@@ -62,13 +62,13 @@ def test_strided_factors():
 def test_is_deterministic():
     left, right = drawn((2, 70, 20), (2, 70, 9), dtype=torch.float32)
     with fastreg.use_backend("triton"):
-        first, second = (ghost.ghost_sums(left, right) for _ in range(2))
+        first, second = (ghost_ops.ghost_sums(left, right) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_inner_products_are_kept_while_the_input_is_the_same():
     x, other = drawn((2, 4, 5), (2, 4, 5), dtype=torch.float32)
-    grams = ghost.Grams()
+    grams = ghost_ops.Grams()
     first = grams.of(x)
     assert grams.of(x.view(2, 4, 5)) is first
     assert torch.equal(grams.of(other), reference.gram(other))
@@ -80,14 +80,14 @@ def test_inner_products_are_kept_while_the_input_is_the_same():
 @pytest.mark.parametrize("samples", [1, 3])
 def test_many_positions_are_taken_some_samples_at_a_time(samples, monkeypatch):
     left, right = drawn((samples, 6, 4), (samples, 6, 5), dtype=torch.float32)
-    expected = ghost.ghost_sums(left, right)
-    monkeypatch.setattr(ghost, "CHUNK", 36)
-    assert torch.equal(ghost.ghost_sums(left, right), expected)
+    expected = ghost_ops.ghost_sums(left, right)
+    monkeypatch.setattr(ghost_ops, "CHUNK", 36)
+    assert torch.equal(ghost_ops.ghost_sums(left, right), expected)
 
 
 def test_what_is_too_wide_for_the_kernel_is_left_to_the_reference(monkeypatch):
     left, right = drawn((2, 6, 4), (2, 6, 9), dtype=torch.float32)
-    monkeypatch.setattr(ghost, "WIDEST", 8)
-    monkeypatch.setattr(ghost, "_launched", None)
+    monkeypatch.setattr(ghost_ops, "WIDEST", 8)
+    monkeypatch.setattr(ghost_ops, "_launched", None)
     with fastreg.use_backend("triton"):
-        assert torch.equal(ghost.ghost_sums(left, right), reference.ghost_sums(left, right))
+        assert torch.equal(ghost_ops.ghost_sums(left, right), reference.ghost_sums(left, right))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.launch_parameters import LaunchParameters, trying
-from fastreg.nn import noise_ops
+from fastreg.ops import noise as noise_ops
 from fastreg.reference.noise import KINDS
+from fastreg.runtime.launch_parameters import LaunchParameters, trying
 
 SEED = torch.tensor(2**40 + 3)
 DTYPES = pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.penalty import L1, L2, _batch, penalty, penalty_gradients
+from fastreg.ops.penalty import L1, L2, _batch, penalty, penalty_gradients
 
 SIZES = [(1,), (5, 7), (0,), (4096 + 45,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

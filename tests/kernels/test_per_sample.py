@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.privacy.per_sample import clip_and_sum
+from fastreg.ops.per_sample import clip_and_sum
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE", "cpu")
 SHAPES = [(9, 31), (127,), (), (0,), (4096 + 17,), (4, 64)]

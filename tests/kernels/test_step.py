@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 import fastreg
-from fastreg import multi_tensor
-from fastreg.chain import Buffer, Stage, Storage
-from fastreg.multi_tensor import Batch
-from fastreg.optim.engine import Engine
+from fastreg.engine import launch
+from fastreg.engine.batch import Batch
+from fastreg.engine.stage import Buffer, Stage, Storage
+from fastreg.optim.fused_optimizer import Engine
 from fastreg.optim.regularizers import GradientNoise
 from fastreg.reference import random as reference_random
 from fastreg_kernels import random as kernel_random
@@ -201,7 +201,7 @@ def noise_batch(tensor, first, stream=3, step=5, seed=11):
 
 def drawn(first, count):
     tensor = torch.zeros(count)
-    multi_tensor.run(noise_batch(tensor, first))
+    launch.run(noise_batch(tensor, first))
     return -tensor
 
 

@@ -18,8 +18,8 @@ from fastreg.nn import (
     attach_activation_noise,
     functional,
     noise_functional,
-    noise_ops,
 )
+from fastreg.ops import noise as noise_ops
 from fastreg.reference.noise import KINDS
 from fastreg.schedules import Linear
 

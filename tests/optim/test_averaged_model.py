@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import fastreg
-from fastreg.batch_norm import update_bn
+from fastreg.common.batch_norm import update_bn
 from fastreg.optim.averaged_model import AveragedModel, get_ema_multi_avg_fn
 
 WORLD = 2
@@ -464,9 +464,9 @@ def test_one_pass(monkeypatch):
         [*(nn.Linear(3, 3) for _ in range(5)), *(nn.Linear(3, 3).bfloat16() for _ in range(5))]
     )
     batches = []
-    run = fastreg.multi_tensor.run
+    run = fastreg.engine.launch.run
     monkeypatch.setattr(
-        fastreg.multi_tensor, "run", lambda batch: (batches.append(len(batch.parameters)), run(batch))
+        fastreg.engine.launch, "run", lambda batch: (batches.append(len(batch.parameters)), run(batch))
     )
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     average.update_parameters(net)

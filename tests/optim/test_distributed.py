@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.backend import has_compiler, has_triton
+from fastreg.runtime.backend import has_compiler, has_triton
 
 WORLD = 2
 TIMEOUT = 300
@@ -49,7 +49,7 @@ def unclipped(parameters: Any) -> fastreg.AdamW:
 
 
 def quiet(parameters: Any) -> fastreg.AdamW:
-    """Random numbers take Inductor long to compile; `tests/test_random.py` has them for shards."""
+    """Random numbers take Inductor long to compile; `tests/common/test_random.py` has them for shards."""
     return fastreg.AdamW(parameters, lr=0.1, regularizers=[fastreg.ClipNorm(0.5), fastreg.EMA(0.9)])
 
 

@@ -120,7 +120,7 @@ class Late:
 @pytest.mark.parametrize("skipped", (0.0, 1.0))
 def test_the_verdict_is_read_later_and_once(skipped):
     """As on a GPU: the host counts at once, and corrects itself when it knows better."""
-    from fastreg.optim.counts import Counts, Verdict
+    from fastreg.engine.counts import Counts, Verdict
 
     counts, flag = Counts([3.0, 5.0], [None, None]), Late(skipped)
     counts.add({})

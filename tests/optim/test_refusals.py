@@ -168,7 +168,7 @@ def test_two_pieces_that_store_weights():
         phase = fastreg.Phase.AVERAGE
 
         def storage(self, group, dtype):
-            from fastreg.chain import PLAIN
+            from fastreg.engine.stage import PLAIN
 
             return PLAIN
 

@@ -230,7 +230,7 @@ def test_parameters_of_any_layout_and_kind(backend):
 
 def test_one_launch(monkeypatch):
     launches = []
-    monkeypatch.setattr(fastreg.multi_tensor, "run", launches.append)
+    monkeypatch.setattr(fastreg.engine.launch, "run", launches.append)
     noise = WeightNoise(draw(), 0.1)
     noise.perturb()
     assert len(launches) == 1

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 
 import fastreg
+from fastreg.common.random import Purpose, key
 from fastreg.privacy import BookKeeping, DPOptimizer
 from fastreg.privacy.noise import STEPS, Noise, PrivateNoise
-from fastreg.random import Purpose, key
 from fastreg.reference import random as reference_random
 from fastreg.reference import regularizers as reference
 
@@ -220,7 +220,7 @@ def test_ends_before_it_repeats():
 def test_counts_steps_that_fail(monkeypatch):
     """What a failed step may have shown is not used again."""
     params, optimizer = private([(64,)])
-    monkeypatch.setattr(fastreg.multi_tensor, "run", lambda batch: 1 / 0)
+    monkeypatch.setattr(fastreg.engine.launch, "run", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     monkeypatch.undo()

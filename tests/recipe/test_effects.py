@@ -139,7 +139,7 @@ def test_r_drop_is_that_of_two_passes(tools):
     model.zero_grad()
     torch.manual_seed(5)
     logits, logits2 = (model(input_ids=tools.TOKENS).logits[:, :-1] for _ in range(2))
-    expected = fastreg.losses.r_drop_loss(logits, logits2, tools.TOKENS[:, 1:], alpha=2.0)
+    expected = fastreg.r_drop_loss(logits, logits2, tools.TOKENS[:, 1:], alpha=2.0)
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     for a, p in zip(found, model.parameters(), strict=True):
@@ -157,7 +157,7 @@ def test_r_drop_over_micro_batches_counts_items_once(tools):
     value = callbacks.gradients(lambda: model(**arguments).loss)
     torch.manual_seed(5)
     logits, logits2 = (model(input_ids=tools.TOKENS).logits[:, :-1] for _ in range(2))
-    expected = fastreg.losses.r_drop_loss(logits, logits2, labels[:, 1:], alpha=2.0, reduction="sum") / 60
+    expected = fastreg.r_drop_loss(logits, logits2, labels[:, 1:], alpha=2.0, reduction="sum") / 60
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(RuntimeError, match="one call of the model in each evaluation of the loss, got 4"):
         callbacks.gradients(lambda: model(**arguments).loss + model(**arguments).loss)

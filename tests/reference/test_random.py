@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fastreg import backend
-from fastreg.random import Purpose, key
+from fastreg.common.random import Purpose, key
 from fastreg.reference import random
 from fastreg.reference.random import At
+from fastreg.runtime import backend
 
 MASK = 0xFFFFFFFF
 DRAWS = 10**6

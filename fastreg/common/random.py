@@ -1,0 +1,58 @@
+"""Keys: where every random number of fastreg comes from.
+
+A key is a 64-bit seed derived from (base seed, purpose), so that gradient noise, rounding and the rest
+never share bits.  What is drawn from it depends on (stream, step, element index) alone: see
+`fastreg.reference.random`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from enum import IntEnum
+
+import torch
+
+from ..reference.random import philox
+
+_instances = itertools.count()
+
+
+class Purpose(IntEnum):
+    """What random numbers are for; the values are part of every seed's meaning and never change."""
+
+    INSTANCE = 0
+    GRADIENT_NOISE = 1
+    STOCHASTIC_ROUNDING = 2
+    PRIVACY = 3
+    DROPOUT = 4
+    PERTURBATION = 5
+    WEIGHT_NOISE = 6
+
+
+@functools.cache
+def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
+    """The 64-bit key, as a signed integer, for one purpose under a base seed.
+
+    Args:
+        seed: Any integer of at most 64 bits; negative ones count as their two's complement.
+        purpose: What the numbers are for.
+        instance: Which of several users with the same purpose.
+
+    Raises:
+        ValueError: If the seed has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {seed=}")
+    words = int(purpose), instance & 0xFFFFFFFF, instance >> 32, 0
+    counter = tuple(torch.tensor(word, device="cpu") for word in words)
+    low, high, *_ = (
+        int(word) for word in philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), 10)
+    )
+    unsigned = low | high << 32
+    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+
+def instance_seed() -> int:
+    """A base seed from `torch.initial_seed()` and a counter; torch's generator is left alone."""
+    return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))

@@ -1,0 +1,1 @@
+"""Runs an optimizer step: components, the plan of a step, the launch of its kernels (see README.md)."""

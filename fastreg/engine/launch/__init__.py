@@ -1,0 +1,51 @@
+"""Runs a step over a batch, and reductions over batches, on the backend that is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...reference import norm as reference_norm
+from ...reference import units as reference_units
+from ..batch import GRADIENT, Batch, Measurand, flat
+from . import eager, triton
+
+
+def run(batch: Batch) -> None:
+    """Take the step."""
+    if batch.backend == "triton":
+        triton.run(batch)
+    elif batch.skip is None or not batch.skip.item():
+        eager.run(batch)
+    for place, used in batch.copies:
+        place.copy_(used)
+
+
+def measure(batches: Sequence[Batch], limits: Tensor, of: Measurand = GRADIENT) -> Tensor:
+    """`reference.norm.Measured` over batches of one device: `[5]`, float64, there.
+
+    Args:
+        batches: The gradients.
+        limits: (max_norm, 1 / scale), float64, on the device.
+        of: What is measured.
+    """
+    if all(batch.backend == "triton" for batch in batches):
+        partial = torch.cat([triton.partial_norms(batch, of) for batch in batches])
+        return triton.clip_factor(partial, limits, of.largest)
+    found = [eager.partial_norms(batch, of) for batch in batches]
+    return reference_norm.clip_factor(torch.cat(found), limits, of.largest)
+
+
+def combine(totals: Sequence[Tensor], limits: Tensor, largest: bool) -> Tensor:
+    """`measure` from the totals of several groups, each 0-d and on the device of `limits`."""
+    return reference_norm.clip_factor(torch.stack(tuple(totals)), limits, largest)
+
+
+def unit_squares(batch: Batch) -> Tensor:
+    """(Σ p², Σ g²) over every unit of every parameter: `[units, 2]`, in compute precision."""
+    if batch.backend == "triton":
+        return triton.unit_squares(batch)
+    flats = (list(map(flat, tensors)) for tensors in (batch.parameters, batch.gradients))
+    return torch.cat(list(map(reference_units.unit_squares, *flats, batch.places)))

@@ -1,0 +1,134 @@
+"""Runs a batch by the reference: in plain PyTorch, or compiled by `torch.compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...reference import norm as reference_norm
+from ...reference import units as reference_units
+from ...reference.random import At
+from ...reference.step import CHUNK, compute_dtype, run_stages, scalar_dtype
+from ...reference.step import step as reference_step
+from ...runtime import backend
+from ..batch import Batch, Measurand, flat
+from .compiled import compiled_norm, compiled_step
+
+
+class _Operands(NamedTuple):
+    """A run of elements of one parameter, and what the reference takes with it."""
+
+    tensors: list[Tensor]  # parameter, gradient, buffers, units
+    scalars: Tensor
+    words: Sequence[Tensor]
+    numbers: Tensor
+    first: int
+    stream: int
+    step: int
+
+
+def run(batch: Batch) -> None:
+    """Runs the step of a batch in PyTorch."""
+    chain = batch.chain
+    # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
+    _run_operands(
+        batch,
+        list(_operands(batch, chain.random)),
+        compiled_step,
+        (chain,),
+        functools.partial(reference_step, chain),
+    )
+
+
+def partial_norms(batch: Batch, of: Measurand) -> Tensor:
+    """Partial sums, or the largest of each, by the reference or its compiled form."""
+    stages, chain = of.of(batch.chain), batch.chain
+    if not stages:
+        return reference_norm.partial_norms(map(flat, batch.gradients), of.largest, batch.device, of.absolute)
+
+    def plain(*arguments: Any) -> Tensor:
+        _, u = run_stages(stages, False, chain, *arguments)
+        u = u[1] if of.momentum else u
+        parts = reference_norm.partial_norms([u], of.largest, batch.device, of.absolute)
+        return parts.amax() if of.largest else parts.sum()
+
+    runs = list(_operands(batch, True))
+    what = chain, stages, of.momentum, of.largest, of.absolute
+    found = _run_operands(batch, runs, compiled_norm, what, plain)
+    scalar = scalar_dtype(batch.device)
+    return torch.stack(found).to(scalar) if found else torch.zeros(1, dtype=scalar, device=batch.device)
+
+
+def _run_operands(
+    batch: Batch,
+    runs: list[_Operands],
+    compiled: Callable[..., Any],
+    of: tuple[Any, ...],
+    plain: Callable[..., Any],
+) -> list[Any]:
+    """What each run gives, compiled where the backend is and it can be."""
+    chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
+    fused = None
+    if batch.backend == "compiled":
+        try:
+            dtypes = (*batch.dtypes, *[dtype] * len(chain.units))
+            fused = compiled(*of, dtypes, dtype, batch.device, torch.get_num_threads())
+        except Exception as error:
+            backend.cannot_compile(error)
+    if fused is not None and runs:
+        integers = torch.tensor(
+            [[run.first, run.stream, run.step, *batch.words] for run in runs], device=batch.device
+        ).unbind()
+    found = []
+    for i, run in enumerate(runs):
+        if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
+            found.append(fused(run.tensors, run.scalars, integers[i], run.numbers))
+        else:
+            found.append(plain(*_arguments(batch, run)))
+    return found
+
+
+def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
+    chain, dtype, count = batch.chain, compute_dtype(batch.parameters[0].dtype), len(batch.parameters)
+    rows = torch.as_tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
+    steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
+    words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
+    columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
+    scalars = (
+        torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)
+    ).unbind()
+    for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True)):
+        tensors = [flat(t) for t in (parameter, batch.gradients[i], *(b[i] for b in batch.buffers))]
+        if chain.units:
+            counts = [place.number for place in batch.places]
+            for values in batch.table.units_of(batch):
+                own = values.split(counts)[i]
+                tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
+        row, elements = batch.rows[i], parameter.numel()
+        for start, stop in _runs(elements, first) if chunked else [(0, elements)]:
+            if stop > start:
+                part = tensors if stop - start == elements else [t[start:stop] for t in tensors]
+                place = first + start, batch.streams[i], steps[row]
+                yield _Operands(part, scalars[i], words, rows[row], *place)
+
+
+def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
+    """Those of `reference.step` behind the chain."""
+    parameter, gradient, *others = run.tensors
+    held = len(batch.buffers)
+    at = At(run.first - run.first % 8, run.first % 8, run.stream, run.step)
+    own = run.scalars.unbind(), run.words, run.numbers.unbind()
+    return parameter, gradient, others[:held], others[held:], *own, at
+
+
+def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
+    """Runs of at most `CHUNK` elements, all but the first of which start at a global multiple of 8."""
+    head = min(-first % 8, count)
+    if head:
+        yield 0, head
+    for start in range(head, count, CHUNK):
+        yield start, min(start + CHUNK, count)

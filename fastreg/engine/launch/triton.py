@@ -1,0 +1,197 @@
+"""Launches the kernels for a batch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference.step import compute_dtype
+from ...runtime.device import architecture, launch, triton_dtype
+from ...runtime.launch_parameters import LaunchParameters, launch_parameters
+from ..batch import Batch, Measurand
+from ..stage import Chain, Stage
+from ..table import upload_changes
+
+
+def run(batch: Batch) -> None:
+    """Launches `step_kernel` over a batch."""
+    kernels = importlib.import_module("fastreg_kernels.step")
+    changing, target = upload_changes(batch), architecture(batch.device)
+    chosen = launch_parameters("step", target)
+    work = batch.table.work(chosen.block)
+    stages, storage = device_chain(batch.chain, batch.dtypes)
+    launch(
+        kernels.step_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, batch.skip, stages,
+        storage, **step_constants(batch.chain, batch.dtypes, chosen, target.lanes),
+        **options(batch.chain.stages, chosen),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
+
+
+def partial_norms(batch: Batch, of: Measurand) -> Tensor:
+    """Launches `norm_kernel`: float64 `[programs]`, a partial sum (or maximum) from each program."""
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    changing, target, sizes = upload_changes(batch), architecture(batch.device), batch.table.sizes
+    chosen = launch_parameters("norm", target)
+    block = chosen.block_for(sum(sizes), target)
+    work = batch.table.work(block)
+    partial = torch.empty(len(work), dtype=torch.float64, device=batch.device)
+    stages, storage = device_chain(batch.chain, batch.dtypes)
+    before = of.of(batch.chain)
+    launch(
+        kernels.norm_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, partial,
+        block // chosen.chunk(target.lanes), stages[:before], storage,
+        **norm_constants(batch.chain, batch.dtypes, of, chosen, target.lanes),
+        **options(batch.chain.stages[:before], chosen),
+    )  # fmt: skip
+    return partial
+
+
+def unit_squares(batch: Batch) -> Tensor:
+    """Launches `unit_squares_kernel`: `[units, 2]`, in compute precision."""
+    kernels = importlib.import_module("fastreg_kernels.units")
+    changing, target = upload_changes(batch), architecture(batch.device)
+    chosen, work = launch_parameters("unit_squares", target), batch.table.unit_work(batch)
+    out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
+    launch(
+        kernels.unit_squares_kernel, len(work), batch.device,
+        batch.table.rows, changing.gradients, work, out,
+        **unit_constants(batch.chain, batch.dtypes, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
+    return out
+
+
+def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
+    """Launches `clip_factor_kernel`, which adds up partial sums: `[5]`, float64 (`Measured`)."""
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    chosen = launch_parameters("clip_factor", architecture(partial.device))
+    out = torch.empty(5, dtype=torch.float64, device=partial.device)
+    launch(
+        kernels.clip_factor_kernel, 1, partial.device,
+        partial, len(partial), limits, out, LARGEST=largest, BLOCK=chosen.block, **chosen.options,
+    )  # fmt: skip
+    return out
+
+
+def options(stages: Sequence[Stage], chosen: LaunchParameters) -> dict[str, Any]:
+    """How a kernel that runs these stages is compiled."""
+    exact = any(stage.exact for stage in stages)
+    return {**chosen.options, **({"enable_fp_fusion": False} if exact else {})}
+
+
+@functools.cache
+def step_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of so many lanes."""
+    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": chain.random, "BLOCK": chosen.block}
+
+
+def norm_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `norm_kernel`."""
+    random = any(stage.words for stage in chain.stages[: of.of(chain)])
+    measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
+    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, **measured}
+
+
+@functools.cache
+def _constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """What both kernels take."""
+    return {
+        "G": triton_dtype(dtypes[1]),
+        "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
+        "COLUMNS": _columns(chain),
+        "NUMBERS": sum(stage.numbers for stage in chain.stages),
+        "VECTOR": 4 if max(dtype.itemsize for dtype in dtypes) > 2 else 8,
+        "CHUNK": chosen.chunk(lanes),
+    }
+
+
+def unit_constants(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> dict[str, Any]:
+    """The compile-time arguments of `unit_squares_kernel`."""
+    return {
+        "P": triton_dtype(dtypes[0]),
+        "G": triton_dtype(dtypes[1]),
+        "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
+        "COLUMNS": _columns(chain),
+        "PLACE": _columns(chain) - 2,
+        "CHUNK": chosen.chunk(lanes),
+    }
+
+
+@functools.cache
+def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], Any]:
+    """The chain as `step_kernel` takes it: columns and dtypes for every stage, and the storage."""
+    kernels = importlib.import_module("fastreg_kernels.step")
+    tl = importlib.import_module("triton.language")
+    header = kernels.HEADER.value
+    buffer_columns = range(header, header + len(chain.buffers))
+    scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
+    word_columns = iter(
+        range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain))
+    )
+    place = tuple(range(_columns(chain) - 2, _columns(chain)))
+    unit_columns = iter(range(_columns(chain) - 2 - len(chain.units), _columns(chain)))
+    number_columns = iter(range(sum(stage.numbers for stage in chain.stages)))
+    buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
+
+    def constant(dtype: torch.dtype) -> Any:
+        return tl.constexpr(
+            triton_dtype(dtype)
+        )  # a bare dtype in a tuple compiles ahead of time but not at launch
+
+    stages = []
+    for stage in chain.stages:
+        own = [next(buffers) for _ in stage.buffers]
+        stages.append(
+            kernels.Stage(
+                _device_function(stage.kernel),
+                tuple(column for column, _ in own),
+                tuple(constant(dtype) for _, dtype in own),
+                tuple(islice(scalar_columns, len(stage.scalars))),
+                tuple(islice(word_columns, len(stage.words))),
+                tuple(islice(number_columns, stage.numbers)),
+                tuple(islice(unit_columns, len(stage.units))),
+                place if stage.units else (),
+            )
+        )
+    storage = chain.storage
+    places = {"parameter": (kernels.PARAMETER.value, dtypes[0])}
+    places.update((buffer.name, next(buffers)) for buffer in storage.buffers)
+    sources, targets = ([places[name] for name in names] for names in (storage.sources, storage.targets))
+    return tuple(stages), kernels.Storage(
+        *map(_device_function, storage.kernels),
+        tuple(column for column, _ in sources),
+        tuple(constant(dtype) for _, dtype in sources),
+        tuple(column for column, _ in targets),
+        tuple(constant(dtype) for _, dtype in targets),
+        tuple(islice(word_columns, len(storage.words))),
+    )
+
+
+def _columns(chain: Chain) -> int:
+    header = importlib.import_module("fastreg_kernels.step").HEADER.value
+    scalars = sum(len(stage.scalars) for stage in chain.stages)
+    units = len(chain.units) + 2 if chain.units else 0
+    return header + len(chain.buffers) + scalars + sum(len(link.words) for link in chain.links) + units
+
+
+def _device_function(kernel: Any) -> Any:
+    if not isinstance(kernel, str):
+        return kernel
+    module, name = kernel.split(".")
+    return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)

@@ -1,0 +1,419 @@
+"""One pass over the memory of many parameters: pieces, put together to chains and run.
+
+    pieces ──stage──▶ chain            one per parameter group, and variant where not all is always due
+    parameters with gradients ──▶ batches, one per (device, dtypes, chain, sharding)
+    pieces.prepare(batches)            reductions, such as the gradient norm, into device scalars
+    launch.run(batch)            read weight, gradient and state once; write weight and state once
+
+What a pass shares with former ones is kept in plans, one for each combination of variants, which are made
+anew as soon as any parameter, state tensor, dtype, chain or backend differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common import random
+from ..reference.step import compute_dtype
+from ..runtime import backend
+from . import launch
+from . import layout as placement
+from .batch import Batch
+from .component import Piece, Work
+from .counts import Counts
+from .plan import Bucket, Member, Plan, Variant, sort
+from .stage import PLAIN, Buffer, Chain, Storage
+from .state import BACKUP, buffer_dtype, fitted, start
+
+_dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgetter("grad")
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+PLANS = 8
+"""Combinations of variants that are kept: pieces with periods of their own have few in common."""
+
+
+class Operands(NamedTuple):
+    """What a pass works on: lists of equal length."""
+
+    parameters: list[Tensor]
+    gradients: list[Any]
+    groups: list[int]
+    streams: list[int]
+
+    def only(self, wanted: Iterable[bool]) -> Operands:
+        """Those that are wanted."""
+        wanted = list(wanted)
+        return self if all(wanted) else Operands(*(list(compress(every, wanted)) for every in self))
+
+
+class Pass(torch.optim.Optimizer):
+    """Base of all that updates parameters: what torch's optimizers are for a loop, this is for one launch.
+
+    A subclass calls `_assemble` before the constructor of torch's optimizer, which makes the groups.
+    """
+
+    _state_dtype: torch.dtype | None = None
+    _reads_backups = False
+    """Whether weights come from `BACKUP` wherever a state has one."""
+    _gradient_of: Callable[[Tensor], Tensor | None] = _gradient
+    """Where the gradient of a parameter is."""
+
+    def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
+        """Put the pieces together.
+
+        Args:
+            pieces: In any order of phases; inside a phase the order counts.
+            seed: Base of the random numbers.
+        """
+        self._pieces = tuple(sorted(pieces, key=attrgetter("phase")))
+        self._periodic = tuple(piece for piece in self._pieces if type(piece).due is not Piece.due)
+        self._seed = random.instance_seed() if seed is None else seed
+        random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
+        self._forget()
+
+    def _forget(self) -> None:
+        self._layout: Any = None
+        self._plans: list[Plan] = []
+        self._counts = Counts([], [])
+
+    @property
+    def seed(self) -> int:
+        """The base seed of all random numbers; saved with the parameter groups where there are any."""
+        return self.param_groups[0].get("seed", self._seed)
+
+    # The pass -------------------------------------------------------------------------------------------
+
+    def _operands(self) -> Operands:
+        """What to work on: the parameters that have gradients."""
+        every = self._every()
+        return every.only(map(is_not, every.gradients, repeat(None)))
+
+    def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The local tensors and states of the parameters that are not worked on."""
+        if len(operands.parameters) == sum(len(group["params"]) for group in self.param_groups):
+            return []
+        present = set(map(id, operands.parameters))
+        every = (p for group in self.param_groups for p in group["params"])
+        return [
+            (placement.local(p), self.state[p]) for p in every if id(p) not in present and p in self.state
+        ]
+
+    def _every(self) -> Operands:
+        parameters: list[Tensor] = []
+        groups: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            parameters += group["params"]
+            groups += [index] * len(group["params"])
+        gradients = list(map(self._gradient_of, parameters))
+        return Operands(parameters, gradients, groups, list(range(len(parameters))))
+
+    @torch.no_grad()
+    def _run(self) -> dict[torch.device, Tensor] | None:
+        """Take the pass.
+
+        Returns:
+            For each device that may skip it, what says so: `[1]`; `None` if there was nothing to do.
+        """
+        operands = self._operands()
+        work = self._work(operands)
+        if not work.batches:
+            return None
+        work.absent = self._absent(operands)
+        for piece in self._pieces:
+            piece.prepare(work)
+        flags: dict[torch.device, Tensor] = {}
+        for batch, _ in work.batches:
+            if batch.device not in flags and (flag := self._skip(batch.device)) is not None:
+                flags[batch.device] = flag
+            batch.skip = flags.get(batch.device)
+        for batch, _ in work.batches:
+            launch.run(batch)
+        for piece in self._pieces:
+            piece.finish(work, flags)
+        self._counts.add(flags)
+        return flags
+
+    def _skip(self, device: torch.device) -> Tensor | None:
+        flags = [flag for piece in self._pieces if (flag := piece.skip(device)) is not None]
+        return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0] if flags else None
+
+    def _work(self, operands: Operands) -> Work:
+        """What there is to do."""
+        parameters, gradients, groups, streams = operands
+        if not parameters:
+            return Work([], 0, [], [])
+        tensors, dtypes = parameters, list(map(_dtype, gradients))
+        if (
+            not _PLAIN_TYPES.issuperset(map(type, parameters))
+            or any(d.is_complex for d in set(dtypes))
+            or any(map(Tensor.is_neg, gradients))
+        ):
+            gradients = list(map(placement.local_gradient, parameters, gradients))
+            tensors = list(map(placement.local, parameters))
+        ids = list(map(id, parameters))
+        states = (
+            list(self.state.values())  # which hashes no tensors
+            if list(map(id, self.state)) == ids
+            else [self.state.get(p, {}) for p in parameters]
+        )
+        layout = (
+            ids, list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), dtypes,
+            list(map(_layout, gradients)), streams, groups, backend.forced(),
+        )  # fmt: skip
+        steps = [state.get("step") for state in states]
+        if (
+            layout != self._layout
+            or len(steps) != len(self._counts.views)
+            or not all(map(is_, steps, self._counts.views))
+        ):
+            self._plans, self._layout = [], None
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                placement.check(tensor, gradient)
+            placement.check_apart(tensors, gradients)
+            for group, dtype in dict.fromkeys(zip(groups, (t.dtype for t in tensors), strict=True)):
+                self.chain(self.param_groups[group], dtype)  # refuses what is not supported
+            states = [self.state[p] for p in parameters]
+            self._count(states, groups, tensors)
+            self._layout = layout
+        done = self._counts.on_host()
+        variants = self._variants(states, groups, done)
+        plan = next((plan for plan in self._plans if plan.variants == variants), None)
+        buffers = plan.gather(states) if plan is not None and self._same_chains(plan) else None
+        if plan is None or buffers is None:
+            self._plans = [kept for kept in self._plans if kept is not plan][: PLANS - 1]
+            members = self._members(parameters, tensors, gradients, streams, groups, variants)
+            self._initialise(members)
+            plan = Plan(variants, sort(members), sum(p.numel() for p in parameters))
+            self._plans.insert(0, plan)
+            buffers = [bucket.gather(states) for bucket in plan.buckets]
+        batches = [
+            (self._batch(bucket, tensors, gradients, own, groups, done), bucket.shards)
+            for bucket, own in zip(plan.buckets, buffers, strict=True)
+        ]
+        return Work(batches, plan.elements, tensors, states)
+
+    def _variants(
+        self, states: list[dict[str, Any]], groups: list[int], done: list[float]
+    ) -> Variant | list[Variant]:
+        """The variant of all parameters, or that of each where they differ."""
+        name = BACKUP.name
+        held = [name in state for state in states] if self._reads_backups else [False] * len(states)
+        if not self._periodic and len(set(held)) == 1:
+            return Variant((), held[0])
+        kinds = list(zip(groups, done, held, strict=True))
+        found = {kind: self._variant(*kind) for kind in dict.fromkeys(kinds)}
+        different = set(found.values())
+        return different.pop() if len(different) == 1 else [found[kind] for kind in kinds]
+
+    def _variant(self, group: int, done: float, backup: bool) -> Variant:
+        options, step = self.param_groups[group], int(done) + 1
+        always = bool(options.get("capturable"))
+        return Variant(tuple(always or piece.due(options, step) for piece in self._periodic), backup)
+
+    def _members(
+        self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor], streams: list[int],
+        groups: list[int], variants: Variant | list[Variant],
+    ) -> list[Member]:  # fmt: skip
+        """The parameters of this pass, each with its chain."""
+        each = variants if isinstance(variants, list) else [variants] * len(parameters)
+        kinds = [(group, t.dtype, variant) for group, t, variant in zip(groups, tensors, each, strict=True)]
+        chains = {kind: self.chain(self.param_groups[kind[0]], *kind[1:]) for kind in dict.fromkeys(kinds)}
+        return [
+            Member(
+                parameter, tensor, gradient, self.state[parameter], stream, kind[0],
+                bool(self.param_groups[kind[0]].get("capturable")), kind[2], chains[kind],
+            )
+            for parameter, tensor, gradient, stream, kind in zip(
+                parameters, tensors, gradients, streams, kinds, strict=True
+            )
+        ]  # fmt: skip
+
+    def _due(self, variant: Variant | None) -> list[Piece]:
+        """The pieces that take part."""
+        if variant is None or not self._periodic:
+            return list(self._pieces)
+        out = {id(piece) for piece, due in zip(self._periodic, variant.due, strict=True) if not due}
+        return [piece for piece in self._pieces if id(piece) not in out]
+
+    def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Variant | None = None) -> Chain:
+        """What is done to the parameters of this dtype in a group.
+
+        Args:
+            group: The group.
+            dtype: The dtype.
+            variant: What is done this time; by default all that is done at any time.
+
+        Raises:
+            ValueError: If the group asks for what is not supported, or two pieces for how weights are stored.
+        """
+        self._check_group(group)
+        due = self._due(variant)
+        storages = [found for piece in due if (found := piece.storage(group, dtype)) is not None]
+        if len(storages) > 1:
+            raise ValueError(f"only one piece may say how weights are stored, got {storages}")
+        stages = tuple(stage for piece in due if (stage := piece.stage(group)) is not None)
+        storage = storages[0] if storages else PLAIN
+        return Chain(stages, from_backup(storage) if variant and variant.backup else storage)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a group that asks for what is not supported."""
+
+    def _chains(self, group: dict[str, Any]) -> list[Chain]:
+        """What is done to the parameters of a group, whatever their dtypes are."""
+        dtypes = dict.fromkeys(placement.local(p).dtype for p in group["params"])
+        return [self.chain(group, dtype) for dtype in dtypes]
+
+    def _same_chains(self, plan: Plan) -> bool:
+        """Whether groups still ask for what the buckets were made for."""
+        return all(
+            self.chain(self.param_groups[index], bucket.dtypes[0], bucket.variant) == bucket.chain
+            and bool(self.param_groups[index].get("capturable")) == bucket.capturable
+            for bucket in plan.buckets
+            for index in bucket.groups
+        )
+
+    # State ----------------------------------------------------------------------------------------------
+
+    def _count(self, states: list[dict[str, Any]], groups: list[int], tensors: list[Tensor]) -> None:
+        """Let the step counts share a tensor."""
+        # torch's SGD saves no step: where there is momentum, the first step is behind it.
+        counts = [float(s.get("step", s.get("momentum_buffer") is not None)) for s in states]
+        capturable = [bool(self.param_groups[group].get("capturable")) for group in groups]
+        places = [t.device if device else None for t, device in zip(tensors, capturable, strict=True)]
+        self._counts = Counts(counts, places)
+        for state, view in zip(states, self._counts.views, strict=True):
+            state["step"] = view
+
+    def _initialise(self, members: list[Member]) -> None:
+        """Make missing state, also of what is not due yet, and bring loaded state into shape."""
+        kinds = {(m.group, m.tensor.dtype): m for m in members}
+        whole = {kind: self.chain(self.param_groups[kind[0]], kind[1]) for kind in kinds}
+        made = []
+        for m in members:
+            chain = whole[m.group, m.tensor.dtype]
+            wanted = {buffer.name: buffer for buffer in (*chain.buffers, *m.chain.buffers)}
+            made.append({name: self._buffer(m, chain, buffer) for name, buffer in wanted.items()})
+        for member, buffers in zip(members, made, strict=True):
+            member.state.update(buffers)
+
+    def _buffer(self, member: Member, chain: Chain, buffer: Buffer) -> Tensor:
+        value = member.state.get(buffer.name)
+        if value is not None:
+            return fitted(buffer, member.parameter, value)
+        dtype = self.buffer_dtype(chain, buffer, member.parameter)
+        weight = member.state[BACKUP.name] if member.variant.backup else member.parameter
+        return start(buffer, weight, member.stream, dtype, self._pieces)
+
+    def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
+        """What a buffer of a parameter holds."""
+        return buffer_dtype(chain, buffer, parameter, self._state_dtype)
+
+    # Batches --------------------------------------------------------------------------------------------
+
+    def _batch(
+        self, bucket: Bucket, tensors: list[Tensor], gradients: list[Tensor],
+        buffers: list[list[Tensor]], groups: list[int], done: list[float],
+    ) -> Batch:  # fmt: skip
+        """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
+        tensors = originals = bucket.own(tensors)
+        gradients = bucket.own(gradients)
+        if not bucket.plain:
+            tensors = list(map(placement.laid_out, tensors, bucket.layouts))
+        if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
+            gradients = list(map(placement.laid_out, gradients, bucket.layouts))
+        seed, device = self.seed, tensors[0].device
+        shared = self.param_groups[groups[bucket.positions[0]]]  # every group of a bucket has the same chain
+        pieces = self._due(bucket.variant)
+        staged = [piece for piece in pieces if piece.stage(shared) is not None]
+        rows: list[int]
+        steps: Any
+        numbers: Any
+        if bucket.capturable:
+            rows = list(range(len(bucket.positions)))
+            steps, numbers = self._device_numbers(bucket, groups, staged)
+        else:
+            rows, pairs = _rows(bucket, groups, done)
+            steps = [step for _, step in pairs]
+            numbers = [
+                [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
+                for group, step in pairs
+            ]
+        return Batch(
+            chain=bucket.chain,
+            parameters=tensors,
+            gradients=gradients,
+            buffers=buffers,
+            scalars=[scalar for piece in staged for scalar in piece.scalars(device)],
+            words=[
+                *(word for piece in staged for word in piece.words(seed)),
+                *(
+                    word
+                    for piece in pieces
+                    if bucket.chain.storage.words and piece.storage(shared, bucket.dtypes[0])
+                    for word in piece.storage_words(seed)
+                ),
+            ],
+            firsts=bucket.firsts,
+            streams=bucket.streams,
+            rows=rows,
+            steps=steps,
+            numbers=numbers,
+            places=bucket.units,
+            copies=[
+                (place, used) for place, used in zip(originals, tensors, strict=True) if place is not used
+            ],
+            table=bucket.table,
+            memory=bucket.memory,
+        )
+
+    def _device_numbers(
+        self, bucket: Bucket, groups: list[int], staged: list[Piece]
+    ) -> tuple[Tensor, Tensor]:
+        """Step counts and numbers of each parameter of a bucket, worked out on the device in double."""
+        steps = torch.stack([self._counts.views[i] for i in bucket.positions]).double() + 1
+        numbers = steps.new_empty(len(bucket.positions), sum(stage.numbers for stage in bucket.chain.stages))
+        for group in bucket.groups:
+            own = [row for row, i in enumerate(bucket.positions) if groups[i] == group]
+            # Parameters of a group follow each other.
+            rows = slice(own[0], own[-1] + 1)
+            found = (n for piece in staged for n in piece.numbers(self.param_groups[group], steps[rows]))
+            for column, number in enumerate(found):
+                if isinstance(number, Tensor):
+                    numbers[rows, column] = number
+                else:
+                    numbers[rows, column].fill_(number)
+        return steps.long(), numbers.to(compute_dtype(bucket.dtypes[0]))
+
+    # Copies ---------------------------------------------------------------------------------------------
+
+    _KEPT: tuple[str, ...] = ("_pieces", "_periodic", "_seed", "_state_dtype", "_reads_backups")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: also the pieces."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Plans are made anew."""
+        super().__setstate__(state)
+        self._forget()
+
+
+def _rows(bucket: Bucket, groups: list[int], done: list[float]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The (group, step) pairs in a bucket, and which of them is whose."""
+    if len(set(done)) == 1:
+        return bucket.owners, [(group, int(done[0]) + 1) for group in bucket.groups]
+    own = [(groups[i], int(done[i]) + 1) for i in bucket.positions]
+    rows = {pair: row for row, pair in enumerate(dict.fromkeys(own))}
+    return [rows[pair] for pair in own], list(rows)
+
+
+def from_backup(storage: Storage) -> Storage:
+    """The storage with the weight read from `BACKUP` instead of the parameter."""
+    sources = tuple(BACKUP.name if source == "parameter" else source for source in storage.sources)
+    return replace(storage, sources=sources, buffers=(*storage.buffers, BACKUP))

@@ -1,0 +1,60 @@
+"""How 16-bit weights are written back without losing small updates, weight decay among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..common.random import Purpose, key
+from ..reference import storage as reference
+from .component import Phase, Piece
+from .stage import Buffer, Storage
+
+MODES = ("stochastic", "remainder", "nearest")
+
+
+class Rounding(Piece):
+    """The storage of bfloat16 and float16 weights.
+
+    Rounding at random does not depend on the optimizer's seed: replicas of a weight (DDP), whose processes
+    may well be seeded differently, would drift apart.
+
+    Args:
+        bf16: `"stochastic"` rounds at random, right on average; `"remainder"` keeps 16 more bits of every
+            bfloat16 in the state, together an exact float32; `"nearest"` rounds as torch does.
+        purpose: What is rounded, for random bits of its own.
+
+    Raises:
+        ValueError: If there is no such mode.
+    """
+
+    phase = Phase.DESCEND
+    _bfloat16 = Storage(
+        ("storage.read_plain", "storage.write_bfloat16"), write=reference.write_bfloat16, words=("key",)
+    )
+    _float16 = Storage(
+        ("storage.read_plain", "storage.write_float16"), write=reference.write_float16, words=("key",)
+    )
+    _split = Storage(
+        ("storage.read_split", "storage.write_split"), reference.read_split, reference.write_split,
+        sources=("parameter", "remainder"), targets=("parameter", "remainder"),
+        buffers=(Buffer("remainder", torch.int16),),
+    )  # fmt: skip
+
+    def __init__(self, bf16: str, purpose: Purpose = Purpose.STOCHASTIC_ROUNDING) -> None:
+        if bf16 not in MODES:
+            raise ValueError(f"bf16 must be one of {', '.join(map(repr, MODES))}, got {bf16!r}")
+        self.bf16, self._purpose = bf16, purpose
+
+    def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
+        """Wider weights are stored plainly."""
+        if self.bf16 == "nearest":
+            return None
+        if dtype == torch.bfloat16:
+            return self._split if self.bf16 == "remainder" else self._bfloat16
+        return self._float16 if dtype == torch.float16 else None
+
+    def storage_words(self, seed: int) -> tuple[int, ...]:
+        """The key, the same for all."""
+        return (key(0, self._purpose),)

@@ -1,0 +1,114 @@
+"""What an optimizer step consists of, as data: buffers, stages and storage, joined to a chain.
+
+A chain names the maths of each stage twice, as a kernel and as its reference, so that one description
+runs on every backend.  Chains are hashable: whatever is compiled is compiled once per chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..reference import storage as reference_storage
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A state tensor of the shape of its parameter.
+
+    Args:
+        name: Its key in `optimizer.state[p]`.
+        dtype: `"state"`, what the optimizer's `state_dtype` says; `"parameter"`; `"compute"`, float32 or, for
+            float64 parameters, float64; or a dtype.
+        start: Its first content, `"zeros"` or the `"parameter"`.
+    """
+
+    name: str
+    dtype: torch.dtype | Literal["state", "parameter", "compute"] = "state"
+    start: Literal["zeros", "parameter"] = "zeros"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link: element-wise maths `(p, u, at, *buffers, *units, *scalars, *words, *numbers)`.
+
+    It returns weight, update and what the buffers hold then.
+
+    Args:
+        kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
+        reference: The same function in PyTorch.
+        buffers: The state it reads, and writes as far as `new` goes.
+        scalars: Names of the float64 device scalars it reads.
+        words: Names of the integers it takes, such as a random key.
+        numbers: How many numbers it takes, which may change with every step.
+        units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
+        momentum: Whether it returns the pair (update, momentum) as its update.
+        exact: Whether a GPU must not fuse its multiply-adds, so that it rounds as the reference does.
+    """
+
+    kernel: Any
+    reference: Callable[..., Any]
+    buffers: tuple[Buffer, ...] = ()
+    scalars: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    numbers: int = 0
+    units: tuple[str, ...] = ()
+    momentum: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weight is read from and written to memory.
+
+    Args:
+        kernels: The `@triton.jit` functions that read and write, or their places in `fastreg_kernels`.
+        read: Reference of the first, `(*sources) -> weight`.
+        write: Reference of the second, `(weight, at, *words) -> targets`.
+        sources: Where the weight comes from: `"parameter"` or names of `buffers`.
+        targets: Where it goes, likewise.
+        buffers: State it needs besides the parameter.
+        words: Names of the integers that writing takes.
+    """
+
+    kernels: tuple[Any, Any] = ("storage.read_plain", "storage.write_plain")
+    read: Callable[..., Any] = reference_storage.read_plain
+    write: Callable[..., Any] = reference_storage.write_plain
+    sources: tuple[str, ...] = ("parameter",)
+    targets: tuple[str, ...] = ("parameter",)
+    buffers: tuple[Buffer, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+PLAIN = Storage()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in the order in which they run, and the storage around them."""
+
+    stages: tuple[Stage, ...]
+    storage: Storage = PLAIN
+
+    @property
+    def links(self) -> tuple[Stage | Storage, ...]:
+        """Everything that owns buffers and words, in the order in which these are laid out."""
+        return (*self.stages, self.storage)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All buffers, in order."""
+        return tuple(buffer for link in self.links for buffer in link.buffers)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What is read once per unit, in order."""
+        return tuple(name for stage in self.stages for name in stage.units)
+
+    @property
+    def random(self) -> bool:
+        """Whether anything draws random numbers."""
+        return any(link.words for link in self.links)

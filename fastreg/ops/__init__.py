@@ -1,0 +1,1 @@
+"""torch operators with their Triton launchers, one module per kernel."""

@@ -1,0 +1,371 @@
+"""What fastreg's optimizers share: an update rule and regularizers in one pass, behind torch's interface.
+
+How the pass runs is told in `passes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import grad_scaler as amp
+from ..engine import layout
+from ..engine.component import Phase, Piece
+from ..engine.counts import Verdict
+from ..engine.grad_norm import Measurement
+from ..engine.multi_tensor_optimizer import Pass
+from ..engine.rounding import Rounding
+from . import decay, weight_averages
+from .msam import MSAM
+from .regularizers import ClipNorm
+from .rules import Descend, Maximize
+from .weight_averages import Average
+
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+"""Keys of a group that say how a step is computed, not what: a checkpoint does not change them."""
+NONFINITE = ("propagate", "skip", "raise")
+
+
+class Engine(Pass):
+    """Base of the optimizers: an update rule and regularizers in one pass.
+
+    A subclass also derives from the torch optimizer it stands in for, and calls `_compose` before the
+    constructor of that one, which checks the arguments and makes the parameter groups.
+    """
+
+    def _compose(
+        self, rule: Piece, decay_kind: str | None, regularizers: Iterable[Piece], seed: int | None,
+        bf16: str, state_dtype: torch.dtype | None, nonfinite: str,
+    ) -> None:  # fmt: skip
+        """Put the pieces together.
+
+        Args:
+            rule: The update rule.
+            decay_kind: See `decay`; `None`: what the group's `decoupled_weight_decay` says.
+            regularizers: What the user adds.
+            seed: Base of the random numbers.
+            bf16: How 16-bit weights are rounded, see `Rounding`.
+            state_dtype: Of the state buffers; `None`: that of the parameter, float32 beside a remainder.
+            nonfinite: What to do about gradients that are not finite.
+
+        Raises:
+            TypeError: If a regularizer is not a piece, or state_dtype not a dtype.
+            ValueError: For values out of range, and regularizers that exclude each other.
+        """
+        regularizers = tuple(regularizers)
+        for piece in regularizers:
+            if not isinstance(piece, Piece):
+                raise TypeError(f"regularizers must be pieces such as fastreg.ClipNorm(1.0), got {piece!r}")
+        names = [piece.name if isinstance(piece, Average) else type(piece).__name__ for piece in regularizers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"{name!r} is given more than once; several averages need names: EMA(decay, name=...)"
+                )
+        if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
+            raise TypeError(f"state_dtype must be a torch.dtype such as torch.bfloat16, got {state_dtype!r}")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
+        clip = next((piece for piece in regularizers if isinstance(piece, ClipNorm)), None)
+        needed = [piece for piece in regularizers if piece.needs_norm]
+        if clip is not None and clip.error_if_nonfinite:
+            nonfinite = "raise"
+        if clip is not None and clip.norm_type != 2 and needed:
+            raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
+        self._decay_kind = decay_kind
+        self._state_dtype, self._nonfinite = state_dtype, nonfinite
+        self._measurement = Measurement(clip, bool(needed), nonfinite)
+        msam = next((piece for piece in regularizers if isinstance(piece, MSAM)), None)
+        rule, descend = msam.around(rule, decay_kind) if msam else (rule, Descend())
+        decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
+        own = (Maximize(), self._measurement, *decays, rule, Rounding(bf16))
+        self._assemble((*own, *regularizers, descend), seed)
+        amp.silence()
+
+    def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
+        super()._assemble(pieces, seed)
+        self._measurement.behind = sum(piece.phase < Phase.CLIP for piece in self._pieces)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._verdict: Verdict | None = None
+        self._flags: dict[torch.device, Tensor] = {}
+        self._inside = False
+
+    # The step -------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
+        """Take one optimization step; parameters without a gradient are left alone.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+
+        Returns:
+            What the closure returns, `None` without one.
+
+        Raises:
+            RuntimeError: Inside `averaged()`, for sparse gradients, and with `nonfinite="raise"` if those of
+                the last step were not finite.
+        """
+        self._check_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_inside("step()", "train the averaged weights")
+        if weight_averages.shown(self) is not None:
+            raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
+        self._settle(report=True)
+        scaling = self._measurement.scaling = amp.scaling(self, grad_scaler)
+        flags = self._run()
+        self._flags = flags or {}
+        if flags and not self._capturing():
+            report = self._nonfinite == "raise" and not scaling.active
+            self._verdict = Verdict(next(iter(flags.values())), self._counts, report)
+        return loss
+
+    def _settle(self, report: bool = False) -> None:
+        """Correct the count of a step that was skipped on a device: whoever reads counts calls this."""
+        verdict = self._verdict
+        if verdict is not None and verdict.skipped() and report:
+            self._verdict = None
+            if verdict.report:
+                raise RuntimeError(
+                    "the gradients of the last step were not finite; it was skipped, weights and state are "
+                    "as they were before (nonfinite='skip' goes on, 'propagate' updates nevertheless)"
+                )
+
+    def _capturing(self) -> bool:
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def _check_capture(self) -> None:
+        if self._capturing() and not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
+            )
+        if self._capturing() and self._layout is None:
+            raise RuntimeError(
+                f"CUDA graph capture of the first {type(self).__name__}.step(): every replay would start "
+                "from empty state; take a step before the capture"
+            )
+
+    def _refuse_inside(self, what: str, consequence: str) -> None:
+        if self._inside:
+            raise RuntimeError(f"{what} inside `with optimizer.averaged():` would {consequence}")
+
+    # What surrounds the step ----------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradient norm before clipping at the latest step, over all groups: 0-d, on the device.
+
+        `None` without `ClipNorm` among the regularizers, and before the first step.
+        """
+        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
+        return self._measurement.norm if clips else None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` asks: whether the step divides by the scale itself."""
+        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
+        return amp.supports_scaling(self.param_groups, clips)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it; here it follows from the groups and pieces."""
+
+    @contextlib.contextmanager
+    def averaged(self, name: str | None = None) -> Iterator[None]:
+        """Within the block, parameters hold their averages; afterwards, what they held before.
+
+        Parameters that have not been stepped yet stay as they are.
+
+        Args:
+            name: Which average, if there are several; the first by default.
+
+        Raises:
+            ValueError: If there is no such average.
+            RuntimeError: If averages are swapped in already, as after `eval()`.
+        """
+        if weight_averages.shown(self) is not None:
+            raise RuntimeError("averages are swapped in already")
+        average = weight_averages.find(self, name)
+        self._inside = True
+        try:
+            weight_averages.show(self, average)
+            yield
+        finally:
+            weight_averages.hide(self)
+            self._inside = False
+
+    def eval(self) -> None:
+        """Parameters hold their averages until `train()`: the first average among the regularizers.
+
+        Nothing happens without one, and where they do already.  Checkpoints may be saved in between: with
+        those of the model, which holds the averages, training resumes exactly after `train()`.
+        """
+        if weight_averages.shown(self) is None and (average := weight_averages.first(self)) is not None:
+            self._settle()
+            weight_averages.show(self, average)
+
+    def train(self) -> None:
+        """Parameters hold what is trained, as before `eval()`.
+
+        Raises:
+            RuntimeError: Inside `averaged()`.
+        """
+        if weight_averages.shown(self) is not None:
+            self._refuse_inside("train()", "end it early")
+            weight_averages.hide(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; where random numbers are used the group gets the seed.
+
+        Raises:
+            ValueError: For options that are not supported, and as in torch.
+        """
+        group = self._completed({**self.defaults, **param_group})
+        chain = self.chain(group, torch.float32)
+        names = ["step", *(buffer.name for buffer in chain.buffers)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is taken in the optimizer's state; give the piece another name=")
+        super().add_param_group(param_group)
+        decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
+        self._share_seed()
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group with the keys that pieces bring."""
+        for piece in self._pieces:
+            for key, value in piece.options().items():
+                group.setdefault(key, value)
+        return group
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group.get("differentiable"):
+            self._refuse_differentiable(group)
+
+    def _refuse_differentiable(self, group: dict[str, Any]) -> None:
+        if group.get("fused"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+        name = type(self).__name__
+        fix = f"; use torch.optim.{name}" if hasattr(torch.optim, name) else ""
+        raise ValueError(f"differentiable=True is not supported by fastreg.{name}{fix}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; a step that was skipped on a device does not count."""
+        self._settle()
+        for piece in self._pieces:
+            piece.save(self.param_groups)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but tensors are copied, and nothing is rounded that was not.
+
+        torch would share the given tensors, cast every buffer to the dtype of its parameter, and take over
+        with the groups how the saved optimizer was implemented (`foreach`, `fused`, `capturable`).  Options
+        that the given groups do not know keep their values.
+
+        Raises:
+            RuntimeError: Inside `averaged()`.
+            ValueError: For options that are not supported, and as in torch.
+        """
+        self._refuse_inside("load_state_dict()", "lose what is loaded at its end")
+        loaded: dict[str, Any] = {}
+        former = [
+            {name: value for name, value in group.items() if name != weight_averages.SHOWN}
+            for group in self.param_groups
+        ]
+
+        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            for group, kept in zip(state_dict["param_groups"], former, strict=False):
+                self.chain({**kept, **group, **_own(kept)}, torch.float32)
+            loaded.update(state_dict)
+
+        def keep(optimizer: torch.optim.Optimizer) -> None:
+            for group, kept in zip(self.param_groups, former, strict=True):
+                group.update({**kept, **group, **_own(kept)})
+            self._keep_precise(loaded)
+
+        # As the last hook before and the first after, between which nobody else's hooks run.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(keep, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keep_precise(self, state_dict: dict[str, Any]) -> None:
+        """Take again what torch rounded or shares, in the dtype that it has here."""
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (parameter, group) in zip(saved_ids, parameters, strict=True):
+            saved, state = state_dict["state"].get(i, {}), self.state.get(parameter, {})
+            chain = self.chain(group, layout.local(parameter).dtype)
+            own = {buffer.name: self.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers}
+            for name, value in saved.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if name in own:
+                    state[name] = value.to(parameter.device, own[name], copy=True)
+                elif state[name] is value or not (value.is_floating_point() or value.is_complex()):
+                    state[name] = value.to(state[name].device, copy=True)
+
+    def _share_seed(self) -> None:
+        chains = (chain for group in self.param_groups for chain in self._chains(group))
+        if any(stage.words for chain in chains for stage in chain.stages):
+            for group in self.param_groups:
+                group.setdefault("seed", self.seed)
+
+    _KEPT = (*Pass._KEPT, "_measurement", "_decay_kind", "_nonfinite")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep."""
+        self._settle()
+        for piece in self._pieces:
+            piece.save(self.param_groups)
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pieces bring their keys to groups of older checkpoints."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._completed(group)
+        for piece in self._pieces:
+            piece.load(self.param_groups)
+        self._share_seed()
+
+    def _insert(self, piece: Piece) -> None:
+        """Add a piece to those that are there.
+
+        Raises:
+            ValueError: If another goes by its name.
+        """
+        if any(type(other) is type(piece) for other in self._pieces):
+            raise ValueError(f"{type(piece).__name__!r} is given more than once")
+        if isinstance(piece, ClipNorm):
+            self._measurement._clip = piece
+        self._assemble((*self._pieces, piece), self._seed)
+        for group in self.param_groups:
+            self._completed(group)
+
+    def _remove(self, piece: Piece) -> None:
+        """Take a piece out again."""
+        self._assemble((other for other in self._pieces if other is not piece), self._seed)
+
+
+def _own(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a group, what a checkpoint does not change."""
+    return {name: group[name] for name in IMPLEMENTATION if name in group}

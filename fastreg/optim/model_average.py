@@ -1,0 +1,129 @@
+"""The pass that takes the weights of a model into averages.
+
+Its parameters are the averages, its "gradients" the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import layout
+from ..engine.component import Phase, Piece
+from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.stage import Buffer, Stage
+from ..reference import regularizers as reference
+from .weight_averages import dither
+
+
+class _Averaged(Piece):
+    """average ← average + weight · (p - average)."""
+
+    phase = Phase.RULE
+    _stage = Stage("regularizers.averaged", reference.averaged, numbers=2)
+    weight = 1.0
+    updates = 0
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """No state: the average is the parameter."""
+        return self._stage
+
+    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The weight of what is new, and a dither."""
+        # The model counts, and saves it: this pass is made anew after loading.  A weight of 0 holds still.
+        return self.weight, dither(self.updates) if self.weight else 0.0
+
+
+class _Rounded(Piece):
+    """A narrow copy of the average."""
+
+    phase = Phase.AVERAGE
+    _stage = Stage("regularizers.rounded", reference.rounded, (Buffer("rounded"),))
+
+    def stage(self, group: dict[str, Any]) -> Stage | None:
+        """In the group of those that have one."""
+        return self._stage if group["rounded"] else None
+
+
+class Averaging(Pass):
+    """Averages, updated all at once.
+
+    Args:
+        averages: Tensors or DTensors of any placement.
+        rounded: For each the tensor of its shape that receives the average in another dtype, or `None`.
+    """
+
+    def __init__(self, averages: Sequence[Tensor], rounded: Sequence[Tensor | None]) -> None:
+        self._averaged = _Averaged()
+        self._assemble((self._averaged, _Rounded()), seed=0)
+        # Element by element, it does not matter where a shard lies in the whole.
+        own = [local_part(average) for average in averages]
+        copies = [None if copy is None else local_part(copy) for copy in rounded]
+        fused = [_alike(average, copy) for average, copy in zip(own, copies, strict=True)]
+        self._copied = [
+            (copy, average)
+            for average, copy, in_pass in zip(own, copies, fused, strict=True)
+            if copy is not None and not in_pass
+        ]
+        self._rounded = [
+            copy for copy, in_pass in zip(copies, fused, strict=True) if copy is not None and in_pass
+        ]
+        self._order = sorted(range(len(own)), key=fused.__getitem__)
+        self._weights: list[Any] = []
+        groups = (
+            [a for a, in_pass in zip(own, fused, strict=True) if in_pass is wanted]
+            for wanted in (False, True)
+        )
+        super().__init__(
+            [
+                {"params": group, "rounded": wanted}
+                for group, wanted in zip(groups, (False, True), strict=True)
+            ],
+            {},
+        )
+        for average, copy, in_pass in zip(own, copies, fused, strict=True):
+            if in_pass:
+                self.state[average]["rounded"] = copy
+
+    def run(self, weights: Sequence[Tensor], weight: float, updates: int) -> None:
+        """Update: average ← average + weight · (p - average), and what is rounded from it.
+
+        Args:
+            weights: The p, placed as the averages.
+            weight: In [0, 1]; 1 copies.
+            updates: How many there were before.
+        """
+        self._averaged.weight, self._averaged.updates = weight, updates
+        self._weights = [local_part(weights[i]) for i in self._order]
+        self._run()
+        self._weights = []
+        self.round(own=False)
+
+    @torch.no_grad()
+    def round(self, own: bool = True) -> None:
+        """Bring what is rounded up to date; without `own`, only what the pass does not reach."""
+        for copy, average in self._copied:
+            copy.copy_(average)
+        if own:
+            for average, state in self.state.items():
+                if "rounded" in state:
+                    state["rounded"].copy_(average)
+        elif self._rounded:
+            # Written behind torch's back: what autograd saved of them is out of date.
+            torch.autograd.graph.increment_version(self._rounded)
+
+    def _operands(self) -> Operands:
+        return self._every()._replace(gradients=self._weights)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the local part of a DTensor."""
+    return tensor._local_tensor if layout.is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _alike(average: Tensor, rounded: Tensor | None) -> bool:
+    """Whether both lie in memory in the same order, as one pass over them needs."""
+    return rounded is not None and layout.laid_out(rounded, layout.layout(average)) is rounded

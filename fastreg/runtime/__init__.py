@@ -1,0 +1,1 @@
+"""Where code runs: the backend, devices, launch parameters, and caches of compiled code."""
