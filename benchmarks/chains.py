@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastreg
-from fastreg.engine.multi_tensor_optimizer import Pass
+from fastreg.engine.multi_tensor_optimizer import MultiTensorOptimizer
 from fastreg.engine.plan import Variant
 from fastreg.engine.stage import Chain
 from fastreg.optim.model_average import Averaging
@@ -184,7 +184,7 @@ def optimizer(
     """
     make, settings = OPTIMIZERS[rule(name)]
     parts = name.split("+")
-    chosen = [piece(max_norm, rho) for key, piece in PIECES.items() if key in parts]
+    chosen = [component(max_norm, rho) for key, component in PIECES.items() if key in parts]
     settings = {"regularizers": chosen, **settings, **options}
     if {"SAM", "ASAM"} & set(parts):
         return fastreg.SAM(params, make, rho, "ASAM" in parts, **settings)
@@ -234,7 +234,7 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     if name == "AveragedModel":  # over the averages: weights take the place of gradients
         rounded = parameter.detach().clone() if dtype == torch.bfloat16 else None
         average = parameter.detach().float()
-        made: Pass = Averaging([average], [rounded])
+        made: MultiTensorOptimizer = Averaging([average], [rounded])
         parameter, group = average, int(rounded is not None)
     elif name == "Lookahead sync":
         made = fastreg.Lookahead(torch.optim.SGD([parameter]))._sync  # type: ignore[assignment]
@@ -247,7 +247,7 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     return Shipped(name, storage, chain, (parameter.dtype, dtype, *_held(made, chain, parameter)), budget)
 
 
-def _held(made: Pass, chain: Chain, parameter: Any) -> list[torch.dtype]:
+def _held(made: MultiTensorOptimizer, chain: Chain, parameter: Any) -> list[torch.dtype]:
     """What the buffers of a chain hold; as in a step, by all that is ever done to the parameter."""
     whole, state = made.chain(made.param_groups[-1], parameter.dtype), made.state[parameter]
     return [

@@ -34,7 +34,7 @@ class Workload:
 
 
 @dataclass
-class Pass:
+class MultiTensorOptimizer:
     """Forward and backward pass of a function of (x, bias, residual)."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -82,10 +82,10 @@ class PassCase(Case):
         ours = _dropout if plain else _fused
         theirs = _torch_dropout if plain else _torch_fused
         return {
-            OURS: lambda workload: Pass(ours, workload),
+            OURS: lambda workload: MultiTensorOptimizer(ours, workload),
             f"{OURS}, reference": lambda workload: _reference(ours, workload),
-            "torch": lambda workload: Pass(theirs, workload),
-            "torch.compile": lambda workload: Pass(torch.compile(theirs), workload),
+            "torch": lambda workload: MultiTensorOptimizer(theirs, workload),
+            "torch.compile": lambda workload: MultiTensorOptimizer(torch.compile(theirs), workload),
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
@@ -93,16 +93,16 @@ class PassCase(Case):
         y, of_x, *_ = (t if t is None else t.detach().double() for t in run())
         x = workload.x.detach().double().requires_grad_()
         if self.what == "dropout":
-            branch, rest = x, 0
+            branch, one_minus_beta = x, 0
         else:
-            branch, rest = (
+            branch, one_minus_beta = (
                 functional.gelu(x + workload.bias.detach().double()),
                 workload.residual.detach().double(),
             )
         (slope,) = torch.autograd.grad(branch.sum(), x)
-        kept, full = of_x != 0, rest + branch.detach() / (1 - P)
+        kept, full = of_x != 0, one_minus_beta + branch.detach() / (1 - P)
         share = abs(float(kept.double().mean()) - (1 - P)) / (P * (1 - P) / self.elements) ** 0.5
-        wrong = float((y - torch.where(kept, full, rest)).abs().amax() / full.abs().amax())
+        wrong = float((y - torch.where(kept, full, one_minus_beta)).abs().amax() / full.abs().amax())
         g = workload.gradient.double() * slope / (1 - P)
         off = float((of_x - torch.where(kept, g, 0)).abs().amax() / g.abs().amax())
         bound = {"fp32": 1e-4, "bf16": 2e-2}[self.storage]
@@ -136,10 +136,10 @@ def _torch_fused(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return residual + functional.dropout(functional.gelu(x + bias), P)
 
 
-def _reference(function: Any, workload: Workload) -> Pass:
+def _reference(function: Any, workload: Workload) -> MultiTensorOptimizer:
     if workload.x.device.type != "cpu":
         raise Unavailable("the reference is for a CPU")
-    return Pass(function, workload, "reference")
+    return MultiTensorOptimizer(function, workload, "reference")
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from fastreg.engine.batch import Measurand
+from fastreg.engine.batch import NormSpec
 from fastreg.engine.launch import triton as launchers
 from fastreg.engine.stage import Chain
 from fastreg.ops import adversarial as adversarial
@@ -85,7 +85,7 @@ def step_entry(
     chosen = launch_parameters("step", target)
     constants = launchers.step_constants(chain, dtypes, chosen, target.lanes)
     arguments = {
-        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
+        "table": "*i64", "gradients": "*i64", "steps": "*i64", "step_scalars": f"*{constants['COMPUTE']}",
         "work": "*i32", "skip": "*fp64", "stages": stages, "storage": storage,
     }  # fmt: skip
     return Entry(
@@ -95,7 +95,7 @@ def step_entry(
 
 
 def norm_entry(
-    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand,
+    name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: NormSpec,
     target: Architecture, budget: float | None, reads: int | None = None,
 ) -> Entry:  # fmt: skip
     """The norm kernel as the launcher would run it; by default it reads gradients alone."""
@@ -103,7 +103,7 @@ def norm_entry(
     chosen = launch_parameters("norm", target)
     constants = launchers.norm_constants(chain, dtypes, of, chosen, target.lanes)
     arguments = {
-        "table": "*i64", "gradients": "*i64", "steps": "*i64", "numbers": f"*{constants['COMPUTE']}",
+        "table": "*i64", "gradients": "*i64", "steps": "*i64", "step_scalars": f"*{constants['COMPUTE']}",
         "work": "*i32", "partial": "*fp64", "turns": "i32", "stages": stages[: of.of(chain)],
         "storage": storage,
     }  # fmt: skip
@@ -125,16 +125,16 @@ MEASURED = {
 }
 
 
-def _measured(shipped: Shipped) -> tuple[str, Measurand | None, int]:
+def _measured(shipped: Shipped) -> tuple[str, NormSpec | None, int]:
     """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
     parts = shipped.name.split("+")
     if "MSAM" in parts:
-        of = Measurand(momentum=True)
+        of = NormSpec(momentum=True)
         return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
     if {"dp", "clip"} <= set(parts):
-        return "noised norm", Measurand(stages=1), shipped.dtypes[1].itemsize
+        return "noised norm", NormSpec(stages=1), shipped.dtypes[1].itemsize
     if shipped.name == "ASAM climb":
-        return "adaptive norm", Measurand(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
+        return "adaptive norm", NormSpec(stages=1), sum(d.itemsize for d in shipped.dtypes[:2])
     return "", None, 0
 
 
@@ -147,7 +147,7 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
         for name, dtype, budget in zip(
             ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
         ):
-            of = Measurand(largest=largest)
+            of = NormSpec(largest=largest)
             listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, target, budget))
     for c in chains:
         kind, of, read = _measured(c)
@@ -259,7 +259,7 @@ def penalty_entries(target: Architecture) -> list[Entry]:
     """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
     listed = []
     for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        of = Measurand(absolute=True)
+        of = NormSpec(absolute=True)
         listed.append(norm_entry(f"magnitudes {storage}", SUM, (dtype, dtype), of, target, 4.8))
         for name, (chain, *budgets) in PENALTIES.items():
             entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), target)

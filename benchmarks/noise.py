@@ -33,7 +33,7 @@ class Workload:
 
 
 @dataclass
-class Pass:
+class MultiTensorOptimizer:
     """A function of x, with its backward pass where there is something to do in it."""
 
     function: Callable[[Tensor], Tensor]
@@ -100,9 +100,11 @@ class NoiseCase(Case):
         """Ours, and theirs, also compiled."""
         ours, theirs, name = KINDS[self.what]
         return {
-            OURS: lambda workload: Pass(ours, workload, self.both),
-            name: lambda workload: Pass(theirs, workload, self.both),
-            f"{name}, torch.compile": lambda workload: Pass(torch.compile(theirs), workload, self.both),
+            OURS: lambda workload: MultiTensorOptimizer(ours, workload, self.both),
+            name: lambda workload: MultiTensorOptimizer(theirs, workload, self.both),
+            f"{name}, torch.compile": lambda workload: MultiTensorOptimizer(
+                torch.compile(theirs), workload, self.both
+            ),
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:

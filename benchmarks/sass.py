@@ -95,7 +95,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def common_path(code: list[Instruction]) -> list[Instruction]:
-    """The shortest way through a piece of code that makes all its wide accesses and no call."""
+    """The shortest way through a component of code that makes all its wide accesses and no call."""
     index = {instruction.address: k for k, instruction in enumerate(code)}
     end = len(code)
     best: list[tuple[tuple[int, int], int]] = [((0, 0), end)] * (end + 1)

@@ -25,7 +25,7 @@ from . import layerwise
 from . import nn as ours
 from .layerwise.apply import FIELD, ORIGINAL
 from .layerwise.knobs import unwrapped
-from .optim import L2SP, SAM, AdamW, ClipNorm, Piece, param_groups
+from .optim import L2SP, SAM, AdamW, ClipNorm, Component, param_groups
 from .schedules import Linear
 from .training.loop import DivergedError, History, Settings, train
 
@@ -39,7 +39,7 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 def train_with_weight_decay(
     model: nn.Module, dataloader: Iterable[Any], *, lr: float, weight_decay: float = 0.01,
-    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Piece] = (), **settings: Any,
+    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Component] = (), **settings: Any,
 ) -> History:  # fmt: skip
     """Train with weight decay on weights: not on biases, norms and all with less than two dimensions.
 
@@ -50,7 +50,7 @@ def train_with_weight_decay(
         weight_decay: The rate λ; decoupled with the default optimizer.
         optimizer: A class such as `fastreg.Lion` or `torch.optim.SGD`, or what makes one from parameter
             groups and `lr`, such as `functools.partial(fastreg.SGD, momentum=0.9)`.
-        regularizers: Pieces for fastreg's optimizers, such as `EMA`.
+        regularizers: Components for fastreg's optimizers, such as `EMA`.
         settings: See `Settings`.
 
     Returns:
@@ -68,7 +68,7 @@ def train_with_weight_decay(
 def train_with_grad_clip_and_noise(
     model: nn.Module, dataloader: Iterable[Any], *, lr: float, max_norm: float = 1.0,
     noise_factor: float = 0.01, weight_decay: float = 0.0, optimizer: MakeOptimizer = AdamW,
-    regularizers: Iterable[Piece] = (), **settings: Any,
+    regularizers: Iterable[Component] = (), **settings: Any,
 ) -> History:  # fmt: skip
     """Train with clipped gradients and with noise on the input embeddings.
 
@@ -83,7 +83,7 @@ def train_with_grad_clip_and_noise(
         noise_factor: Standard deviation of the noise, see `fastreg.nn.attach_embedding_noise`; 0: none.
         weight_decay: As for `train_with_weight_decay`.
         optimizer: Likewise, of fastreg.
-        regularizers: Pieces besides.
+        regularizers: Components besides.
         settings: See `Settings`.
 
     Returns:
@@ -100,8 +100,8 @@ def train_with_grad_clip_and_noise(
     """
     if not noise_factor >= 0:
         raise ValueError(f"noise_factor must be >= 0, got {noise_factor=}")
-    checked, pieces = Settings(**settings), (ClipNorm(max_norm), *regularizers)
-    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay), pieces)
+    checked, components = Settings(**settings), (ClipNorm(max_norm), *regularizers)
+    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay), components)
     with contextlib.ExitStack() as stack:
         if noise_factor:
             stack.callback(ours.attach_embedding_noise(model, std=noise_factor).remove)
@@ -112,7 +112,7 @@ def fine_tune_with_adaptive_regularization(
     model_or_name: nn.Module | str, dataloader: Iterable[Any], *, lr: float = 2e-5,
     dropout: tuple[float, float] = (0.05, 0.15), anneal: bool = True, l2_sp: float = 0.01,
     lr_decay: float = 0.9, weight_decay: float = 0.01, max_norm: float = 1.0, epochs: int | None = 3,
-    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Piece] = (),
+    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Component] = (),
     auto_class: str = "AutoModelForCausalLM", inputs: Any = None, **settings: Any,
 ) -> History:  # fmt: skip
     """Fine-tune a transformer with what adapts to layer and time.
@@ -137,7 +137,7 @@ def fine_tune_with_adaptive_regularization(
         max_norm: As for `train_with_grad_clip_and_noise`.
         epochs: See `Settings`.
         optimizer: Likewise, of fastreg.
-        regularizers: Pieces besides.
+        regularizers: Components besides.
         auto_class: The class of transformers that loads a model by its name.
         inputs: For the forward pass that finds the dropout, see `fastreg.layerwise.audit`.
         settings: See `Settings`.
@@ -175,8 +175,8 @@ def fine_tune_with_adaptive_regularization(
             f"rates of this {type(model).__name__} are set by fastreg.layerwise already: call "
             "fastreg.layerwise.remove(model) first, or train it with train_with_weight_decay"
         )
-    pieces = (ClipNorm(max_norm), *([L2SP(l2_sp)] if l2_sp else []), *regularizers)
-    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay, lr, lr_decay), pieces)
+    components = (ClipNorm(max_norm), *([L2SP(l2_sp)] if l2_sp else []), *regularizers)
+    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay, lr, lr_decay), components)
     if checked.device is not None:
         model.to(checked.device)
     with _annealed(model, (first, last), Linear(1.0, 0.0, steps) if anneal else 1.0, inputs) as scheduler:
@@ -216,7 +216,10 @@ def _loaded(name: str, auto_class: str) -> nn.Module:
 
 
 def _maker(
-    optimizer: MakeOptimizer, lr: float, groups: Callable[[], list[dict[str, Any]]], pieces: tuple[Piece, ...]
+    optimizer: MakeOptimizer,
+    lr: float,
+    groups: Callable[[], list[dict[str, Any]]],
+    components: tuple[Component, ...],
 ) -> Callable[[], torch.optim.Optimizer]:
     """What makes the optimizer once the model is in its place."""
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
@@ -225,13 +228,13 @@ def _maker(
             "a training, give its history="
         )
     options: dict[str, Any] = {"lr": lr}
-    if pieces:
+    if components:
         taken = inspect.signature(optimizer).parameters
         name = getattr(optimizer, "__name__", repr(optimizer))
         if "regularizers" not in taken:
-            named = ", ".join(type(piece).__name__ for piece in pieces)
+            named = ", ".join(type(component).__name__ for component in components)
             raise TypeError(f"{name} takes no regularizers, here {named}: give one of fastreg's optimizers")
-        options["regularizers"] = list(pieces)
+        options["regularizers"] = list(components)
 
     def make() -> torch.optim.Optimizer:
         made = optimizer(groups(), **options)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg.engine import table
-from fastreg.engine.batch import Batch, Measurand
+from fastreg.engine.batch import Batch, NormSpec
 from fastreg.engine.launch import triton as launchers
 from fastreg.ops import adversarial as adversarial_ops
 from fastreg.ops import dropout as dropout_ops
@@ -116,7 +116,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
         for mine, theirs in zip(written(batch), written(there), strict=True):
             mine.copy_(theirs)
 
-    def partial_norms_there(batch: Batch, of: Measurand) -> Tensor:
+    def partial_norms_there(batch: Batch, of: NormSpec) -> Tensor:
         if batch.device.type != "cpu":
             return partial_norms(batch, of)
         return partial_norms(moved(batch), of).cpu()
@@ -190,7 +190,7 @@ def moved(batch: Batch) -> Batch:
         parameters=list(map(there, batch.parameters)),
         gradients=list(map(there, batch.gradients)),
         buffers=[list(map(there, buffer)) for buffer in batch.buffers],
-        scalars=[scalar.to(DEVICE) for scalar in batch.scalars],
+        device_scalars=[scalar.to(DEVICE) for scalar in batch.device_scalars],
         skip=None if batch.skip is None else batch.skip.to(DEVICE),
         table=table.Table(),
         memory=None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.adversarial import Bounds, Given, move, norms
 from ..reference.adversarial import threshold
-from ..reference.random import At, uniform
+from ..reference.random import PhiloxPosition, uniform
 from ..reference.step import compute_dtype
 
 NORMS = ("linf", "l2", "l1")
@@ -162,7 +162,9 @@ class Ball:
         given = Given(self.clean, None, None, None, kind, seed=seed)
         if self.norm != "linf":
             samples, elements = self.clean.shape
-            drawn = uniform(seed, At(0, 0, 1, 0), self.clean[:, :1].flatten()).to(compute)[:, None]
+            drawn = uniform(seed, PhiloxPosition(0, 0, 1, 0), self.clean[:, :1].flatten()).to(compute)[
+                :, None
+            ]
             size = size * drawn ** (1 / elements) / self._norms(given).clamp(min=TINY)
         return move(given._replace(numbers=self._numbers(size)), "none", self.bounds, self.dtype)
 

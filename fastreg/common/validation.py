@@ -31,9 +31,9 @@ def told(**given: Any) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        for start, rest in _RANGES.items():
+        for start, one_minus_beta in _RANGES.items():
             if message.startswith(start):
-                raise ValueError(f"{message}, {rest.format(**given)}") from None
+                raise ValueError(f"{message}, {one_minus_beta.format(**given)}") from None
         raise
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.units import Place
+from ..reference.units import UnitLayout
 from ..runtime import backend
 from .stage import Chain
 from .table import Table, Uploaded
@@ -26,13 +26,13 @@ class Batch:
         parameters: The local tensors, `n` of them.
         gradients: Likewise; only read.
         buffers: For each buffer of the chain, `n` tensors.
-        scalars: For each scalar of the chain, a float64 tensor on the device, 0-d or `[n]`.
-        words: For each word of the chain, an integer for all.
+        device_scalars: For each scalar of the chain, a float64 tensor on the device, 0-d or `[n]`.
+        rng_keys: For each word of the chain, an integer for all.
         firsts: Global index of the first element of each.
         streams: Random stream of each.
-        rows: Which row of `steps` and `numbers` is whose.
+        rows: Which row of `steps` and `step_scalars` is whose.
         steps: Step count of each row; a tensor where the device counts.
-        numbers: The numbers of the chain, for each row; where the device counts, a tensor.
+        step_scalars: The numbers of the chain, for each row; where the device counts, a tensor.
         places: Where the units of each lie, for chains that have `units`.
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
         skip: float64 `[1]` on the device; not 0: the step does nothing.
@@ -44,14 +44,14 @@ class Batch:
     parameters: list[Tensor]
     gradients: list[Tensor]
     buffers: list[list[Tensor]]
-    scalars: list[Tensor]
-    words: list[int]
+    device_scalars: list[Tensor]
+    rng_keys: list[int]
     firsts: list[int]
     streams: list[int]
     rows: list[int]
     steps: list[int] | Tensor
-    numbers: list[list[float]] | Tensor
-    places: list[Place] = field(default_factory=list)
+    step_scalars: list[list[float]] | Tensor
+    places: list[UnitLayout] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     skip: Tensor | None = None
     table: Table = field(default_factory=Table)
@@ -79,7 +79,7 @@ class Batch:
         return backend.resolve(self.device, sum(sizes))
 
 
-class Measurand(NamedTuple):
+class NormSpec(NamedTuple):
     """What to take the norm of: the gradient after the first stages of the chains.
 
     Args:
@@ -101,7 +101,7 @@ class Measurand(NamedTuple):
         return self.stages
 
 
-GRADIENT = Measurand()
+GRADIENT = NormSpec()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A piece: what an optimizer is made of.
+"""A component: what an optimizer is made of.
 
-A piece says which stage it puts into the chain, in which phase, and works out on the host, in double, the
+A component says which stage it puts into the chain, in which phase, and works out on the host, in double, the
 numbers the stage needs this step.  What needs a reduction over gradients first does it in `prepare` and
 leaves a device scalar for its stage to read.
 """
@@ -39,7 +39,7 @@ class Phase(IntEnum):
 
 @dataclass
 class Work:
-    """What a step has to do, as `Piece.prepare` sees it.
+    """What a step has to do, as `Component.prepare` sees it.
 
     Args:
         batches: The parameters that have gradients, and how each batch is sharded.
@@ -58,10 +58,10 @@ class Work:
     measured: dict[torch.device, Measured] = field(default_factory=dict)
 
 
-class Piece:
+class Component:
     """Base of update rules and regularizers.
 
-    Subclasses set `phase` and override what they need, most of them `stage` and `numbers`.
+    Subclasses set `phase` and override what they need, most of them `stage` and `step_scalars`.
     """
 
     phase: Phase
@@ -78,28 +78,28 @@ class Piece:
     def due(self, group: dict[str, Any], step: int) -> bool:
         """Whether the stage takes part in a step; state is kept in any case.
 
-        Where the device counts, nobody on the host knows: the stage always takes part then, and `numbers`
-        say what it does.
+        Where the device counts, nobody on the host knows: the stage always takes part then, and
+        `step_scalars` say what it does.
         """
         return True
 
     def options(self) -> dict[str, Any]:
-        """Keys that a group gets from the piece unless it has them, and that are saved with it."""
+        """Keys that a group gets from the component unless it has them, and that are saved with it."""
         return {}
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The numbers of the stage at a step (the first is 1), as many as `stage.numbers`.
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The numbers of the stage at a step (the first is 1), as many as `stage.step_scalars`.
 
         Where the device counts the steps (`capturable`), `step` is a float64 tensor with an element for each
         parameter; the same arithmetic then gives tensors.
         """
         return ()
 
-    def words(self, seed: int) -> tuple[int, ...]:
-        """The integers of the stage, as many as `stage.words`, from the optimizer's seed."""
+    def rng_keys(self, seed: int) -> tuple[int, ...]:
+        """The integers of the stage, as many as `stage.rng_keys`, from the optimizer's seed."""
         return ()
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """The device scalars of the stage, float64: the same tensors at every step, written by `prepare`."""
         return ()
 
@@ -115,7 +115,7 @@ class Piece:
         """
 
     def save(self, groups: list[dict[str, Any]]) -> None:
-        """Called before a checkpoint is made: bring what the piece holds into the groups."""
+        """Called before a checkpoint is made: bring what the component holds into the groups."""
 
     def load(self, groups: list[dict[str, Any]]) -> None:
         """Called after a checkpoint has been loaded: take it from there."""
@@ -128,8 +128,8 @@ class Piece:
         """How weights of this dtype are stored, if not plainly."""
         return None
 
-    def storage_words(self, seed: int) -> tuple[int, ...]:
-        """The integers that writing takes, as many as `storage.words`."""
+    def storage_rng_keys(self, seed: int) -> tuple[int, ...]:
+        """The integers that writing takes, as many as `storage.rng_keys`."""
         return ()
 
     def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
@@ -155,7 +155,7 @@ class Piece:
 
 
 def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:
-    """Hyper-parameters of a group for `numbers`: as floats, or as they are where the device counts."""
+    """Hyper-parameters of a group for `step_scalars`: as floats, or as they are where the device counts."""
     if isinstance(step, Tensor):
         return tuple(_double(group[name]) for name in names)
     return tuple(float(group[name]) for name in names)

@@ -16,20 +16,20 @@ from torch import Tensor
 from ..reference import regularizers as reference
 from ..reference.norm import Measured
 from ..reference.step import scalar_dtype
-from .batch import Batch, Measurand
-from .component import Phase, Piece, Work
+from .batch import Batch, NormSpec
+from .component import Component, Phase, Work
 from .grad_scaler import Scaling
 from .launch import combine, measure
 from .layout import Shards
 from .stage import Stage
 
 
-class Measurement(Piece):
+class GradNorm(Component):
     """Scales gradients by one factor that clips and unscales, and says when to skip a step.
 
     Args:
         clip: The `ClipNorm` of the optimizer, if it has one.
-        needed: Whether another piece reads the norm.
+        needed: Whether another component reads the norm.
         nonfinite: What to do about gradients that are not finite, `"propagate"`, `"skip"` or `"raise"`.
 
     Attributes:
@@ -37,7 +37,7 @@ class Measurement(Piece):
     """
 
     phase = Phase.CLIP
-    _stage = Stage("regularizers.scale", reference.scale, scalars=("factor",))
+    _stage = Stage("regularizers.scale", reference.scale, device_scalars=("factor",))
 
     def __init__(self, clip: Any, needed: bool, nonfinite: str) -> None:
         self._clip, self._needed, self._guards = clip, needed, nonfinite != "propagate"
@@ -59,7 +59,7 @@ class Measurement(Piece):
         """Only where there is anything to scale by."""
         return self._stage if self._clip or self.scaling.scale is not None else None
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """The factor."""
         return (Measured(*self._result(device)).factor,)
 
@@ -83,7 +83,7 @@ class Measurement(Piece):
 
     def _measured(self, work: Work) -> Tensor:
         largest = bool(self._clip) and self._clip.norm_type == math.inf
-        return measured(work, self._limit, Measurand(self.behind, largest=largest))
+        return measured(work, self._limit, NormSpec(self.behind, largest=largest))
 
     def skip(self, device: torch.device) -> Tensor | None:
         """What the scaler found, or what the norm tells."""
@@ -115,7 +115,7 @@ class Measurement(Piece):
         return {**vars(self), "scaling": Scaling(), "_results": {}, "_limits": {}}
 
 
-def measured(work: Work, limit: Callable[[torch.device], Tensor], of: Measurand) -> Tensor:
+def measured(work: Work, limit: Callable[[torch.device], Tensor], of: NormSpec) -> Tensor:
     """One norm over everything: over devices by copying a scalar, over shards by summing one.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.units import Place
+from ..reference.units import UnitLayout
 
 
 class Shards(NamedTuple):
@@ -107,7 +107,7 @@ def layout(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
 
 
-def units(parameter: Tensor, strides: tuple[int, ...]) -> Place:
+def units(parameter: Tensor, strides: tuple[int, ...]) -> UnitLayout:
     """The units of a local tensor: rows of a matrix, output channels of a convolution, else all of it.
 
     Args:
@@ -116,8 +116,8 @@ def units(parameter: Tensor, strides: tuple[int, ...]) -> Place:
     """
     inner = local(parameter)
     if parameter.dim() < 2 or inner.shape[0] < 2 or not inner.numel():
-        return Place(max(inner.numel(), 1), 1)
-    return Place(strides[0], inner.shape[0])
+        return UnitLayout(max(inner.numel(), 1), 1)
+    return UnitLayout(strides[0], inner.shape[0])
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
-"""One pass over the memory of many parameters: pieces, put together to chains and run.
+"""One pass over the memory of many parameters: components, put together to chains and run.
 
-    pieces ──stage──▶ chain            one per parameter group, and variant where not all is always due
+    components ──stage──▶ chain            one per parameter group, and variant where not all is always due
     parameters with gradients ──▶ batches, one per (device, dtypes, chain, sharding)
-    pieces.prepare(batches)            reductions, such as the gradient norm, into device scalars
+    components.prepare(batches)            reductions, such as the gradient norm, into device scalars
     launch.run(batch)            read weight, gradient and state once; write weight and state once
 
 What a pass shares with former ones is kept in plans, one for each combination of variants, which are made
@@ -26,7 +26,7 @@ from ..runtime import backend
 from . import launch
 from . import layout as placement
 from .batch import Batch
-from .component import Piece, Work
+from .component import Component, Work
 from .counts import Counts
 from .plan import Bucket, Member, Plan, Variant, sort
 from .stage import PLAIN, Buffer, Chain, Storage
@@ -35,7 +35,7 @@ from .state import BACKUP, buffer_dtype, fitted, start
 _dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgetter("grad")
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 PLANS = 8
-"""Combinations of variants that are kept: pieces with periods of their own have few in common."""
+"""Combinations of variants that are kept: components with periods of their own have few in common."""
 
 
 class Operands(NamedTuple):
@@ -52,10 +52,10 @@ class Operands(NamedTuple):
         return self if all(wanted) else Operands(*(list(compress(every, wanted)) for every in self))
 
 
-class Pass(torch.optim.Optimizer):
+class MultiTensorOptimizer(torch.optim.Optimizer):
     """Base of all that updates parameters: what torch's optimizers are for a loop, this is for one launch.
 
-    A subclass calls `_assemble` before the constructor of torch's optimizer, which makes the groups.
+    A subclass calls `_set_components` before the constructor of torch's optimizer, which makes the groups.
     """
 
     _state_dtype: torch.dtype | None = None
@@ -64,20 +64,22 @@ class Pass(torch.optim.Optimizer):
     _gradient_of: Callable[[Tensor], Tensor | None] = _gradient
     """Where the gradient of a parameter is."""
 
-    def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
-        """Put the pieces together.
+    def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
+        """Put the components together.
 
         Args:
-            pieces: In any order of phases; inside a phase the order counts.
+            components: In any order of phases; inside a phase the order counts.
             seed: Base of the random numbers.
         """
-        self._pieces = tuple(sorted(pieces, key=attrgetter("phase")))
-        self._periodic = tuple(piece for piece in self._pieces if type(piece).due is not Piece.due)
+        self._components = tuple(sorted(components, key=attrgetter("phase")))
+        self._periodic = tuple(
+            component for component in self._components if type(component).due is not Component.due
+        )
         self._seed = random.instance_seed() if seed is None else seed
         random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
-        self._forget()
+        self._reset_cache()
 
-    def _forget(self) -> None:
+    def _reset_cache(self) -> None:
         self._layout: Any = None
         self._plans: list[Plan] = []
         self._counts = Counts([], [])
@@ -125,8 +127,8 @@ class Pass(torch.optim.Optimizer):
         if not work.batches:
             return None
         work.absent = self._absent(operands)
-        for piece in self._pieces:
-            piece.prepare(work)
+        for component in self._components:
+            component.prepare(work)
         flags: dict[torch.device, Tensor] = {}
         for batch, _ in work.batches:
             if batch.device not in flags and (flag := self._skip(batch.device)) is not None:
@@ -134,13 +136,13 @@ class Pass(torch.optim.Optimizer):
             batch.skip = flags.get(batch.device)
         for batch, _ in work.batches:
             launch.run(batch)
-        for piece in self._pieces:
-            piece.finish(work, flags)
+        for component in self._components:
+            component.finish(work, flags)
         self._counts.add(flags)
         return flags
 
     def _skip(self, device: torch.device) -> Tensor | None:
-        flags = [flag for piece in self._pieces if (flag := piece.skip(device)) is not None]
+        flags = [flag for component in self._components if (flag := component.skip(device)) is not None]
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0] if flags else None
 
     def _work(self, operands: Operands) -> Work:
@@ -214,7 +216,7 @@ class Pass(torch.optim.Optimizer):
     def _variant(self, group: int, done: float, backup: bool) -> Variant:
         options, step = self.param_groups[group], int(done) + 1
         always = bool(options.get("capturable"))
-        return Variant(tuple(always or piece.due(options, step) for piece in self._periodic), backup)
+        return Variant(tuple(always or component.due(options, step) for component in self._periodic), backup)
 
     def _members(
         self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor], streams: list[int],
@@ -234,12 +236,12 @@ class Pass(torch.optim.Optimizer):
             )
         ]  # fmt: skip
 
-    def _due(self, variant: Variant | None) -> list[Piece]:
-        """The pieces that take part."""
+    def _due(self, variant: Variant | None) -> list[Component]:
+        """The components that take part."""
         if variant is None or not self._periodic:
-            return list(self._pieces)
-        out = {id(piece) for piece, due in zip(self._periodic, variant.due, strict=True) if not due}
-        return [piece for piece in self._pieces if id(piece) not in out]
+            return list(self._components)
+        out = {id(component) for component, due in zip(self._periodic, variant.due, strict=True) if not due}
+        return [component for component in self._components if id(component) not in out]
 
     def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Variant | None = None) -> Chain:
         """What is done to the parameters of this dtype in a group.
@@ -250,14 +252,14 @@ class Pass(torch.optim.Optimizer):
             variant: What is done this time; by default all that is done at any time.
 
         Raises:
-            ValueError: If the group asks for what is not supported, or two pieces for how weights are stored.
+            ValueError: If the group asks for what is not supported, or two components set the storage.
         """
         self._check_group(group)
         due = self._due(variant)
-        storages = [found for piece in due if (found := piece.storage(group, dtype)) is not None]
+        storages = [found for component in due if (found := component.storage(group, dtype)) is not None]
         if len(storages) > 1:
-            raise ValueError(f"only one piece may say how weights are stored, got {storages}")
-        stages = tuple(stage for piece in due if (stage := piece.stage(group)) is not None)
+            raise ValueError(f"only one component may say how weights are stored, got {storages}")
+        stages = tuple(stage for component in due if (stage := component.stage(group)) is not None)
         storage = storages[0] if storages else PLAIN
         return Chain(stages, from_backup(storage) if variant and variant.backup else storage)
 
@@ -308,7 +310,7 @@ class Pass(torch.optim.Optimizer):
             return fitted(buffer, member.parameter, value)
         dtype = self.buffer_dtype(chain, buffer, member.parameter)
         weight = member.state[BACKUP.name] if member.variant.backup else member.parameter
-        return start(buffer, weight, member.stream, dtype, self._pieces)
+        return start(buffer, weight, member.stream, dtype, self._components)
 
     def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
         """What a buffer of a parameter holds."""
@@ -329,19 +331,23 @@ class Pass(torch.optim.Optimizer):
             gradients = list(map(placement.laid_out, gradients, bucket.layouts))
         seed, device = self.seed, tensors[0].device
         shared = self.param_groups[groups[bucket.positions[0]]]  # every group of a bucket has the same chain
-        pieces = self._due(bucket.variant)
-        staged = [piece for piece in pieces if piece.stage(shared) is not None]
+        components = self._due(bucket.variant)
+        staged = [component for component in components if component.stage(shared) is not None]
         rows: list[int]
         steps: Any
-        numbers: Any
+        step_scalars: Any
         if bucket.capturable:
             rows = list(range(len(bucket.positions)))
-            steps, numbers = self._device_numbers(bucket, groups, staged)
+            steps, step_scalars = self._device_step_scalars(bucket, groups, staged)
         else:
             rows, pairs = _rows(bucket, groups, done)
             steps = [step for _, step in pairs]
-            numbers = [
-                [number for piece in staged for number in piece.numbers(self.param_groups[group], step)]
+            step_scalars = [
+                [
+                    number
+                    for component in staged
+                    for number in component.step_scalars(self.param_groups[group], step)
+                ]
                 for group, step in pairs
             ]
         return Batch(
@@ -349,21 +355,21 @@ class Pass(torch.optim.Optimizer):
             parameters=tensors,
             gradients=gradients,
             buffers=buffers,
-            scalars=[scalar for piece in staged for scalar in piece.scalars(device)],
-            words=[
-                *(word for piece in staged for word in piece.words(seed)),
+            device_scalars=[scalar for component in staged for scalar in component.device_scalars(device)],
+            rng_keys=[
+                *(word for component in staged for word in component.rng_keys(seed)),
                 *(
                     word
-                    for piece in pieces
-                    if bucket.chain.storage.words and piece.storage(shared, bucket.dtypes[0])
-                    for word in piece.storage_words(seed)
+                    for component in components
+                    if bucket.chain.storage.rng_keys and component.storage(shared, bucket.dtypes[0])
+                    for word in component.storage_rng_keys(seed)
                 ),
             ],
             firsts=bucket.firsts,
             streams=bucket.streams,
             rows=rows,
             steps=steps,
-            numbers=numbers,
+            step_scalars=step_scalars,
             places=bucket.units,
             copies=[
                 (place, used) for place, used in zip(originals, tensors, strict=True) if place is not used
@@ -372,36 +378,42 @@ class Pass(torch.optim.Optimizer):
             memory=bucket.memory,
         )
 
-    def _device_numbers(
-        self, bucket: Bucket, groups: list[int], staged: list[Piece]
+    def _device_step_scalars(
+        self, bucket: Bucket, groups: list[int], staged: list[Component]
     ) -> tuple[Tensor, Tensor]:
         """Step counts and numbers of each parameter of a bucket, worked out on the device in double."""
         steps = torch.stack([self._counts.views[i] for i in bucket.positions]).double() + 1
-        numbers = steps.new_empty(len(bucket.positions), sum(stage.numbers for stage in bucket.chain.stages))
+        step_scalars = steps.new_empty(
+            len(bucket.positions), sum(stage.step_scalars for stage in bucket.chain.stages)
+        )
         for group in bucket.groups:
             own = [row for row, i in enumerate(bucket.positions) if groups[i] == group]
             # Parameters of a group follow each other.
             rows = slice(own[0], own[-1] + 1)
-            found = (n for piece in staged for n in piece.numbers(self.param_groups[group], steps[rows]))
+            found = (
+                n
+                for component in staged
+                for n in component.step_scalars(self.param_groups[group], steps[rows])
+            )
             for column, number in enumerate(found):
                 if isinstance(number, Tensor):
-                    numbers[rows, column] = number
+                    step_scalars[rows, column] = number
                 else:
-                    numbers[rows, column].fill_(number)
-        return steps.long(), numbers.to(compute_dtype(bucket.dtypes[0]))
+                    step_scalars[rows, column].fill_(number)
+        return steps.long(), step_scalars.to(compute_dtype(bucket.dtypes[0]))
 
     # Copies ---------------------------------------------------------------------------------------------
 
-    _KEPT: tuple[str, ...] = ("_pieces", "_periodic", "_seed", "_state_dtype", "_reads_backups")
+    _KEPT: tuple[str, ...] = ("_components", "_periodic", "_seed", "_state_dtype", "_reads_backups")
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: also the pieces."""
+        """What copies and pickles keep: also the components."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Plans are made anew."""
         super().__setstate__(state)
-        self._forget()
+        self._reset_cache()
 
 
 def _rows(bucket: Bucket, groups: list[int], done: list[float]) -> tuple[list[int], list[tuple[int, int]]]:

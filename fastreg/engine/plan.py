@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.units import Place
+from ..reference.units import UnitLayout
 from . import layout
 from .stage import Chain
 from .table import Table, memory
@@ -20,7 +20,7 @@ class Variant(NamedTuple):
     """What a step does to a parameter this time, where that changes from step to step.
 
     Args:
-        due: For each periodic piece of the optimizer, whether its stage takes part.
+        due: For each periodic component of the optimizer, whether its stage takes part.
         backup: Whether the weight comes from `BACKUP` in the state, not from the parameter.
     """
 
@@ -46,7 +46,7 @@ class Bucket:
     firsts: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     layouts: list[tuple[int, ...]] = field(default_factory=list)
-    units: list[Place] = field(default_factory=list)
+    units: list[UnitLayout] = field(default_factory=list)
     places: list[tuple[list[int], list[int]]] = field(default_factory=list)  # for each buffer
     memory: list[list[int]] | None = None  # what `Table.refresh` reads of tensors that stay where they are
     plain: bool = True  # no DTensors, all contiguous

@@ -8,13 +8,13 @@ import torch
 
 from ..common.random import Purpose, key
 from ..reference import storage as reference
-from .component import Phase, Piece
+from .component import Component, Phase
 from .stage import Buffer, Storage
 
 MODES = ("stochastic", "remainder", "nearest")
 
 
-class Rounding(Piece):
+class Rounding(Component):
     """The storage of bfloat16 and float16 weights.
 
     Rounding at random does not depend on the optimizer's seed: replicas of a weight (DDP), whose processes
@@ -31,10 +31,10 @@ class Rounding(Piece):
 
     phase = Phase.DESCEND
     _bfloat16 = Storage(
-        ("storage.read_plain", "storage.write_bfloat16"), write=reference.write_bfloat16, words=("key",)
+        ("storage.read_plain", "storage.write_bfloat16"), write=reference.write_bfloat16, rng_keys=("key",)
     )
     _float16 = Storage(
-        ("storage.read_plain", "storage.write_float16"), write=reference.write_float16, words=("key",)
+        ("storage.read_plain", "storage.write_float16"), write=reference.write_float16, rng_keys=("key",)
     )
     _split = Storage(
         ("storage.read_split", "storage.write_split"), reference.read_split, reference.write_split,
@@ -55,6 +55,6 @@ class Rounding(Piece):
             return self._split if self.bf16 == "remainder" else self._bfloat16
         return self._float16 if dtype == torch.float16 else None
 
-    def storage_words(self, seed: int) -> tuple[int, ...]:
+    def storage_rng_keys(self, seed: int) -> tuple[int, ...]:
         """The key, the same for all."""
         return (key(0, self._purpose),)

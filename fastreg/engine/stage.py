@@ -33,7 +33,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link: element-wise maths `(p, u, at, *buffers, *units, *scalars, *words, *numbers)`.
+    """One link: element-wise maths `(p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)`.
 
     It returns weight, update and what the buffers hold then.
 
@@ -41,9 +41,9 @@ class Stage:
         kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
         reference: The same function in PyTorch.
         buffers: The state it reads, and writes as far as `new` goes.
-        scalars: Names of the float64 device scalars it reads.
-        words: Names of the integers it takes, such as a random key.
-        numbers: How many numbers it takes, which may change with every step.
+        device_scalars: Names of the float64 device scalars it reads.
+        rng_keys: Names of the integers it takes, such as a random key.
+        step_scalars: How many numbers it takes, which may change with every step.
         units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
         momentum: Whether it returns the pair (update, momentum) as its update.
         exact: Whether a GPU must not fuse its multiply-adds, so that it rounds as the reference does.
@@ -52,9 +52,9 @@ class Stage:
     kernel: Any
     reference: Callable[..., Any]
     buffers: tuple[Buffer, ...] = ()
-    scalars: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    numbers: int = 0
+    device_scalars: tuple[str, ...] = ()
+    rng_keys: tuple[str, ...] = ()
+    step_scalars: int = 0
     units: tuple[str, ...] = ()
     momentum: bool = False
     exact: bool = False
@@ -67,11 +67,11 @@ class Storage:
     Args:
         kernels: The `@triton.jit` functions that read and write, or their places in `fastreg_kernels`.
         read: Reference of the first, `(*sources) -> weight`.
-        write: Reference of the second, `(weight, at, *words) -> targets`.
+        write: Reference of the second, `(weight, at, *rng_keys) -> targets`.
         sources: Where the weight comes from: `"parameter"` or names of `buffers`.
         targets: Where it goes, likewise.
         buffers: State it needs besides the parameter.
-        words: Names of the integers that writing takes.
+        rng_keys: Names of the integers that writing takes.
     """
 
     kernels: tuple[Any, Any] = ("storage.read_plain", "storage.write_plain")
@@ -80,7 +80,7 @@ class Storage:
     sources: tuple[str, ...] = ("parameter",)
     targets: tuple[str, ...] = ("parameter",)
     buffers: tuple[Buffer, ...] = ()
-    words: tuple[str, ...] = ()
+    rng_keys: tuple[str, ...] = ()
 
 
 PLAIN = Storage()
@@ -111,4 +111,4 @@ class Chain:
     @property
     def random(self) -> bool:
         """Whether anything draws random numbers."""
-        return any(link.words for link in self.links)
+        return any(link.rng_keys for link in self.links)

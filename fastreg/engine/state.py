@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.step import compute_dtype
 from . import layout as placement
-from .component import Piece
+from .component import Component
 from .stage import Buffer, Chain
 
 BACKUP = Buffer("sam_backup", "parameter", "parameter")
@@ -41,12 +41,12 @@ def buffer_dtype(
 
 
 def start(
-    buffer: Buffer, parameter: Tensor, index: int, dtype: torch.dtype, pieces: Iterable[Piece]
+    buffer: Buffer, parameter: Tensor, index: int, dtype: torch.dtype, components: Iterable[Component]
 ) -> Tensor:
     """A new buffer with its first content; `index` is the place of the parameter in the optimizer."""
     made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    for piece in pieces:
-        if (given := piece.initial(buffer.name, index, parameter)) is not None:
+    for component in components:
+        if (given := component.initial(buffer.name, index, parameter)) is not None:
             return made.copy_(given)
     return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
 

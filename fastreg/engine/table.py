@@ -31,9 +31,9 @@ class Table:
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset_cache()
 
-    def _forget(self) -> None:
+    def _reset_cache(self) -> None:
         self.key: Any = None
         self.rows: Tensor
         self.units: list[Tensor] = []
@@ -46,26 +46,26 @@ class Table:
         """Upload addresses and integers if any differs from last time, and work lists if a size does."""
         here, captured = stream(batch.device), capturing(batch.device)
         if self._captured or (here != self._stream and not captured):
-            self._forget()
+            self._reset_cache()
         known = batch.memory or memory(batch.parameters, batch.buffers)
-        scalars = [(s.data_ptr(), s.element_size() if s.dim() else 0) for s in batch.scalars]
-        key = known, batch.firsts, batch.streams, batch.rows, batch.places, scalars, batch.words
+        device_scalars = [(s.data_ptr(), s.element_size() if s.dim() else 0) for s in batch.device_scalars]
+        key = known, batch.firsts, batch.streams, batch.rows, batch.places, device_scalars, batch.rng_keys
         if key == self.key:  # at once for lists that are the same ones
             if captured:
                 keep(self.rows, *self.units, *self._work.values())
             return
         if captured:
-            self._forget()
+            self._reset_cache()
         self.key, self._stream, self._captured = key, here, captured
         addresses, sizes, *buffers = known
         n = len(addresses)
         columns = [
             addresses, sizes, batch.firsts, batch.streams, batch.rows, *buffers,
-            *([start + i * stride for i in range(n)] for start, stride in scalars),
-            *([word] * n for word in batch.words),
+            *([start + i * stride for i in range(n)] for start, stride in device_scalars),
+            *([word] * n for word in batch.rng_keys),
         ]  # fmt: skip
         if batch.chain.units:
-            counts = [place.number for place in batch.places]
+            counts = [place.count for place in batch.places]
             for values in self.units_of(batch):
                 columns.append(list(map(Tensor.data_ptr, values.split(counts))))
             columns += [[place.stride for place in batch.places], counts]
@@ -79,7 +79,7 @@ class Table:
 
     def unit_work(self, batch: Batch) -> Tensor:
         """For each program (tensor, unit of it), int32."""
-        return self._kept("units", lambda: [place.number for place in batch.places])
+        return self._kept("units", lambda: [place.count for place in batch.places])
 
     def _kept(self, kind: int | str, counts: Callable[[], list[int]]) -> Tensor:
         """A work list, made once; anew in every graph that is captured."""
@@ -93,7 +93,7 @@ class Table:
     def units_of(self, batch: Batch) -> list[Tensor]:
         """For each name of `chain.units`, an element for each unit of each parameter."""
         if batch.chain.units and not self.units:
-            total = sum(place.number for place in batch.places)
+            total = sum(place.count for place in batch.places)
             dtype = compute_dtype(batch.parameters[0].dtype)
             self.units = [torch.ones(total, dtype=dtype, device=batch.device) for _ in batch.chain.units]
         return self.units
@@ -112,7 +112,7 @@ class Uploaded(NamedTuple):
 
     gradients: Tensor  # int64[n], addresses
     steps: Tensor  # int64[rows]
-    numbers: Tensor  # compute dtype, [rows · numbers]
+    step_scalars: Tensor  # compute dtype, [rows · numbers]
 
 
 def upload_changes(batch: Batch) -> Uploaded:
@@ -122,18 +122,18 @@ def upload_changes(batch: Batch) -> Uploaded:
         # Each part starts at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
         gradients = list(map(Tensor.data_ptr, batch.gradients))
         integers = gradients + [0] * (len(gradients) % 2)
-        if isinstance(batch.numbers, Tensor):
+        if isinstance(batch.step_scalars, Tensor):
             addresses = upload(_host(integers, torch.int64), batch.device)
-            batch.uploaded = Uploaded(addresses, torch.as_tensor(batch.steps), batch.numbers)
+            batch.uploaded = Uploaded(addresses, torch.as_tensor(batch.steps), batch.step_scalars)
             return batch.uploaded
         first = len(integers)
         integers += [*batch.steps, *[0] * (len(batch.steps) % 2)]
         compute = compute_dtype(batch.parameters[0].dtype)
-        numbers = array(_CODES[compute], chained.from_iterable(batch.numbers))
-        host = torch.frombuffer(bytearray(array("q", integers)) + numbers.tobytes(), dtype=torch.uint8)
+        step_scalars = array(_CODES[compute], chained.from_iterable(batch.step_scalars))
+        host = torch.frombuffer(bytearray(array("q", integers)) + step_scalars.tobytes(), dtype=torch.uint8)
         data = upload(host, batch.device)
-        words = data[: 8 * len(integers)].view(torch.int64)
-        batch.uploaded = Uploaded(words, words[first:], data[8 * len(integers) :].view(compute))
+        rng_keys = data[: 8 * len(integers)].view(torch.int64)
+        batch.uploaded = Uploaded(rng_keys, rng_keys[first:], data[8 * len(integers) :].view(compute))
     return batch.uploaded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..engine.multi_tensor_optimizer import Pass
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..optim.weight_averages import SHOWN, TRAINED
 from ..optim.wrapper import Wrapper
 from .unwrap import layers, sam_of
@@ -58,6 +58,6 @@ def continue_from_shown(optimizer: Any) -> None:
     """Go on from what parameters hold now, such as the best model, instead of what was trained."""
     for layer in layers(optimizer):
         holder = layer._own() if isinstance(layer, Wrapper) else layer
-        for p, state in holder.state.items() if isinstance(holder, Pass) else ():
+        for p, state in holder.state.items() if isinstance(holder, MultiTensorOptimizer) else ():
             if TRAINED in state:
                 state[TRAINED].copy_(p)

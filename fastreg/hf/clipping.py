@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..optim import ClipNorm
-from ..optim.fused_optimizer import Engine
+from ..optim.fused_optimizer import FusedOptimizer
 from ..reference.step import scalar_dtype
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,7 @@ class Clipping:
         self._own: ClipNorm | None = None
         self._norm: Tensor | None = None
 
-    def fit(self, engine: Engine, max_grad_norm: float) -> None:
+    def fit(self, engine: FusedOptimizer, max_grad_norm: float) -> None:
         """Let the optimizer clip by what it was given, or else by `max_grad_norm`; by 0 it only measures.
 
         Args:
@@ -39,7 +39,7 @@ class Clipping:
         Raises:
             ValueError: If both say how to clip, and not the same.
         """
-        clip = next((piece for piece in engine._pieces if isinstance(piece, ClipNorm)), None)
+        clip = next((component for component in engine._components if isinstance(component, ClipNorm)), None)
         if clip is None:
             self._own = ClipNorm(max_grad_norm or math.inf)
             engine._insert(self._own)
@@ -56,14 +56,14 @@ class Clipping:
                 "contradict each other: set max_grad_norm=0, or leave ClipNorm out"
             )
 
-    def announced(self, engine: Engine) -> Tensor:
+    def announced(self, engine: FusedOptimizer) -> Tensor:
         """The norm of the step that comes next: 0-d, on the device, where `measured` writes it."""
         if self._norm is None:
             device = next(p.device for group in engine.param_groups for p in group["params"])
             self._norm = torch.zeros((), dtype=scalar_dtype(device), device=device)
         return self._norm
 
-    def measured(self, engine: Engine) -> None:
+    def measured(self, engine: FusedOptimizer) -> None:
         """Take over the norm of the latest step; nobody waits for it."""
         if self._norm is not None and (norm := engine.grad_norm) is not None:
             self._norm.copy_(norm)

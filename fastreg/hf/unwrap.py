@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 
 from ..optim import SAM
-from ..optim.fused_optimizer import Engine
+from ..optim.fused_optimizer import FusedOptimizer
 from ..optim.wrapper import Wrapper
 
 
@@ -28,9 +28,9 @@ def layers(optimizer: Any) -> Iterator[Any]:
         yield optimizer
 
 
-def engine_of(optimizer: Any) -> Engine | None:
+def engine_of(optimizer: Any) -> FusedOptimizer | None:
     """The fastreg optimizer that does the step, if one does."""
-    return next((layer for layer in layers(optimizer) if isinstance(layer, Engine)), None)
+    return next((layer for layer in layers(optimizer) if isinstance(layer, FusedOptimizer)), None)
 
 
 def sam_of(optimizer: Any) -> SAM | None:
@@ -40,4 +40,4 @@ def sam_of(optimizer: Any) -> SAM | None:
 
 def is_ours(optimizer: Any) -> bool:
     """Whether the optimizer or a wrapper of it is fastreg's."""
-    return isinstance(unwrapped(optimizer), (Engine, Wrapper))
+    return isinstance(unwrapped(optimizer), (FusedOptimizer, Wrapper))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import dropout as reference
-from ..reference.random import At
+from ..reference.random import PhiloxPosition
 from ..reference.step import compute_dtype
 from ..runtime.compile_ahead import LENGTH, compile_ahead
 from ..runtime.device import aligned, architecture, triton_dtype
@@ -165,7 +165,7 @@ def _plain(
     own = None if bias is None else reference.spread(bias, 1, first, len(x))
     if thresholds.dim():
         thresholds = reference.spread(thresholds, inner, first, len(x))
-    at = At(first, 0, 0, 0)
+    at = PhiloxPosition(first, 0, 0, 0)
     if gradient is None:
         return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)
     return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)

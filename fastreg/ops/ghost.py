@@ -50,8 +50,8 @@ def ghost_sums(left: Tensor, right: Tensor, grams: Grams | None = None) -> Tenso
 
 
 def _some_at_a_time(sums: Callable[..., Tensor], left: Tensor, right: Tensor, samples: int) -> Tensor:
-    pieces = zip(left.split(samples), right.split(samples), strict=True)
-    found = [sums(*piece) for piece in pieces]
+    components = zip(left.split(samples), right.split(samples), strict=True)
+    found = [sums(*component) for component in components]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 

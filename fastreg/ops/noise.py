@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import noise as reference
 from ..reference.dropout import spread
-from ..reference.random import At
+from ..reference.random import PhiloxPosition
 from ..reference.step import compute_dtype
 from ..runtime.compile_ahead import LENGTH, compile_ahead
 from ..runtime.device import aligned, architecture, triton_dtype
@@ -64,7 +64,7 @@ def _plain(x: Any, seed: Tensor | int, scale: Tensor, first: int, inner: int | T
     """For a run of elements that starts at `first`, a multiple of 8."""
     if scale.dim():
         scale = spread(scale, inner, first, len(x))
-    return reference.noise(x, seed, scale, At(first, 0, 0, 0), kind)
+    return reference.noise(x, seed, scale, PhiloxPosition(first, 0, 0, 0), kind)
 
 
 @functools.cache

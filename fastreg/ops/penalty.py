@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine import launch
-from ..engine.batch import Batch, Measurand
+from ..engine.batch import Batch, NormSpec
 from ..engine.layout import laid_out, layout
 from ..engine.stage import Chain, Stage
 from ..engine.table import Table
@@ -25,8 +25,8 @@ from ..reference.step import scalar_dtype
 from ..runtime.device import capturing, stream
 
 SUM = Chain(())
-L2 = Chain((Stage("penalty.l2_gradient", reference.l2_gradient, scalars=("scale",)),))
-L1 = Chain((Stage("penalty.l1_gradient", reference.l1_gradient, scalars=("scale",)),))
+L2 = Chain((Stage("penalty.l2_gradient", reference.l2_gradient, device_scalars=("scale",)),))
+L1 = Chain((Stage("penalty.l1_gradient", reference.l1_gradient, device_scalars=("scale",)),))
 TABLES = 16
 """Lists of tensors whose tables are kept: a penalty is mostly over the same ones as a step before."""
 UNSAFE = (torch.Tag.cudagraph_unsafe,)
@@ -54,7 +54,7 @@ def penalty(tensors: Sequence[Tensor], absolute: bool) -> Tensor:
     found = []
     for device, batches in totals.items():
         limits = torch.ones(2, dtype=scalar_dtype(device), device=device)
-        found.append(launch.measure(batches, limits, Measurand(absolute=absolute))[1])
+        found.append(launch.measure(batches, limits, NormSpec(absolute=absolute))[1])
     home = tensors[0].device
     total = found[0] if len(found) == 1 else torch.stack([each.to(home) for each in found]).sum()
     return total.to(_result_dtype(tensors), copy=True)
@@ -96,12 +96,23 @@ def _alike(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]
         yield where, [t if t.is_contiguous() else laid_out(t, layout(t)) for t in own]
 
 
-def _batch(chain: Chain, targets: list[Tensor], tensors: list[Tensor], scalars: list[Tensor]) -> Batch:
+def _batch(chain: Chain, targets: list[Tensor], tensors: list[Tensor], device_scalars: list[Tensor]) -> Batch:
     """What writes to targets reads tensors as its gradients."""
     count = len(tensors)
     none = [0] * count
     return Batch(
-        chain, targets, tensors, [], scalars, [], none, none, none, [1], [[]], table=_table(chain, tensors)
+        chain,
+        targets,
+        tensors,
+        [],
+        device_scalars,
+        [],
+        none,
+        none,
+        none,
+        [1],
+        [[]],
+        table=_table(chain, tensors),
     )
 
 

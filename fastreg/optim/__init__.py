@@ -1,6 +1,6 @@
 """Optimizers that run all their regularizers in one pass over memory."""
 
-from ..engine.component import Phase, Piece
+from ..engine.component import Component, Phase
 from .adam import Adam, AdamW
 from .averaged_model import AveragedModel, get_ema_multi_avg_fn
 from .groups import param_groups
@@ -15,6 +15,6 @@ from .weight_noise import WeightNoise
 
 __all__ = [
     "EMA", "L1", "L2SP", "MSAM", "SAM", "SGD", "SWA", "Adam", "AdamW", "AdaptiveClip", "AveragedModel",
-    "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Piece", "SlowWeights",
+    "ClipNorm", "ClipValue", "GradientNoise", "Lion", "Lookahead", "Phase", "Component", "SlowWeights",
     "WeightNoise", "get_ema_multi_avg_fn", "param_groups",
 ]  # fmt: skip

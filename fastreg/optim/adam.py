@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..common import validation
-from ..engine.component import Piece
-from .fused_optimizer import Engine
+from ..engine.component import Component
+from .fused_optimizer import FusedOptimizer
 from .rules import Adam as Rule
 
 
-class Adam(Engine, torch.optim.Adam):
+class Adam(FusedOptimizer, torch.optim.Adam):
     """Drop-in for `torch.optim.Adam` whose regularizers run in the same pass.
 
     g ← g + λp,  m ← β₁m + (1-β₁)g,  v ← β₂v + (1-β₂)g²,  p ← p - lr · m̂/(√v̂ + ε)
@@ -34,7 +34,7 @@ class Adam(Engine, torch.optim.Adam):
         decoupled_weight_decay: As AdamW.
         decay: `"l2"`, `"decoupled"`, `"independent"` (of the learning rate: p ← p - lr/lr_max · λ · p) or
             `"cautious"` (only where the update shrinks p as well); groups may have a `decay` of their own.
-        regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
         bf16: How 16-bit weights are rounded: `"stochastic"`, `"remainder"` (bfloat16 with 16 more bits in the
             state, an exact float32) or `"nearest"` as torch, which loses small updates.
         state_dtype: Of the running averages; by default that of the parameter, float32 with `"remainder"`.
@@ -55,10 +55,10 @@ class Adam(Engine, torch.optim.Adam):
         weight_decay: float = 0, amsgrad: bool = False, *,
         foreach: bool | None = None, maximize: bool = False, capturable: bool = False,
         differentiable: bool = False, fused: bool | None = None, decoupled_weight_decay: bool = False,
-        decay: str | None = None, regularizers: Iterable[Piece] = (), bf16: str = "stochastic",
+        decay: str | None = None, regularizers: Iterable[Component] = (), bf16: str = "stochastic",
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
-        self._compose(Rule(), decay, regularizers, seed, bf16, state_dtype, nonfinite)
+        self._init_components(Rule(), decay, regularizers, seed, bf16, state_dtype, nonfinite)
         with validation.told(lr=lr, betas=betas):
             torch.optim.Adam.__init__(
                 self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
@@ -85,7 +85,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: Not supported.
         fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
         decay: As for `Adam`, like all that follow; `"decoupled"` by default.
-        regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
         bf16: How 16-bit weights are rounded.
         state_dtype: Of the running averages.
         nonfinite: What to do if a gradient is NaN or infinite.
@@ -104,7 +104,7 @@ class AdamW(Adam, torch.optim.AdamW):
         weight_decay: float = 1e-2, amsgrad: bool = False, *,
         maximize: bool = False, foreach: bool | None = None, capturable: bool = False,
         differentiable: bool = False, fused: bool | None = None,
-        decay: str | None = None, regularizers: Iterable[Piece] = (), bf16: str = "stochastic",
+        decay: str | None = None, regularizers: Iterable[Component] = (), bf16: str = "stochastic",
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(

@@ -1,4 +1,4 @@
-"""Weight decay in its four kinds, as pieces: one of the two below is at work in a group.
+"""Weight decay in its four kinds, as components: one of the two below is at work in a group.
 
 | kind            |                                      | source                      |
 |-----------------|--------------------------------------|-----------------------------|
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.component import Phase, Piece, values
+from ..engine.component import Component, Phase, values
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
 KINDS = ("l2", "decoupled", "independent", "cautious")
 
 
-class Decay(Piece):
+class Decay(Component):
     """Base of both: knows which kind a group has.
 
     Args:
@@ -51,7 +51,7 @@ class Penalty(Decay):
     """
 
     phase = Phase.PENALTY
-    _stage = Stage("regularizers.l2_decay", reference.l2_decay, numbers=1)
+    _stage = Stage("regularizers.l2_decay", reference.l2_decay, step_scalars=1)
 
     def __init__(self, kind: str | None, at_zero: bool = True) -> None:
         super().__init__(kind)
@@ -61,7 +61,7 @@ class Penalty(Decay):
         """If the group has this kind."""
         return self._stage if self._kind(group) == "l2" and (self._at_zero or group["weight_decay"]) else None
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The rate."""
         return values(group, step, "weight_decay")
 
@@ -70,15 +70,15 @@ class Shrinkage(Decay):
     """The other kinds: p times what is kept of it, beside the update."""
 
     phase = Phase.DECAY
-    _everywhere = Stage("regularizers.decoupled_decay", reference.decoupled_decay, numbers=1)
-    _cautious = Stage("regularizers.cautious_decay", reference.cautious_decay, numbers=1)
+    _everywhere = Stage("regularizers.decoupled_decay", reference.decoupled_decay, step_scalars=1)
+    _cautious = Stage("regularizers.cautious_decay", reference.cautious_decay, step_scalars=1)
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
         """Also where the rate is 0, so that groups that differ only there share a launch."""
         kind = self._kind(group)
         return None if kind in (None, "l2") else self._cautious if kind == "cautious" else self._everywhere
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The share of the weight that stays: as a factor, since torch rounds at the same place."""
         lr, rate = values(group, step, "lr", "weight_decay")
         if self._kind(group) == "independent":

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..engine import grad_scaler as amp
 from ..engine import layout
-from ..engine.component import Phase, Piece
+from ..engine.component import Component, Phase
 from ..engine.counts import Verdict
-from ..engine.grad_norm import Measurement
-from ..engine.multi_tensor_optimizer import Pass
+from ..engine.grad_norm import GradNorm
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..engine.rounding import Rounding
 from . import decay, weight_averages
 from .msam import MSAM
@@ -30,18 +30,18 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 NONFINITE = ("propagate", "skip", "raise")
 
 
-class Engine(Pass):
+class FusedOptimizer(MultiTensorOptimizer):
     """Base of the optimizers: an update rule and regularizers in one pass.
 
-    A subclass also derives from the torch optimizer it stands in for, and calls `_compose` before the
+    A subclass also derives from the torch optimizer it stands in for, and calls `_init_components` before the
     constructor of that one, which checks the arguments and makes the parameter groups.
     """
 
-    def _compose(
-        self, rule: Piece, decay_kind: str | None, regularizers: Iterable[Piece], seed: int | None,
+    def _init_components(
+        self, rule: Component, decay_kind: str | None, regularizers: Iterable[Component], seed: int | None,
         bf16: str, state_dtype: torch.dtype | None, nonfinite: str,
     ) -> None:  # fmt: skip
-        """Put the pieces together.
+        """Put the components together.
 
         Args:
             rule: The update rule.
@@ -53,14 +53,19 @@ class Engine(Pass):
             nonfinite: What to do about gradients that are not finite.
 
         Raises:
-            TypeError: If a regularizer is not a piece, or state_dtype not a dtype.
+            TypeError: If a regularizer is not a component, or state_dtype not a dtype.
             ValueError: For values out of range, and regularizers that exclude each other.
         """
         regularizers = tuple(regularizers)
-        for piece in regularizers:
-            if not isinstance(piece, Piece):
-                raise TypeError(f"regularizers must be pieces such as fastreg.ClipNorm(1.0), got {piece!r}")
-        names = [piece.name if isinstance(piece, Average) else type(piece).__name__ for piece in regularizers]
+        for component in regularizers:
+            if not isinstance(component, Component):
+                raise TypeError(
+                    f"regularizers must be components such as fastreg.ClipNorm(1.0), got {component!r}"
+                )
+        names = [
+            component.name if isinstance(component, Average) else type(component).__name__
+            for component in regularizers
+        ]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
@@ -72,28 +77,28 @@ class Engine(Pass):
             raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
-        clip = next((piece for piece in regularizers if isinstance(piece, ClipNorm)), None)
-        needed = [piece for piece in regularizers if piece.needs_norm]
+        clip = next((component for component in regularizers if isinstance(component, ClipNorm)), None)
+        needed = [component for component in regularizers if component.needs_norm]
         if clip is not None and clip.error_if_nonfinite:
             nonfinite = "raise"
         if clip is not None and clip.norm_type != 2 and needed:
             raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
         self._decay_kind = decay_kind
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
-        self._measurement = Measurement(clip, bool(needed), nonfinite)
-        msam = next((piece for piece in regularizers if isinstance(piece, MSAM)), None)
+        self._grad_norm = GradNorm(clip, bool(needed), nonfinite)
+        msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
         rule, descend = msam.around(rule, decay_kind) if msam else (rule, Descend())
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
-        own = (Maximize(), self._measurement, *decays, rule, Rounding(bf16))
-        self._assemble((*own, *regularizers, descend), seed)
+        own = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
+        self._set_components((*own, *regularizers, descend), seed)
         amp.silence()
 
-    def _assemble(self, pieces: Iterable[Piece], seed: int | None = None) -> None:
-        super()._assemble(pieces, seed)
-        self._measurement.behind = sum(piece.phase < Phase.CLIP for piece in self._pieces)
+    def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
+        super()._set_components(components, seed)
+        self._grad_norm.behind = sum(component.phase < Phase.CLIP for component in self._components)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _reset_cache(self) -> None:
+        super()._reset_cache()
         self._verdict: Verdict | None = None
         self._flags: dict[torch.device, Tensor] = {}
         self._inside = False
@@ -125,7 +130,7 @@ class Engine(Pass):
         if weight_averages.shown(self) is not None:
             raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
         self._settle(report=True)
-        scaling = self._measurement.scaling = amp.scaling(self, grad_scaler)
+        scaling = self._grad_norm.scaling = amp.scaling(self, grad_scaler)
         flags = self._run()
         self._flags = flags or {}
         if flags and not self._capturing():
@@ -170,18 +175,18 @@ class Engine(Pass):
 
         `None` without `ClipNorm` among the regularizers, and before the first step.
         """
-        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
-        return self._measurement.norm if clips else None
+        clips = any(isinstance(component, ClipNorm) for component in self._components)
+        return self._grad_norm.norm if clips else None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What `torch.amp.GradScaler` asks: whether the step divides by the scale itself."""
-        clips = any(isinstance(piece, ClipNorm) for piece in self._pieces)
+        clips = any(isinstance(component, ClipNorm) for component in self._components)
         return amp.supports_scaling(self.param_groups, clips)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructors set it; here it follows from the groups and pieces."""
+        """torch's constructors set it; here it follows from the groups and components."""
 
     @contextlib.contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:
@@ -238,15 +243,17 @@ class Engine(Pass):
         names = ["step", *(buffer.name for buffer in chain.buffers)]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"{name!r} is taken in the optimizer's state; give the piece another name=")
+                raise ValueError(
+                    f"{name!r} is taken in the optimizer's state; give the component another name="
+                )
         super().add_param_group(param_group)
         decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
         self._share_seed()
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group with the keys that pieces bring."""
-        for piece in self._pieces:
-            for key, value in piece.options().items():
+        """The group with the keys that components bring."""
+        for component in self._components:
+            for key, value in component.options().items():
                 group.setdefault(key, value)
         return group
 
@@ -264,8 +271,8 @@ class Engine(Pass):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; a step that was skipped on a device does not count."""
         self._settle()
-        for piece in self._pieces:
-            piece.save(self.param_groups)
+        for component in self._components:
+            component.save(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,45 +332,45 @@ class Engine(Pass):
 
     def _share_seed(self) -> None:
         chains = (chain for group in self.param_groups for chain in self._chains(group))
-        if any(stage.words for chain in chains for stage in chain.stages):
+        if any(stage.rng_keys for chain in chains for stage in chain.stages):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 
-    _KEPT = (*Pass._KEPT, "_measurement", "_decay_kind", "_nonfinite")
+    _KEPT = (*MultiTensorOptimizer._KEPT, "_measurement", "_decay_kind", "_nonfinite")
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep."""
         self._settle()
-        for piece in self._pieces:
-            piece.save(self.param_groups)
+        for component in self._components:
+            component.save(self.param_groups)
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pieces bring their keys to groups of older checkpoints."""
+        """Components bring their keys to groups of older checkpoints."""
         super().__setstate__(state)
         for group in self.param_groups:
             self._completed(group)
-        for piece in self._pieces:
-            piece.load(self.param_groups)
+        for component in self._components:
+            component.load(self.param_groups)
         self._share_seed()
 
-    def _insert(self, piece: Piece) -> None:
-        """Add a piece to those that are there.
+    def _insert(self, component: Component) -> None:
+        """Add a component to those that are there.
 
         Raises:
             ValueError: If another goes by its name.
         """
-        if any(type(other) is type(piece) for other in self._pieces):
-            raise ValueError(f"{type(piece).__name__!r} is given more than once")
-        if isinstance(piece, ClipNorm):
-            self._measurement._clip = piece
-        self._assemble((*self._pieces, piece), self._seed)
+        if any(type(other) is type(component) for other in self._components):
+            raise ValueError(f"{type(component).__name__!r} is given more than once")
+        if isinstance(component, ClipNorm):
+            self._grad_norm._clip = component
+        self._set_components((*self._components, component), self._seed)
         for group in self.param_groups:
             self._completed(group)
 
-    def _remove(self, piece: Piece) -> None:
-        """Take a piece out again."""
-        self._assemble((other for other in self._pieces if other is not piece), self._seed)
+    def _remove(self, component: Component) -> None:
+        """Take a component out again."""
+        self._set_components((other for other in self._components if other is not component), self._seed)
 
 
 def _own(group: dict[str, Any]) -> dict[str, Any]:

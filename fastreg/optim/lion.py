@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.component import Piece
-from .fused_optimizer import Engine
+from ..engine.component import Component
+from .fused_optimizer import FusedOptimizer
 from .rules import Lion as Rule
 
 
-class Lion(Engine):
+class Lion(FusedOptimizer):
     """Lion: the sign of an interpolated momentum, with decoupled weight decay.
 
     p ← p - lr·λ·p - lr · sign(β₁m + (1-β₁)g),  m ← β₂m + (1-β₂)g
@@ -29,7 +29,7 @@ class Lion(Engine):
         differentiable: Not supported.
         fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
         decay: As for `Adam`, like all that follow; `"decoupled"` by default.
-        regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
         bf16: How 16-bit weights are rounded.
         state_dtype: Of the momentum.
         nonfinite: What to do if a gradient is NaN or infinite.
@@ -46,7 +46,7 @@ class Lion(Engine):
         self, params: Any, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0, *, maximize: bool = False, foreach: bool | None = None,
         capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
-        decay: str | None = None, regularizers: Iterable[Piece] = (), bf16: str = "stochastic",
+        decay: str | None = None, regularizers: Iterable[Component] = (), bf16: str = "stochastic",
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -59,7 +59,7 @@ class Lion(Engine):
             raise ValueError(f"weight_decay must be >= 0, got {weight_decay=}")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        self._compose(Rule(), decay or "decoupled", regularizers, seed, bf16, state_dtype, nonfinite)
+        self._init_components(Rule(), decay or "decoupled", regularizers, seed, bf16, state_dtype, nonfinite)
         defaults = {
             "lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach,
             "capturable": capturable, "differentiable": differentiable, "fused": fused,

@@ -1,4 +1,4 @@
-"""Lookahead around any optimizer: a piece inside fastreg's, a pass of its own every k steps around others."""
+"""Lookahead around any optimizer: a component of fastreg's, a pass of its own around others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from ..engine import grad_scaler as amp
 from ..engine import layout
-from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
 from ..engine.state import start
 from . import weight_averages
 from .weight_averages import FIRST_MOMENTS, SlowWeights
@@ -53,27 +53,27 @@ class Lookahead(Wrapper):
                 f"optimizer must be a torch.optim.Optimizer, got {optimizer!r:.60}; "
                 "write Lookahead(fastreg.AdamW(model.parameters()))"
             )
-        piece = SlowWeights(k, alpha, pullback_momentum)
+        component = SlowWeights(k, alpha, pullback_momentum)
         super().__init__(optimizer)
         self._sync: _Sync | None = None
         if self.engine is not None:
-            self.engine._insert(piece)
-            self._start(self.engine, piece)
+            self.engine._insert(component)
+            self._start(self.engine, component)
         else:
-            self._sync = _Sync(optimizer, piece)
+            self._sync = _Sync(optimizer, component)
             self._complete()
-            self._start(self._sync, piece)
+            self._start(self._sync, component)
 
     def options(self) -> dict[str, Any]:
         """What groups get where no engine sees to it."""
         if self._sync is None:
             return {}
         steps = self.param_groups[0].get("lookahead_step", 0) if self.param_groups else 0
-        return {**self._sync.piece.options(), "lookahead_step": steps}
+        return {**self._sync.component.options(), "lookahead_step": steps}
 
-    def _start(self, holder: Pass, piece: SlowWeights) -> None:
+    def _start(self, holder: MultiTensorOptimizer, component: SlowWeights) -> None:
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            buffer = piece._stage.buffers[0]
+            buffer = component._stage.buffers[0]
             state = holder.state[p]
             if buffer.name not in state:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
@@ -85,8 +85,8 @@ class Lookahead(Wrapper):
         """As in torch; slow weights of the new parameters start as these are."""
         super().add_param_group(param_group)
         holder: Any = self._sync or self.engine
-        piece = next(p for p in holder._pieces if isinstance(p, SlowWeights))
-        self._start(holder, piece)
+        component = next(p for p in holder._components if isinstance(p, SlowWeights))
+        self._start(holder, component)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -147,7 +147,7 @@ class Lookahead(Wrapper):
         if self._sync is None:
             self.base_optimizer.eval()  # type: ignore[attr-defined]
         elif weight_averages.shown(self._sync) is None:
-            weight_averages.show(self._sync, self._sync.piece)
+            weight_averages.show(self._sync, self._sync.component)
 
     def train(self) -> None:
         """Parameters hold what is trained, as before `eval()`."""
@@ -171,15 +171,15 @@ class _Always(SlowWeights):
         return True
 
 
-class _Sync(Pass):
+class _Sync(MultiTensorOptimizer):
     """The pass that synchronises: parameters are read and written with their slow weights, nothing else."""
 
-    _KEPT = (*Pass._KEPT, "piece", "_base")
+    _KEPT = (*MultiTensorOptimizer._KEPT, "component", "_base")
 
-    def __init__(self, base: torch.optim.Optimizer, piece: SlowWeights) -> None:
-        self.piece = _Always(piece.k, piece.alpha, piece.pullback_momentum)
+    def __init__(self, base: torch.optim.Optimizer, component: SlowWeights) -> None:
+        self.component = _Always(component.k, component.alpha, component.pullback_momentum)
         self._base = base
-        self._assemble((self.piece,), seed=0)
+        self._set_components((self.component,), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": base.param_groups})
 
     def after_step(self) -> None:
@@ -198,7 +198,7 @@ class _Sync(Pass):
 
     @torch.no_grad()
     def _take_back(self) -> None:
-        if self.piece.pullback_momentum == "none":
+        if self.component.pullback_momentum == "none":
             return
         operands = self._operands()
         for p, group in zip(operands.parameters, operands.groups, strict=True):
@@ -207,4 +207,4 @@ class _Sync(Pass):
                 moment = self._base.state.get(p, {}).get(name)
                 if moment is not None:
                     alpha = self.param_groups[group]["lookahead_alpha"]
-                    self.piece._take_back(moment, None if slow is None else [slow], 0, alpha, 1.0)
+                    self.component._take_back(moment, None if slow is None else [slow], 0, alpha, 1.0)

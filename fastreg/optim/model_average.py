@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ..engine import layout
-from ..engine.component import Phase, Piece
-from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.component import Component, Phase
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from .weight_averages import dither
 
 
-class _Averaged(Piece):
+class _Averaged(Component):
     """average ← average + weight · (p - average)."""
 
     phase = Phase.RULE
-    _stage = Stage("regularizers.averaged", reference.averaged, numbers=2)
+    _stage = Stage("regularizers.averaged", reference.averaged, step_scalars=2)
     weight = 1.0
     updates = 0
 
@@ -31,13 +31,13 @@ class _Averaged(Piece):
         """No state: the average is the parameter."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The weight of what is new, and a dither."""
         # The model counts, and saves it: this pass is made anew after loading.  A weight of 0 holds still.
         return self.weight, dither(self.updates) if self.weight else 0.0
 
 
-class _Rounded(Piece):
+class _Rounded(Component):
     """A narrow copy of the average."""
 
     phase = Phase.AVERAGE
@@ -48,7 +48,7 @@ class _Rounded(Piece):
         return self._stage if group["rounded"] else None
 
 
-class Averaging(Pass):
+class Averaging(MultiTensorOptimizer):
     """Averages, updated all at once.
 
     Args:
@@ -58,7 +58,7 @@ class Averaging(Pass):
 
     def __init__(self, averages: Sequence[Tensor], rounded: Sequence[Tensor | None]) -> None:
         self._averaged = _Averaged()
-        self._assemble((self._averaged, _Rounded()), seed=0)
+        self._set_components((self._averaged, _Rounded()), seed=0)
         # Element by element, it does not matter where a shard lies in the whole.
         own = [local_part(average) for average in averages]
         copies = [None if copy is None else local_part(copy) for copy in rounded]

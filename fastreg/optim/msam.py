@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..engine import layout
-from ..engine.batch import Measurand
-from ..engine.component import Phase, Piece, Work
+from ..engine.batch import NormSpec
+from ..engine.component import Component, Phase, Work
 from ..engine.grad_norm import measured
 from ..engine.stage import Stage
 from ..reference import ascent, rules
@@ -59,7 +59,7 @@ class MSAM(Average):
     phase = Phase.PERTURB
     name = "msam"
     computed = True
-    _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, scalars=("size",))
+    _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, device_scalars=("size",))
 
     def __init__(self, rho: float = 0.3) -> None:
         self.rho = weight_averages.checked("rho", rho, 0)
@@ -67,7 +67,7 @@ class MSAM(Average):
         self._limits: dict[torch.device, Tensor] = {}
         self._loaded = 0.0
 
-    def around(self, rule: Piece, decay_kind: str | None) -> tuple[Piece, Piece]:
+    def around(self, rule: Component, decay_kind: str | None) -> tuple[Component, Component]:
         """The rule that takes the former perturbation out and hands on its momentum, and what descends."""
         return _Rule(rule, self, decay_kind), _Descend()
 
@@ -93,7 +93,7 @@ class MSAM(Average):
         """Always the same."""
         return self._stage
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """The size after this step."""
         return (self._size(device)[1],)
 
@@ -107,7 +107,7 @@ class MSAM(Average):
             if (own := state.pop("msam_size", None)) is not None:  # it was absent: as if it had not been
                 momentum = _momentum(state).to(tensor.dtype)
                 tensor.add_(momentum * (own - self.former(tensor.device)).to(tensor.dtype))
-        result = Measured(*measured(work, self._limit, Measurand(momentum=True)))
+        result = Measured(*measured(work, self._limit, NormSpec(momentum=True)))
         size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
             self._size(device)[1].copy_(size, non_blocking=True)
@@ -151,12 +151,12 @@ def _momentum(state: dict[str, Any]) -> Tensor:
     return layout.local(next(state[name] for name in weight_averages.FIRST_MOMENTS if name in state))
 
 
-class _Rule(Piece):
+class _Rule(Component):
     """An update rule of which MSAM's form is taken."""
 
     phase = Phase.RULE
 
-    def __init__(self, rule: Piece, msam: MSAM, decay_kind: str | None) -> None:
+    def __init__(self, rule: Component, msam: MSAM, decay_kind: str | None) -> None:
         self._rule, self._msam, self._decay_kind = rule, msam, decay_kind
 
     def stage(self, group: dict[str, Any]) -> Stage:
@@ -171,19 +171,19 @@ class _Rule(Piece):
             raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
         twin = _TWINS[stage.reference]
         return replace(
-            stage, kernel=f"rules.{twin.__name__}", reference=twin, scalars=("former",), momentum=True
+            stage, kernel=f"rules.{twin.__name__}", reference=twin, device_scalars=("former",), momentum=True
         )
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Those of the rule."""
-        return self._rule.numbers(group, step)
+        return self._rule.step_scalars(group, step)
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """The size of the perturbation to take out."""
         return (self._msam.former(device),)
 
 
-class _Descend(Piece):
+class _Descend(Component):
     """Takes the update off the weight and leaves the momentum."""
 
     phase = Phase.DESCEND

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose
-from ..engine.batch import Measurand
-from ..engine.component import Phase, Piece, Work
+from ..engine.batch import NormSpec
+from ..engine.component import Component, Phase, Work
 from ..engine.grad_norm import measured
-from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
 from ..engine.rounding import Rounding
 from ..engine.stage import Stage, Storage
 from ..engine.state import BACKUP
@@ -28,7 +28,7 @@ from .msam import TINY
 
 
 class Mode:
-    """What the pass does this time, and to whom: its pieces and itself look here."""
+    """What the pass does this time, and to whom: its components and itself look here."""
 
     restoring = False
     adaptive = False  # any group
@@ -39,8 +39,8 @@ class Mode:
         self.unless = {}
 
 
-class Leaving(Piece):
-    """Base of pieces that perturb."""
+class Leaving(Component):
+    """Base of components that perturb."""
 
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
@@ -54,13 +54,13 @@ class _Adaptive(Leaving):
     """Scales gradients by the weights where a group is `adaptive`."""
 
     phase = Phase.PENALTY
-    _stage = Stage("ascent.adaptive", reference.adaptive, numbers=2)
+    _stage = Stage("ascent.adaptive", reference.adaptive, step_scalars=2)
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
         """In every group or none, so that all share one norm."""
         return self._stage if self._mode.adaptive else None
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Of |p| and of 1."""
         return (1.0, float(group["eta"])) if group["adaptive"] else (0.0, 1.0)
 
@@ -69,9 +69,13 @@ class _Perturb(Leaving):
     """Adds ρ times the direction of the gradients."""
 
     phase = Phase.RULE
-    _plain = Stage("ascent.perturb", reference.perturb, (BACKUP,), scalars=("size",), numbers=1)
+    _plain = Stage("ascent.perturb", reference.perturb, (BACKUP,), device_scalars=("size",), step_scalars=1)
     _adaptive = Stage(
-        "ascent.perturb_adaptive", reference.perturb_adaptive, (BACKUP,), scalars=("size",), numbers=3
+        "ascent.perturb_adaptive",
+        reference.perturb_adaptive,
+        (BACKUP,),
+        device_scalars=("size",),
+        step_scalars=3,
     )
 
     def __init__(self, mode: Mode) -> None:
@@ -84,12 +88,12 @@ class _Perturb(Leaving):
         """Adaptive where any group is."""
         return self._adaptive if self._mode.adaptive else self._plain
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """ρ, behind what scales."""
-        scales = _Adaptive.numbers(self, group, step) if self._mode.adaptive else ()  # type: ignore[arg-type]
+        scales = _Adaptive.step_scalars(self, group, step) if self._mode.adaptive else ()  # type: ignore[arg-type]
         return (*scales, float(group["rho"]))
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """One over the norm; 0 where that is not finite."""
         return (self._size(device),)
 
@@ -97,7 +101,7 @@ class _Perturb(Leaving):
         """One norm over everything."""
         if self._mode.restoring:
             return
-        of = Measurand(stages=int(self._mode.adaptive))
+        of = NormSpec(stages=int(self._mode.adaptive))
         self.result = Measured(*measured(work, self._limit, of))
         size = torch.where(self.result.bad == 0, 1 / (self.result.norm + TINY), 0.0)
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
@@ -130,7 +134,7 @@ class _Rounding(Rounding):
         return not self._mode.restoring
 
 
-class _Restore(Piece):
+class _Restore(Component):
     """Writes the backup to the parameter."""
 
     phase = Phase.DESCEND
@@ -152,7 +156,7 @@ class _Restore(Piece):
         return self._mode.unless.get(device)
 
 
-class Excursion(Pass):
+class Excursion(MultiTensorOptimizer):
     """Base of what perturbs weights, and brings them back bit for bit.
 
     A subclass says by `_leaving` whom it perturbs.
@@ -160,19 +164,19 @@ class Excursion(Pass):
 
     _mode: Mode
 
-    def _equip(self, mode: Mode, leaving: Iterable[Piece], rounding: str, seed: int | None) -> None:
-        """Put the pieces together: those that perturb, and what brings weights back.
+    def _equip(self, mode: Mode, leaving: Iterable[Component], rounding: str, seed: int | None) -> None:
+        """Put the components together: those that perturb, and what brings weights back.
 
         Args:
             mode: What they look at.
-            leaving: The pieces that perturb.
+            leaving: The components that perturb.
             rounding: `"stochastic"` or `"nearest"`, of perturbed 16-bit weights.
             seed: Base of the random numbers.
         """
         self._mode = mode
-        self._assemble((*leaving, _Rounding(rounding, mode), _Restore(mode)), seed)
+        self._set_components((*leaving, _Rounding(rounding, mode), _Restore(mode)), seed)
 
-    _KEPT = (*Pass._KEPT, "_mode")
+    _KEPT = (*MultiTensorOptimizer._KEPT, "_mode")
 
     def climb(self) -> list[Tensor]:
         """Perturb.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..common.random import Purpose, key
 from ..common.validation import checked
 from ..engine.batch import Batch
-from ..engine.component import Phase, Piece, Work, values
+from ..engine.component import Component, Phase, Work, values
 from ..engine.launch import unit_squares
 from ..engine.layout import Shards
 from ..engine.stage import Buffer, Stage
@@ -20,7 +20,7 @@ from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
 
 
-class ClipNorm(Piece):
+class ClipNorm(Component):
     """Global gradient norm clipping: g ← g · min(max_norm / (‖g‖ + 1e-6), 1) over all groups.
 
     The same factor as `torch.nn.utils.clip_grad_norm_`, applied in registers: `.grad` keeps its contents.
@@ -39,7 +39,7 @@ class ClipNorm(Piece):
         Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks".
     """
 
-    phase = Phase.CLIP  # its stage is that of `Measurement`
+    phase = Phase.CLIP  # its stage is that of `GradNorm`
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
         self.max_norm = checked("max_norm", max_norm, 0, above=True, finite=False)
@@ -48,7 +48,7 @@ class ClipNorm(Piece):
         self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
 
 
-class ClipValue(Piece):
+class ClipValue(Component):
     """Clips every element of the gradient: g ← min(max(g, -clip_value), clip_value).
 
     As `torch.nn.utils.clip_grad_value_`, in registers; after `ClipNorm` where both are given.
@@ -64,7 +64,7 @@ class ClipValue(Piece):
     """
 
     phase = Phase.CLIP
-    _stage = Stage("regularizers.clip_value", reference.clip_value, numbers=2)
+    _stage = Stage("regularizers.clip_value", reference.clip_value, step_scalars=2)
 
     def __init__(self, clip_value: float) -> None:
         self.clip_value = checked("clip_value", clip_value, 0)
@@ -73,12 +73,12 @@ class ClipValue(Piece):
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Both limits."""
         return self.clip_value, -self.clip_value
 
 
-class AdaptiveClip(Piece):
+class AdaptiveClip(Component):
     """Adaptive gradient clipping: no unit's gradient is larger than a share of its weights.
 
     g ← g · min(clipping · max(‖p‖, eps) / ‖g‖, 1) for every unit: a row of a matrix, an output channel of a
@@ -123,7 +123,7 @@ class AdaptiveClip(Piece):
     @staticmethod
     def _whole(squares: Tensor, batch: Batch, shards: Shards) -> None:
         """Vectors are one unit, whose parts lie in all shards; rows lie in one."""
-        counts = [place.number for place in batch.places]
+        counts = [place.count for place in batch.places]
         starts = [sum(counts[:i]) for i, p in enumerate(batch.parameters) if p.dim() < 2]
         if starts:
             index = torch.tensor(starts, device=squares.device)
@@ -132,7 +132,7 @@ class AdaptiveClip(Piece):
             squares[index] = parts
 
 
-class GradientNoise(Piece):
+class GradientNoise(Component):
     """Adds Gaussian noise to the gradient after clipping: g ← g + σ · N(0, 1).
 
     σ is `std` at first, and falls where `gamma` is given: σ² = std² / (1 + t)^γ after t steps.  With
@@ -156,10 +156,12 @@ class GradientNoise(Piece):
     """
 
     phase = Phase.NOISE
-    _absolute = Stage("regularizers.gradient_noise", reference.gradient_noise, words=("key",), numbers=1)
+    _absolute = Stage(
+        "regularizers.gradient_noise", reference.gradient_noise, rng_keys=("key",), step_scalars=1
+    )
     _relative = Stage(
         "regularizers.relative_noise", reference.relative_noise,
-        scalars=("size",), words=("key",), numbers=1,
+        device_scalars=("size",), rng_keys=("key",), step_scalars=1,
     )  # fmt: skip
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
@@ -176,15 +178,15 @@ class GradientNoise(Piece):
         """Relative noise reads its size from the device."""
         return self._relative if self.relative else self._absolute
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The standard deviation."""
         return (self.std * step ** (-self.gamma / 2),)
 
-    def words(self, seed: int) -> tuple[int, ...]:
+    def rng_keys(self, seed: int) -> tuple[int, ...]:
         """The key."""
         return (key(seed, Purpose.GRADIENT_NOISE),)
 
-    def scalars(self, device: torch.device) -> tuple[Tensor, ...]:
+    def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """‖g‖ / √n of relative noise."""
         return (self._size(device),) if self.relative else ()
 
@@ -204,7 +206,7 @@ class GradientNoise(Piece):
         return {**vars(self), "_sizes": {}}
 
 
-class L2SP(Piece):
+class L2SP(Component):
     """Pulls weights towards where they started, or towards given weights: g ← g + strength · (p - p₀).
 
     For fine-tuning: forgets less of what was learned before than decay towards zero does.  The starting
@@ -225,7 +227,10 @@ class L2SP(Piece):
 
     phase = Phase.PENALTY
     _stage = Stage(
-        "regularizers.l2_sp", reference.l2_sp, (Buffer("l2_sp_start", "parameter", "parameter"),), numbers=1
+        "regularizers.l2_sp",
+        reference.l2_sp,
+        (Buffer("l2_sp_start", "parameter", "parameter"),),
+        step_scalars=1,
     )
 
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
@@ -236,7 +241,7 @@ class L2SP(Piece):
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The strength."""
         return (self.strength,)
 
@@ -257,7 +262,7 @@ class L2SP(Piece):
         return self._towards[index]
 
 
-class L1(Piece):
+class L1(Component):
     """Drives weights to exact zeros: p ← sign(p) · max(|p| - lr · strength, 0) after the update.
 
     The proximal step of the penalty strength · ‖p‖₁, beside the update like decoupled weight decay.
@@ -274,7 +279,7 @@ class L1(Piece):
     """
 
     phase = Phase.PROXIMAL
-    _stage = Stage("regularizers.l1", reference.l1, numbers=1)
+    _stage = Stage("regularizers.l1", reference.l1, step_scalars=1)
 
     def __init__(self, strength: float) -> None:
         self.strength = checked("strength", strength, 0)
@@ -283,7 +288,7 @@ class L1(Piece):
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The threshold."""
         (lr,) = values(group, step, "lr")
         return (lr * self.strength,)

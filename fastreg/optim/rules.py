@@ -1,4 +1,4 @@
-"""Update rules as pieces, and what every chain ends its update with."""
+"""Update rules as components, and what every chain ends its update with."""
 
 from __future__ import annotations
 
@@ -6,40 +6,44 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.component import Phase, Piece, betas, values
+from ..engine.component import Component, Phase, betas, values
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference_regularizers
 from ..reference import rules as reference
 
 
-class Adam(Piece):
+class Adam(Component):
     """Adam's update with bias correction; reads `lr`, `betas`, `eps` and `amsgrad` of the group."""
 
     phase = Phase.RULE
     _moments = Buffer("exp_avg"), Buffer("exp_avg_sq")
-    _plain = Stage("rules.adam", reference.adam, _moments, numbers=6)
+    _plain = Stage("rules.adam", reference.adam, _moments, step_scalars=6)
     _amsgrad = Stage(
-        "rules.adam_amsgrad", reference.adam_amsgrad, (*_moments, Buffer("max_exp_avg_sq")), numbers=6
+        "rules.adam_amsgrad", reference.adam_amsgrad, (*_moments, Buffer("max_exp_avg_sq")), step_scalars=6
     )
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """With one more buffer for AMSGrad."""
         return self._amsgrad if group.get("amsgrad") else self._plain
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
         beta1, beta2 = betas(group, step)
         lr, eps = values(group, step, "lr", "eps")
         return 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
 
 
-class SGD(Piece):
+class SGD(Component):
     """Gradient descent; reads `lr`, `momentum`, `dampening` and `nesterov` of the group."""
 
     phase = Phase.RULE
-    _plain = Stage("rules.sgd", reference.sgd, numbers=1)
-    _momentum = Stage("rules.sgd_momentum", reference.sgd_momentum, (Buffer("momentum_buffer"),), numbers=3)
-    _nesterov = Stage("rules.sgd_nesterov", reference.sgd_nesterov, (Buffer("momentum_buffer"),), numbers=4)
+    _plain = Stage("rules.sgd", reference.sgd, step_scalars=1)
+    _momentum = Stage(
+        "rules.sgd_momentum", reference.sgd_momentum, (Buffer("momentum_buffer"),), step_scalars=3
+    )
+    _nesterov = Stage(
+        "rules.sgd_nesterov", reference.sgd_nesterov, (Buffer("momentum_buffer"),), step_scalars=4
+    )
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Without momentum there is no buffer."""
@@ -47,7 +51,7 @@ class SGD(Piece):
             return self._plain
         return self._nesterov if group["nesterov"] else self._momentum
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """lr; with momentum: momentum, 1 - dampening, lr; with Nesterov's also lr · momentum."""
         lr, momentum, dampening = values(group, step, "lr", "momentum", "dampening")
         if not group["momentum"]:
@@ -58,23 +62,23 @@ class SGD(Piece):
         return (keep, take, lr, lr * momentum) if group["nesterov"] else (keep, take, lr)
 
 
-class Lion(Piece):
+class Lion(Component):
     """The sign of an interpolated momentum; reads `lr` and `betas` of the group."""
 
     phase = Phase.RULE
-    _stage = Stage("rules.lion", reference.lion, (Buffer("exp_avg"),), numbers=5)
+    _stage = Stage("rules.lion", reference.lion, (Buffer("exp_avg"),), step_scalars=5)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """beta1, 1 - beta1, beta2, 1 - beta2, lr."""
         beta1, beta2 = betas(group, step)
         return beta1, 1 - beta1, beta2, 1 - beta2, *values(group, step, "lr")
 
 
-class Maximize(Piece):
+class Maximize(Component):
     """Turns the gradient around where the group says `maximize`."""
 
     phase = Phase.CLIP
@@ -85,7 +89,7 @@ class Maximize(Piece):
         return self._stage if group.get("maximize") else None
 
 
-class Descend(Piece):
+class Descend(Component):
     """Takes the update off the weight; every optimizer has it."""
 
     phase = Phase.DESCEND

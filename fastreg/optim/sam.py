@@ -21,7 +21,7 @@ from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.state import BACKUP
 from . import weight_averages
-from .fused_optimizer import Engine
+from .fused_optimizer import FusedOptimizer
 from .perturb import Ascent
 from .wrapper import Wrapper, evaluated, no_gradients
 
@@ -310,7 +310,7 @@ class SAM(Wrapper):
         bad, self._bad = self._bad, None
         self._ascent.param_groups = self.param_groups
         try:
-            if isinstance(self.base_optimizer, Engine):
+            if isinstance(self.base_optimizer, FusedOptimizer):
                 self._step_fused(self.base_optimizer, perturbed, amp.scaling(self, grad_scaler), bad)
             else:
                 self._ascent.restore(perturbed)
@@ -326,7 +326,7 @@ class SAM(Wrapper):
         self._opt_called = True  # what schedulers look for, to warn of steps that are taken too late
 
     def _step_fused(
-        self, base: Engine, perturbed: list[Tensor], scaling: amp.Scaling, bad: Tensor | None
+        self, base: FusedOptimizer, perturbed: list[Tensor], scaling: amp.Scaling, bad: Tensor | None
     ) -> None:
         if bad is not None and scaling.active:
             found = bad if scaling.found_inf is None else torch.maximum(scaling.found_inf.to(bad), bad)

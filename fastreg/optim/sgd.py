@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..common import validation
-from ..engine.component import Piece
-from .fused_optimizer import Engine
+from ..engine.component import Component
+from .fused_optimizer import FusedOptimizer
 from .rules import SGD as Rule
 
 
-class SGD(Engine, torch.optim.SGD):
+class SGD(FusedOptimizer, torch.optim.SGD):
     """Drop-in for `torch.optim.SGD` whose regularizers run in the same pass.
 
     g ← g + λp,  b ← μb + (1-τ)g,  p ← p - lr·b  (Nesterov: p ← p - lr·(g + μb); μ = 0: p ← p - lr·g)
@@ -31,7 +31,7 @@ class SGD(Engine, torch.optim.SGD):
         differentiable: Not supported.
         fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
         decay: As for `Adam`, like all that follow; `"l2"` by default.
-        regularizers: Pieces such as `ClipNorm`, `GradientNoise`, `EMA`.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
         bf16: How 16-bit weights are rounded.
         state_dtype: Of the momentum buffer.
         nonfinite: What to do if a gradient is NaN or infinite.
@@ -48,11 +48,11 @@ class SGD(Engine, torch.optim.SGD):
         self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
         weight_decay: float | Tensor = 0, nesterov: bool = False, *,
         maximize: bool = False, foreach: bool | None = None, differentiable: bool = False,
-        fused: bool | None = None, decay: str | None = None, regularizers: Iterable[Piece] = (),
+        fused: bool | None = None, decay: str | None = None, regularizers: Iterable[Component] = (),
         bf16: str = "stochastic", state_dtype: torch.dtype | None = None, nonfinite: str = "propagate",
         seed: int | None = None,
     ) -> None:  # fmt: skip
-        self._compose(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
+        self._init_components(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
         with validation.told(lr=lr, momentum=momentum, dampening=dampening):
             super().__init__(
                 params, lr, momentum, dampening, weight_decay, nesterov,

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ..common.validation import checked, counted
 from ..engine import layout
-from ..engine.component import Phase, Piece, Work
+from ..engine.component import Component, Phase, Work
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import compute_dtype
 
 if TYPE_CHECKING:
-    from ..engine.multi_tensor_optimizer import Pass
+    from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 
 SHOWN = "averaged"
 TRAINED = "trained_weight"
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
-class Average(Piece):
+class Average(Component):
     """Base of what weights can be evaluated with."""
 
     name: str
@@ -63,7 +63,7 @@ class _Buffered(Average):
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
         self.name, self.start, self.every = name, start, counted("every", every, 1)
         held = (Buffer(name, "compute", "parameter"),)
-        self._stage = Stage("regularizers.average", reference.average, held, numbers=2)
+        self._stage = Stage("regularizers.average", reference.average, held, step_scalars=2)
         self._modules = None if buffers is None else ModuleBuffers(buffers)
 
     def stage(self, group: dict[str, Any]) -> Stage:
@@ -74,7 +74,7 @@ class _Buffered(Average):
         """Every so many steps."""
         return step >= self.start and (step - self.start) % self.every == 0
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The weight of the new parameter, and a dither."""
         if not isinstance(step, Tensor):
             updates = (step - self.start) // self.every
@@ -99,7 +99,7 @@ class _Buffered(Average):
         batch = work.batches[0][0]
         steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
         if isinstance(steps, Tensor) or self.due({}, steps):
-            weight, _ = self.numbers({}, steps)
+            weight, _ = self.step_scalars({}, steps)
             flag = next(iter(flags.values()), None)
             self._modules.update(weight if flag is None else weight * (1 - flag[0]))
 
@@ -277,7 +277,7 @@ class SWA(_Buffered):
 
 
 class SlowWeights(Average):
-    """Lookahead as a piece: every k steps slow ← slow + alpha · (p - slow), p ← slow.
+    """Lookahead as a component: every k steps slow ← slow + alpha · (p - slow), p ← slow.
 
     Slow weights are held in float32 (float64 for float64 parameters); they start as the parameter before its
     first step.  `with optimizer.averaged():` evaluates with them.  `lookahead_k` and `lookahead_alpha` of a
@@ -311,10 +311,13 @@ class SlowWeights(Average):
         self.k, self.alpha = counted("k", k, 1), float(alpha)
         self.pullback_momentum, self.name = pullback_momentum, name
         slow, moment = Buffer(name, "compute", "parameter"), Buffer("slow_momentum", "compute")
-        self._stage = Stage("regularizers.lookahead", reference.lookahead, (slow,), numbers=2)
+        self._stage = Stage("regularizers.lookahead", reference.lookahead, (slow,), step_scalars=2)
         if pullback_momentum == "pullback":
             self._stage = Stage(
-                "regularizers.lookahead_pullback", reference.lookahead_pullback, (slow, moment), numbers=2
+                "regularizers.lookahead_pullback",
+                reference.lookahead_pullback,
+                (slow, moment),
+                step_scalars=2,
             )
 
     def options(self) -> dict[str, Any]:
@@ -329,7 +332,7 @@ class SlowWeights(Average):
         """Every k steps."""
         return step % group["lookahead_k"] == 0
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """alpha, and whether it is time."""
         alpha = float(group["lookahead_alpha"])
         if not isinstance(step, Tensor):
@@ -346,7 +349,7 @@ class SlowWeights(Average):
             if self.name in held:
                 column = _number_column(batch.chain, self._stage)
                 for i, row in enumerate(batch.rows):
-                    alpha, sync = batch.numbers[row][column], batch.numbers[row][column + 1]
+                    alpha, sync = batch.step_scalars[row][column], batch.step_scalars[row][column + 1]
                     if (flag := flags.get(batch.device)) is not None:
                         keep = 1 - flag[0]
                         alpha, sync = alpha * keep, sync * keep
@@ -367,31 +370,31 @@ def _number_column(chain: Any, wanted: Stage) -> int:
     for stage in chain.stages:
         if stage is wanted or stage == wanted:
             break
-        column += stage.numbers
+        column += stage.step_scalars
     return column
 
 
 # Showing ------------------------------------------------------------------------------------------------
 
 
-def all_of(optimizer: Pass) -> list[Average]:
+def all_of(optimizer: MultiTensorOptimizer) -> list[Average]:
     """The averages of an optimizer: those of the weights before Lookahead's, and what is computed last."""
-    found = [piece for piece in optimizer._pieces if isinstance(piece, Average)]
-    return sorted(found, key=lambda piece: (piece.computed, isinstance(piece, SlowWeights)))
+    found = [component for component in optimizer._components if isinstance(component, Average)]
+    return sorted(found, key=lambda component: (component.computed, isinstance(component, SlowWeights)))
 
 
-def first(optimizer: Pass) -> Average | None:
+def first(optimizer: MultiTensorOptimizer) -> Average | None:
     """What `eval()` shows."""
     return next(iter(all_of(optimizer)), None)
 
 
-def find(optimizer: Pass, name: str | None) -> Average:
+def find(optimizer: MultiTensorOptimizer, name: str | None) -> Average:
     """The average of this name, or the first.
 
     Raises:
         ValueError: If there is no such average.
     """
-    found = {piece.name: piece for piece in all_of(optimizer)}
+    found = {component.name: component for component in all_of(optimizer)}
     if not found:
         raise ValueError("averaged() needs an average: pass regularizers=[fastreg.EMA(0.999)]")
     if name is not None and name not in found:
@@ -399,13 +402,13 @@ def find(optimizer: Pass, name: str | None) -> Average:
     return found[next(iter(found)) if name is None else name]
 
 
-def shown(optimizer: Pass) -> str | None:
+def shown(optimizer: MultiTensorOptimizer) -> str | None:
     """The name of the average that parameters hold now."""
     return optimizer.param_groups[0].get(SHOWN) if optimizer.param_groups else None
 
 
 @torch.no_grad()
-def show(optimizer: Pass, average: Average) -> None:
+def show(optimizer: MultiTensorOptimizer, average: Average) -> None:
     """Let parameters hold an average."""
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -428,7 +431,7 @@ def _show(p: Tensor, state: dict[str, Any], average: Average) -> None:
 
 
 @torch.no_grad()
-def hide(optimizer: Pass) -> None:
+def hide(optimizer: MultiTensorOptimizer) -> None:
     """Let parameters hold again what is trained."""
     if (name := shown(optimizer)) is not None:
         find(optimizer, name).hide_buffers()

@@ -28,18 +28,18 @@ class _Noise(Leaving):
     """Adds noise to the weight."""
 
     phase = Phase.RULE
-    _stage = Stage("ascent.noise", reference.noise, (BACKUP,), words=("key",), numbers=2)
+    _stage = Stage("ascent.noise", reference.noise, (BACKUP,), rng_keys=("key",), step_scalars=2)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Of 1 and of |p|."""
         std = checked("std", group["std"], 0)
         return (0.0, std) if group["relative"] else (std, 0.0)
 
-    def words(self, seed: int) -> tuple[int, ...]:
+    def rng_keys(self, seed: int) -> tuple[int, ...]:
         """The key."""
         return (key(seed, Purpose.WEIGHT_NOISE),)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..engine.multi_tensor_optimizer import Pass
-from .fused_optimizer import Engine
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
+from .fused_optimizer import FusedOptimizer
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -25,12 +25,12 @@ class Wrapper(torch.optim.Optimizer):
         torch.optim.Optimizer.__setstate__(self, {"base_optimizer": base_optimizer})
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> FusedOptimizer | None:
         """The fastreg optimizer inside, if that is what is wrapped."""
         inner: Any = self.base_optimizer
         while isinstance(inner, Wrapper):
             inner = inner.base_optimizer
-        return inner if isinstance(inner, Engine) else None
+        return inner if isinstance(inner, FusedOptimizer) else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Wrapper(torch.optim.Optimizer):
     # Checkpoints: one dictionary in torch's form. What the wrapper holds of a parameter stands beside the
     # base optimizer's state of it.
 
-    def _own(self) -> Pass | None:
+    def _own(self) -> MultiTensorOptimizer | None:
         """The pass whose state is the wrapper's own."""
         return None
 
@@ -113,9 +113,9 @@ class Wrapper(torch.optim.Optimizer):
         for index, value in state_dict["state"].items():
             held = value if isinstance(value, dict) else {}
             own_state[index] = {names[name]: held[name] for name in held if name in names}
-            rest = {name: held[name] for name in held if name not in names} if held else value
-            if rest or not own_state[index]:
-                state[index] = rest
+            one_minus_beta = {name: held[name] for name in held if name not in names} if held else value
+            if one_minus_beta or not own_state[index]:
+                state[index] = one_minus_beta
         former = [{key: group[key] for key in self.options()} for group in self.param_groups]
         self.base_optimizer.load_state_dict({**state_dict, "state": state})
         for group, kept in zip(self.param_groups, former, strict=True):  # where the checkpoint knows none
@@ -125,7 +125,7 @@ class Wrapper(torch.optim.Optimizer):
             return
         own.param_groups = self.param_groups
         own.state.clear()
-        own._forget()
+        own._reset_cache()
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(indices, parameters, strict=True):

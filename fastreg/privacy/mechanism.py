@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.fused_optimizer import Engine
+from ..optim.fused_optimizer import FusedOptimizer
 from .noise import Noise, Noising, PrivateNoise
 from .sources import Parameters, Source, reduced
 
@@ -25,8 +25,8 @@ class Mechanism:
 
     def __init__(self, source: Source, noise: Noise, group: Any) -> None:
         self.source, self.noise, self._group = source, noise, group
-        self.piece = PrivateNoise(noise)
-        self._noising = Noising(self.piece)
+        self.component = PrivateNoise(noise)
+        self._noising = Noising(self.component)
         self._shown: dict[Tensor, Tensor] = {}
         self._grad_dtypes: dict[Tensor, torch.dtype | None] = {}
         self.share_key()
@@ -73,12 +73,12 @@ class Mechanism:
 
     @contextlib.contextmanager
     def fused(
-        self, engine: Engine, parameters: Parameters, sums: list[Tensor], std: float, share: float
+        self, engine: FusedOptimizer, parameters: Parameters, sums: list[Tensor], std: float, share: float
     ) -> Iterator[None]:
         """Within the block the engine steps by the noised sums, which are nowhere in memory.
 
         Args:
-            engine: What has the piece.
+            engine: What has the component.
             parameters: Of what.
             sums: As `sums` gives them; used up afterwards, whatever happens.
             std: Standard deviation of the noise.
@@ -86,7 +86,7 @@ class Mechanism:
         """
         engine._gradient_of = dict(zip(parameters, sums, strict=True)).get
         try:
-            with self.piece.armed(std, share, self.noise.advance()):
+            with self.component.armed(std, share, self.noise.advance()):
                 yield
         finally:
             del engine._gradient_of
@@ -106,12 +106,12 @@ class Mechanism:
             share: What noised sums are multiplied by.
         """
         try:
-            with self.piece.armed(std, share, self.noise.advance()):
+            with self.component.armed(std, share, self.noise.advance()):
                 self._noising.over(sums, places)
         finally:
             self.source.used(parameters)
         self._shown = dict(zip(parameters, map(self._show, parameters, sums), strict=True))
-        with self.piece.armed(0.0, 1.0, 0):  # what there is has its noise
+        with self.component.armed(0.0, 1.0, 0):  # what there is has its noise
             yield
 
     def _show(self, p: Tensor, total: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..engine.component import Phase, Piece, Work
-from ..engine.multi_tensor_optimizer import Operands, Pass
+from ..engine.component import Component, Phase, Work
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
@@ -90,7 +90,7 @@ class Noise:
         self.load({name: state[name] for name in ("key", "count") if name in state})
 
 
-class PrivateNoise(Piece):
+class PrivateNoise(Component):
     """Makes a sum of clipped gradients private, and divides it: u ← (u + std · N(0, 1)) · share.
 
     It stands before everything else that is done to a gradient, all of which is then post-processing of a
@@ -105,7 +105,7 @@ class PrivateNoise(Piece):
 
     phase = Phase.PRIVACY
     _stage = Stage(
-        "regularizers.private_noise", reference.private_noise, words=("key",), numbers=4, exact=True
+        "regularizers.private_noise", reference.private_noise, rng_keys=("key",), step_scalars=4, exact=True
     )
 
     def __init__(self, noise: Noise) -> None:
@@ -153,17 +153,17 @@ class PrivateNoise(Piece):
         """Always the same."""
         return self._stage
 
-    def numbers(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Standard deviation, share, and the count in halves that float32 holds exactly."""
         std, share, count = self._armed or (0.0, 1.0, 0)
         return std, share, float(count & 0xFFFF), float(count >> 16)
 
-    def words(self, seed: int) -> tuple[int, ...]:
+    def rng_keys(self, seed: int) -> tuple[int, ...]:
         """The key; the optimizer's seed has no part in it."""
         return (self.noise.key,)
 
 
-class _Replaced(Piece):
+class _Replaced(Component):
     """Writes the gradient where it was."""
 
     phase = Phase.DESCEND
@@ -174,18 +174,18 @@ class _Replaced(Piece):
         return self._stage
 
 
-class Noising(Pass):
+class Noising(MultiTensorOptimizer):
     """The pass that makes sums private in place: 8 bytes a parameter, for optimizers that are not fastreg's.
 
     Args:
-        piece: Which noise.
+        component: Which noise.
     """
 
-    _KEPT = (*Pass._KEPT, "_sums")
+    _KEPT = (*MultiTensorOptimizer._KEPT, "_sums")
 
-    def __init__(self, piece: PrivateNoise) -> None:
+    def __init__(self, component: PrivateNoise) -> None:
         self._sums = Operands([], [], [], [])
-        self._assemble((piece, _Replaced()), seed=0)
+        self._set_components((component, _Replaced()), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": [{"params": []}]})
 
     def over(self, sums: list[Tensor], streams: list[int]) -> None:
@@ -201,7 +201,7 @@ class Noising(Pass):
         finally:  # the sums of the next step are other tensors
             self._sums = Operands([], [], [], [])
             self.state.clear()
-            self._forget()
+            self._reset_cache()
 
     def _operands(self) -> Operands:
         return self._sums

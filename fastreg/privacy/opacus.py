@@ -117,7 +117,7 @@ class DPOptimizer(own.DPOptimizer, Stock):
             return False
         with self._release(materialize=True):
             pass
-        self._mechanism.piece.pass_once()
+        self._mechanism.component.pass_once()
         return True
 
     def add_noise(self) -> None:

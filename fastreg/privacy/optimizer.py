@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..common.validation import checked
 from ..optim import AdamW, AdaptiveClip
-from ..optim.fused_optimizer import Engine
+from ..optim.fused_optimizer import FusedOptimizer
 from ..optim.sam import SAM
 from ..optim.wrapper import Wrapper, evaluated
 from .accounting import Accounted, accountant_of, spent
@@ -175,12 +175,12 @@ class DPOptimizer(Wrapper):
         self._mechanism = Mechanism(source, noise, process_group)
         self._guard: Any = None
         if self.engine is not None:
-            self.engine._insert(self._mechanism.piece)
+            self.engine._insert(self._mechanism.component)
         else:
             inner: Any = base
             while isinstance(inner, Wrapper):
                 inner = inner.base_optimizer
-            self._guard = inner.register_step_pre_hook(lambda *_: self._mechanism.piece.check())
+            self._guard = inner.register_step_pre_hook(lambda *_: self._mechanism.component.check())
 
     def _attend(self, model: nn.Module | None, accountant: Any, sample_rate: float | None) -> None:
         if accountant is not None:
@@ -215,7 +215,7 @@ class DPOptimizer(Wrapper):
         if isinstance(self._source, BookKept):
             self._source.engine.detach()
         if self.engine is not None:
-            self.engine._remove(self._mechanism.piece)
+            self.engine._remove(self._mechanism.component)
         if self._guard is not None:
             self._guard.remove()
         return self.base_optimizer
@@ -490,10 +490,10 @@ def _check_base(base: torch.optim.Optimizer) -> None:
                 "samples first, which is another release; use fastreg.MSAM, which needs none of its own"
             )
         inner = inner.base_optimizer
-    if isinstance(inner, Engine):
-        if any(isinstance(piece, PrivateNoise) for piece in inner._pieces):
+    if isinstance(inner, FusedOptimizer):
+        if any(isinstance(component, PrivateNoise) for component in inner._components):
             raise ValueError("the optimizer is inside another DPOptimizer: call its detach() first")
-        if any(isinstance(piece, AdaptiveClip) for piece in inner._pieces):
+        if any(isinstance(component, AdaptiveClip) for component in inner._components):
             raise ValueError(
                 "AdaptiveClip measures gradients before their noise, so that what it scales by is not "
                 "private: leave it out, samples are clipped by max_grad_norm"

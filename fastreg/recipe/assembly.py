@@ -1,4 +1,4 @@
-"""What the sections of a recipe stand for: pieces, groups, schedules and callbacks."""
+"""What the sections of a recipe stand for: components, groups, schedules and callbacks."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def optimizer(recipe: Any, params: Any, lr: float | None, steps: int | None, see
         settings["betas"] = tuple(settings["betas"])
     decay: Any = recipe.weight_decay or {}
     settings |= {"weight_decay": decay.get("rate", 0.0), "decay": decay.get("kind"), "seed": seed}
-    settings["regularizers"] = _pieces(recipe, steps)
+    settings["regularizers"] = _components(recipe, steps)
     if lr is not None:
         settings["lr"] = lr
     if recipe.sam is None:
@@ -123,13 +123,13 @@ def optimizer(recipe: Any, params: Any, lr: float | None, steps: int | None, see
     return _told_where("optimizer or sam", optim.SAM, params, make, **sam, **settings)
 
 
-def _pieces(recipe: Any, steps: int | None) -> list[optim.Piece]:
+def _components(recipe: Any, steps: int | None) -> list[optim.Component]:
     """What goes into the optimizer's pass; of several averages, the first is evaluated."""
     clip: Any = dict(recipe.clip or {})
-    pieces: list[optim.Piece] = []
+    components: list[optim.Component] = []
 
-    def add(where: str, make: Callable[..., optim.Piece], settings: Any, **renamed: Any) -> None:
-        pieces.append(_told_where(where, make, **{**settings, **renamed}))
+    def add(where: str, make: Callable[..., optim.Component], settings: Any, **renamed: Any) -> None:
+        components.append(_told_where(where, make, **{**settings, **renamed}))
 
     if recipe.clip is not None:
         if "value" in clip:
@@ -138,7 +138,7 @@ def _pieces(recipe: Any, steps: int | None) -> list[optim.Piece]:
             add("clip.adaptive", optim.AdaptiveClip, {}, clipping=clip.pop("adaptive"))
         if "norm_type" in clip and "max_norm" not in clip:
             raise ValueError(f"clip: norm_type goes with max_norm, got {recipe.clip!r}")
-        if clip or not pieces:
+        if clip or not components:
             add("clip", optim.ClipNorm, {"max_norm": 1.0, **clip})
     if recipe.gradient_noise is not None:
         add("gradient_noise", optim.GradientNoise, {"std": 1e-3, **recipe.gradient_noise})
@@ -156,7 +156,7 @@ def _pieces(recipe: Any, steps: int | None) -> list[optim.Piece]:
         add("l1", optim.L1, {"strength": 1e-4, **recipe.l1})
     if recipe.l2sp is not None:
         add("l2sp", optim.L2SP, {"strength": 1e-3, **recipe.l2sp})
-    return pieces
+    return components
 
 
 def groups(recipe: Any, model: nn.Module, lr: float | None) -> Any:

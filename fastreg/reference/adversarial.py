@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .norm import SHORT
-from .random import At, laplace, normal, uniform
+from .random import PhiloxPosition, laplace, normal, uniform
 from .step import compute_dtype, scalar_dtype
 
 NOISES = ("uniform", "normal", "laplace")
@@ -30,7 +30,7 @@ def direction(
     NaN has no sign.
     """
     if kind in NOISES:
-        flat, at = like.reshape(-1), At(0, 0, 0, 0)
+        flat, at = like.reshape(-1), PhiloxPosition(0, 0, 0, 0)
         if kind == "uniform":
             drawn = 2 * uniform(seed, at, flat) - 1
         else:

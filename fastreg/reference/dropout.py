@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .random import At, reaches16
+from .random import PhiloxPosition, reaches16
 from .step import compute_dtype
 
 ROUNDS = 7
@@ -21,7 +21,7 @@ LEVELS = 65536
 """Thresholds there are, but for the one that drops everything."""
 
 
-def kept(seed: Tensor | int, thresholds: Tensor, at: At, like: Tensor) -> Tensor:
+def kept(seed: Tensor | int, thresholds: Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
     """Which elements stay: a bool for each of the flat tensor `like`.
 
     Args:
@@ -39,8 +39,8 @@ def scale(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dropout(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | int, thresholds: Tensor, at: At,
-    activation: str, dtype: torch.dtype,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | int, thresholds: Tensor,
+    at: PhiloxPosition, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Bias, activation, dropout and residual, of flat tensors: activation(x + bias) is dropped.
 
@@ -62,8 +62,8 @@ def dropout(
 
 
 def dropout_backward(
-    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, thresholds: Tensor, at: At,
-    activation: str, dtype: torch.dtype,
+    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, thresholds: Tensor,
+    at: PhiloxPosition, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The gradient by x: that of the result times the derivative of the activation, dropped and scaled.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import At, bits16, normal
+from .random import PhiloxPosition, bits16, normal
 from .step import compute_dtype
 
 KINDS = ("additive", "multiplicative", "uniform")
@@ -19,12 +19,12 @@ ROUNDS = 7
 """Of Philox, as for masks: see `dropout`."""
 
 
-def symmetric(seed: Tensor | int, at: At, like: Tensor) -> Tensor:
+def symmetric(seed: Tensor | int, at: PhiloxPosition, like: Tensor) -> Tensor:
     """Uniform in (-1, 1), odd multiples of 2⁻¹⁶, float32, one for every element of the flat tensor `like`."""
     return bits16(seed, at, like, ROUNDS).float() * 2.0**-15 + (2.0**-16 - 1.0)
 
 
-def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: At, kind: str) -> Tensor:
+def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: PhiloxPosition, kind: str) -> Tensor:
     """x with noise; where the scale is 0, x to the bit.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .random import At
+from .random import PhiloxPosition
 from .rules import Result
 
 
@@ -13,11 +13,11 @@ def penalty(tensor: Tensor, absolute: bool) -> Tensor:
     return (tensor.abs() if absolute else tensor.square()).sum()
 
 
-def l2_gradient(p: Tensor, u: Tensor, at: At, scale: Tensor) -> Result:
+def l2_gradient(p: Tensor, u: Tensor, at: PhiloxPosition, scale: Tensor) -> Result:
     """scale · u, where scale is twice what comes from above."""
     return scale * u, u, ()
 
 
-def l1_gradient(p: Tensor, u: Tensor, at: At, scale: Tensor) -> Result:
+def l1_gradient(p: Tensor, u: Tensor, at: PhiloxPosition, scale: Tensor) -> Result:
     """scale · sign(u), 0 at 0 as torch has it."""
     return scale * u.sign(), u, ()

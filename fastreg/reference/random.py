@@ -14,7 +14,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-class At(NamedTuple):
+class PhiloxPosition(NamedTuple):
     """Where a run of elements lies: what its random numbers depend on besides the key."""
 
     first: int | Tensor  # global index of its first element, rounded down to a multiple of 8
@@ -44,7 +44,7 @@ def philox(
 
 
 def words(
-    key: int | Tensor, at: At, count: int, per_call: int, rounds: int, device: torch.device
+    key: int | Tensor, at: PhiloxPosition, count: int, per_call: int, rounds: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Four words for each of the calls that serve `count` elements, `per_call` elements a call."""
     calls = (at.skip + count + per_call - 1) // per_call
@@ -54,24 +54,24 @@ def words(
     return philox(counter, (key & _MASK, (key >> 32) & _MASK), rounds)
 
 
-def _in_order(columns: tuple[Tensor, ...], at: At, count: int) -> Tensor:
+def _in_order(columns: tuple[Tensor, ...], at: PhiloxPosition, count: int) -> Tensor:
     return torch.stack(columns, -1).reshape(-1)[at.skip : at.skip + count]
 
 
-def uniform(key: int | Tensor, at: At, like: Tensor) -> Tensor:
+def uniform(key: int | Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
     """Uniform in [0, 1), multiples of 2⁻²⁴, float32, one for every element of the flat tensor `like`."""
     drawn = words(key, at, like.numel(), 4, 10, like.device)
     return _in_order(tuple((word >> 8).float() * 2.0**-24 for word in drawn), at, like.numel())
 
 
-def bits16(key: int | Tensor, at: At, like: Tensor, rounds: int) -> Tensor:
+def bits16(key: int | Tensor, at: PhiloxPosition, like: Tensor, rounds: int) -> Tensor:
     """16 random bits in an int32 for every element of the flat tensor `like`."""
     drawn = words(key, at, like.numel(), 8, rounds, like.device)
     halves = tuple(half.to(torch.int32) for word in drawn for half in (word & 0xFFFF, word >> 16))
     return _in_order(halves, at, like.numel())
 
 
-def reaches16(key: int | Tensor, at: At, like: Tensor, threshold: Tensor, rounds: int) -> Tensor:
+def reaches16(key: int | Tensor, at: PhiloxPosition, like: Tensor, threshold: Tensor, rounds: int) -> Tensor:
     """Whether the 16 random bits of each element of the flat tensor `like` reach a threshold up to 65536."""
     if threshold.dim() or torch.compiler.is_compiling():  # where bits are four times faster
         return bits16(key, at, like, rounds) >= threshold
@@ -129,7 +129,7 @@ def _box_muller(radius: Tensor, extra: Tensor, angle: Tensor) -> tuple[Tensor, T
     return r * _sin_pi(h), r * _sin_pi(g)
 
 
-def normal(key: int | Tensor, at: At, like: Tensor, rounds: int = 10) -> Tensor:
+def normal(key: int | Tensor, at: PhiloxPosition, like: Tensor, rounds: int = 10) -> Tensor:
     """Standard normals, float32, one for every element of the flat tensor `like`; |z| up to 9.42.
 
     Box–Muller (1958): the radius from 64 bits, the angle from 32, both functions from polynomials, so that
@@ -139,7 +139,7 @@ def normal(key: int | Tensor, at: At, like: Tensor, rounds: int = 10) -> Tensor:
     return _in_order((*_box_muller(a, d, b), *_box_muller(c, b, d)), at, like.numel())
 
 
-def laplace(key: int | Tensor, at: At, like: Tensor) -> Tensor:
+def laplace(key: int | Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
     """Of the Laplace distribution with scale 2, float32, one for every element of the flat tensor `like`.
 
     A word is the size, -2 ln(word 2⁻³²), and its last bit, which hardly changes that, the sign.

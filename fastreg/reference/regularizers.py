@@ -5,37 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import At, normal
+from .random import PhiloxPosition, normal
 from .rules import Result
 
 
-def negate(p: Tensor, u: Tensor, at: At) -> Result:
+def negate(p: Tensor, u: Tensor, at: PhiloxPosition) -> Result:
     """u ← -u: what is maximized is descended the other way."""
     return p, -u, ()
 
 
-def scale(p: Tensor, u: Tensor, at: At, factor: Tensor) -> Result:
+def scale(p: Tensor, u: Tensor, at: PhiloxPosition, factor: Tensor) -> Result:
     """u ← factor · u, with factor = min(max_norm / (‖g‖ + 1e-6), 1)  (Pascanu et al. 2013), unscaled."""
     return p, u * factor, ()
 
 
-def clip_value(p: Tensor, u: Tensor, at: At, high: Tensor, low: Tensor) -> Result:
+def clip_value(p: Tensor, u: Tensor, at: PhiloxPosition, high: Tensor, low: Tensor) -> Result:
     """u ← min(max(u, low), high)  (Mikolov 2012)."""
     return p, torch.maximum(torch.minimum(u, high), low), ()
 
 
-def gradient_noise(p: Tensor, u: Tensor, at: At, key: Tensor, std: Tensor) -> Result:
+def gradient_noise(p: Tensor, u: Tensor, at: PhiloxPosition, key: Tensor, std: Tensor) -> Result:
     """u ← u + std · N(0, 1)  (Neelakantan et al. 2015)."""
     return p, u + std * normal(key, at, u), ()
 
 
-def relative_noise(p: Tensor, u: Tensor, at: At, size: Tensor, key: Tensor, std: Tensor) -> Result:
+def relative_noise(
+    p: Tensor, u: Tensor, at: PhiloxPosition, size: Tensor, key: Tensor, std: Tensor
+) -> Result:
     """u ← u + std · size · N(0, 1), where size follows the gradient's norm."""
     return p, u + std * (size * normal(key, at, u)), ()
 
 
 def private_noise(
-    p: Tensor, u: Tensor, at: At, key: Tensor, std: Tensor, share: Tensor, low: Tensor, high: Tensor
+    p: Tensor,
+    u: Tensor,
+    at: PhiloxPosition,
+    key: Tensor,
+    std: Tensor,
+    share: Tensor,
+    low: Tensor,
+    high: Tensor,
 ) -> Result:
     """u ← (u + std · N(0, 1)) · share: the sum of clipped gradients made private  (Abadi et al. 2016).
 
@@ -43,35 +52,35 @@ def private_noise(
     which float32 holds exactly.
     """
     count = (high.long() << 16) | low.long()
-    return p, (u + std * normal(key, At(at.first, at.skip, at.stream, count), u)) * share, ()
+    return p, (u + std * normal(key, PhiloxPosition(at.first, at.skip, at.stream, count), u)) * share, ()
 
 
-def replaced(p: Tensor, u: Tensor, at: At) -> Result:
+def replaced(p: Tensor, u: Tensor, at: PhiloxPosition) -> Result:
     """p ← u: where the gradient itself is what is written."""
     return u, u, ()
 
 
-def l2_decay(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
+def l2_decay(p: Tensor, u: Tensor, at: PhiloxPosition, rate: Tensor) -> Result:
     """u ← u + rate · p before the update rule, the gradient of rate/2 · ‖p‖²."""
     return p, u + rate * p, ()
 
 
-def l2_sp(p: Tensor, u: Tensor, at: At, start: Tensor, rate: Tensor) -> Result:
+def l2_sp(p: Tensor, u: Tensor, at: PhiloxPosition, start: Tensor, rate: Tensor) -> Result:
     """u ← u + rate · (p - start), the gradient of rate/2 · ‖p - start‖²  (Li et al. 2018)."""
     return p, u + rate * (p - start), ()
 
 
-def decoupled_decay(p: Tensor, u: Tensor, at: At, keep: Tensor) -> Result:
+def decoupled_decay(p: Tensor, u: Tensor, at: PhiloxPosition, keep: Tensor) -> Result:
     """p ← keep · p beside the update, with keep = 1 - lr · λ  (Loshchilov & Hutter 2019)."""
     return p * keep, u, ()
 
 
-def cautious_decay(p: Tensor, u: Tensor, at: At, keep: Tensor) -> Result:
+def cautious_decay(p: Tensor, u: Tensor, at: PhiloxPosition, keep: Tensor) -> Result:
     """p ← keep · p where the update shrinks p as well, u · p ≥ 0  (Chen et al. 2025)."""
     return torch.where(u * p >= 0, p * keep, p), u, ()
 
 
-def l1(p: Tensor, u: Tensor, at: At, rate: Tensor) -> Result:
+def l1(p: Tensor, u: Tensor, at: PhiloxPosition, rate: Tensor) -> Result:
     """p ← sign(p) · max(|p| - rate, 0) after the update  (soft thresholding, Daubechies et al. 2004)."""
     shrunk = torch.clamp(p.abs() - rate, min=0.0)
     return torch.where(p < 0, -shrunk, shrunk), u, ()
@@ -91,29 +100,31 @@ def approach(average: Tensor, p: Tensor, weight: Tensor, dither: Tensor) -> Tens
     return torch.where(weight < 1, average + step, p)
 
 
-def average(p: Tensor, u: Tensor, at: At, average: Tensor, weight: Tensor, dither: Tensor) -> Result:
+def average(
+    p: Tensor, u: Tensor, at: PhiloxPosition, average: Tensor, weight: Tensor, dither: Tensor
+) -> Result:
     """average ← `approach` p  (Polyak & Juditsky 1992)."""
     return p, u, (approach(average, p, weight, dither),)
 
 
-def averaged(p: Tensor, u: Tensor, at: At, weight: Tensor, dither: Tensor) -> Result:
+def averaged(p: Tensor, u: Tensor, at: PhiloxPosition, weight: Tensor, dither: Tensor) -> Result:
     """p ← `approach` u: `average` where the average itself is the parameter."""
     return approach(p, u, weight, dither), u, ()
 
 
-def rounded(p: Tensor, u: Tensor, at: At, rounded: Tensor) -> Result:
+def rounded(p: Tensor, u: Tensor, at: PhiloxPosition, rounded: Tensor) -> Result:
     """rounded ← p, in the dtype of its buffer."""
     return p, u, (p,)
 
 
-def lookahead(p: Tensor, u: Tensor, at: At, slow: Tensor, alpha: Tensor, sync: Tensor) -> Result:
+def lookahead(p: Tensor, u: Tensor, at: PhiloxPosition, slow: Tensor, alpha: Tensor, sync: Tensor) -> Result:
     """slow ← slow + alpha · (p - slow), p ← slow  (Zhang et al. 2019); where sync is 0, p stays."""
     slow = slow + alpha * (p - slow)
     return torch.where(sync != 0, slow, p), u, (slow,)
 
 
 def lookahead_pullback(
-    p: Tensor, u: Tensor, at: At, slow: Tensor, slow_momentum: Tensor, alpha: Tensor, sync: Tensor
+    p: Tensor, u: Tensor, at: PhiloxPosition, slow: Tensor, slow_momentum: Tensor, alpha: Tensor, sync: Tensor
 ) -> Result:
     """As `lookahead`; the slow momentum is for what follows the step."""
     return lookahead(p, u, at, slow, alpha, sync)

@@ -5,68 +5,74 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import At, sqrt
+from .random import PhiloxPosition, sqrt
 
 Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 WithMomentum = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def adam(
-    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor,
-    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor,
+    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
     """u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015).
 
     With m ← m + (1-β₁)(u - m) and v ← β₂v + (1-β₂)u² before.
     """
-    exp_avg = exp_avg + rest1 * (u - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+    exp_avg = exp_avg + one_minus_beta1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     return p, size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 def adam_amsgrad(
-    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
-    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
+    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
     """As `adam`, with the largest v so far in place of v  (Reddi et al. 2018)."""
-    exp_avg = exp_avg + rest1 * (u - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+    exp_avg = exp_avg + one_minus_beta1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     u = size * (exp_avg / (scale * sqrt(max_exp_avg_sq) + eps))
     return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
-def sgd(p: Tensor, u: Tensor, at: At, lr: Tensor) -> Result:
+def sgd(p: Tensor, u: Tensor, at: PhiloxPosition, lr: Tensor) -> Result:
     """u ← lr · u."""
     return p, lr * u, ()
 
 
 def sgd_momentum(
-    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, momentum: Tensor, rest: Tensor, lr: Tensor
+    p: Tensor,
+    u: Tensor,
+    at: PhiloxPosition,
+    momentum_buffer: Tensor,
+    momentum: Tensor,
+    one_minus_beta: Tensor,
+    lr: Tensor,
 ) -> Result:
     """b ← μb + (1-τ)u, u ← lr · b  (Polyak 1964)."""
-    momentum_buffer = momentum * momentum_buffer + rest * u
+    momentum_buffer = momentum * momentum_buffer + one_minus_beta * u
     return p, lr * momentum_buffer, (momentum_buffer,)
 
 
 def sgd_nesterov(
-    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor,
-    momentum: Tensor, rest: Tensor, lr: Tensor, lr_momentum: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, momentum_buffer: Tensor,
+    momentum: Tensor, one_minus_beta: Tensor, lr: Tensor, lr_momentum: Tensor,
 ) -> Result:  # fmt: skip
     """b ← μb + (1-τ)u, u ← lr · u + lr · μ · b  (Sutskever et al. 2013)."""
-    momentum_buffer = momentum * momentum_buffer + rest * u
+    momentum_buffer = momentum * momentum_buffer + one_minus_beta * u
     return p, lr * u + lr_momentum * momentum_buffer, (momentum_buffer,)
 
 
 def lion(
-    p: Tensor, u: Tensor, at: At, exp_avg: Tensor,
-    beta1: Tensor, rest1: Tensor, beta2: Tensor, rest2: Tensor, lr: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor,
+    beta1: Tensor, one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, lr: Tensor,
 ) -> Result:  # fmt: skip
     """u ← lr · sign(β₁m + (1-β₁)u), m ← β₂m + (1-β₂)u with the gradient u  (Chen et al. 2023)."""
-    return p, lr * (beta1 * exp_avg + rest1 * u).sign(), (beta2 * exp_avg + rest2 * u,)
+    return p, lr * (beta1 * exp_avg + one_minus_beta1 * u).sign(), (beta2 * exp_avg + one_minus_beta2 * u,)
 
 
-def descend(p: Tensor, u: Tensor, at: At) -> Result:
+def descend(p: Tensor, u: Tensor, at: PhiloxPosition) -> Result:
     """p ← p - u."""
     return p - u, u, ()
 
@@ -76,47 +82,61 @@ def descend(p: Tensor, u: Tensor, at: At) -> Result:
 
 
 def sgd_momentum_msam(
-    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, former: Tensor, momentum: Tensor, rest: Tensor,
-    lr: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, momentum_buffer: Tensor, former: Tensor, momentum: Tensor,
+    one_minus_beta: Tensor, lr: Tensor,
 ) -> WithMomentum:  # fmt: skip
     """p ← p + former · b, then `sgd_momentum`."""
     p = p + former * momentum_buffer
-    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr)
+    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, one_minus_beta, lr)
     return p, (u, state[0]), state
 
 
 def sgd_nesterov_msam(
-    p: Tensor, u: Tensor, at: At, momentum_buffer: Tensor, former: Tensor,
-    momentum: Tensor, rest: Tensor, lr: Tensor, lr_momentum: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, momentum_buffer: Tensor, former: Tensor,
+    momentum: Tensor, one_minus_beta: Tensor, lr: Tensor, lr_momentum: Tensor,
 ) -> WithMomentum:  # fmt: skip
     """p ← p + former · b, then `sgd_nesterov`."""
     p = p + former * momentum_buffer
-    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum)
+    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_momentum)
     return p, (u, state[0]), state
 
 
 def adam_msam(
-    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, former: Tensor,
-    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, former: Tensor,
+    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
 ) -> WithMomentum:  # fmt: skip
     """p ← p + former · m, then `adam`."""
     p = p + former * exp_avg
-    p, u, state = adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps)
-    return p, (u, state[0]), state
-
-
-def adam_amsgrad_msam(
-    p: Tensor, u: Tensor, at: At, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, former: Tensor,
-    rest1: Tensor, beta2: Tensor, rest2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
-) -> WithMomentum:  # fmt: skip
-    """p ← p + former · m, then `adam_amsgrad`."""
-    p = p + former * exp_avg
-    p, u, state = adam_amsgrad(
-        p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps
+    p, u, state = adam(
+        p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
     )
     return p, (u, state[0]), state
 
 
-def descend_msam(p: Tensor, u: tuple[Tensor, Tensor], at: At) -> Result:
+def adam_amsgrad_msam(
+    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
+    former: Tensor, one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor,
+    scale: Tensor, eps: Tensor,
+) -> WithMomentum:  # fmt: skip
+    """p ← p + former · m, then `adam_amsgrad`."""
+    p = p + former * exp_avg
+    p, u, state = adam_amsgrad(
+        p,
+        u,
+        at,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        size,
+        scale,
+        eps,
+    )
+    return p, (u, state[0]), state
+
+
+def descend_msam(p: Tensor, u: tuple[Tensor, Tensor], at: PhiloxPosition) -> Result:
     """p ← p - update; from here on u is the momentum."""
     return p - u[0], u[1], ()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .random import At
+from .random import PhiloxPosition
 
 CHUNK = 2**20
 """Elements worked on at a time on a CPU: larger temporaries page-fault at every step (2.8 against 1.9 times
@@ -17,7 +17,8 @@ torch's speed with noise, 124 M parameters)."""
 
 def step(
     chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor], units: Sequence[Tensor],
-    scalars: Sequence[Tensor], words: Sequence[Tensor], numbers: Sequence[Tensor], at: At,
+    device_scalars: Sequence[Tensor], rng_keys: Sequence[Tensor], step_scalars: Sequence[Tensor],
+    at: PhiloxPosition,
 ) -> None:  # fmt: skip
     """Apply the stages of a `fastreg.engine.stage.Chain` in order; write parameter and buffers in place.
 
@@ -27,23 +28,25 @@ def step(
         gradient: `[n]`, read only.
         buffers: `[n]` each, those of the stages in order, then those of the storage.
         units: `[n]` each in compute precision, for every element the value of its unit.
-        scalars: 0-d each in compute precision, device scalars of the stages in order.
-        words: 0-d int64 each, integers of the stages in order, then those of the storage.
-        numbers: 0-d each in compute precision, those of the stages in order.
+        device_scalars: 0-d each in compute precision, device scalars of the stages in order.
+        rng_keys: 0-d int64 each, integers of the stages in order, then those of the storage.
+        step_scalars: 0-d each in compute precision, those of the stages in order.
         at: Where the elements lie, for random numbers.
     """
     stages = len(chain.stages)
-    p, _ = run_stages(stages, True, chain, parameter, gradient, buffers, units, scalars, words, numbers, at)
+    p, _ = run_stages(
+        stages, True, chain, parameter, gradient, buffers, units, device_scalars, rng_keys, step_scalars, at
+    )
     storage, place = chain.storage, _place(chain, parameter, buffers)
-    own = words[len(words) - len(storage.words) :] if storage.words else ()
+    own = rng_keys[len(rng_keys) - len(storage.rng_keys) :] if storage.rng_keys else ()
     for name, value in zip(storage.targets, storage.write(p, at, *own), strict=True):
         place[name].copy_(value)
 
 
 def run_stages(
     stages: int, store: bool, chain: Any, parameter: Tensor, gradient: Tensor, buffers: Sequence[Tensor],
-    units: Sequence[Tensor], scalars: Sequence[Tensor], words: Sequence[Tensor], numbers: Sequence[Tensor],
-    at: At,
+    units: Sequence[Tensor], device_scalars: Sequence[Tensor], rng_keys: Sequence[Tensor],
+    step_scalars: Sequence[Tensor], at: PhiloxPosition,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Weight and update after so many `stages` of a chain, whose buffers are written if `store`.
 
@@ -59,16 +62,21 @@ def run_stages(
         arguments = (
             *(buffer.to(compute) for buffer in own),
             *units[k : k + len(stage.units)],
-            *scalars[s : s + len(stage.scalars)],
-            *words[w : w + len(stage.words)],
-            *numbers[n : n + stage.numbers],
+            *device_scalars[s : s + len(stage.device_scalars)],
+            *rng_keys[w : w + len(stage.rng_keys)],
+            *step_scalars[n : n + stage.step_scalars],
         )
         p, u, new = stage.reference(p, u, at, *arguments)
         if store:
             for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
                 buffer.copy_(value)
         k += len(stage.units)
-        b, s, w, n = b + len(own), s + len(stage.scalars), w + len(stage.words), n + stage.numbers
+        b, s, w, n = (
+            b + len(own),
+            s + len(stage.device_scalars),
+            w + len(stage.rng_keys),
+            n + stage.step_scalars,
+        )
     return p, u
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .random import At, bits16
+from .random import PhiloxPosition, bits16
 
 
 def read_plain(source: Tensor) -> Tensor:
@@ -18,12 +18,12 @@ def read_plain(source: Tensor) -> Tensor:
     return source
 
 
-def write_plain(weight: Tensor, at: At) -> tuple[Tensor]:
+def write_plain(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor]:
     """The parameter gets the weight, rounded to nearest."""
     return (weight,)
 
 
-def write_bfloat16(weight: Tensor, at: At, key: Tensor) -> tuple[Tensor]:
+def write_bfloat16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tensor]:
     """The parameter gets the weight, rounded at random: the nearer of two neighbours is the more likely.
 
     Adding 16 random bits to the 16 that are cut off carries into the rest in just that share of cases.
@@ -32,7 +32,7 @@ def write_bfloat16(weight: Tensor, at: At, key: Tensor) -> tuple[Tensor]:
     return ((bits & -0x10000).view(torch.float32),)  # which a bfloat16 holds exactly
 
 
-def write_float16(weight: Tensor, at: At, key: Tensor) -> tuple[Tensor]:
+def write_float16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tensor]:
     """The parameter gets the weight, rounded at random.
 
     Times 2⁻¹¹², a float32 has the bits of the float16 with 13 more behind them, subnormal ones included.
@@ -47,7 +47,7 @@ def read_split(high: Tensor, low: Tensor) -> Tensor:
     return _from32((_wide(high.view(torch.int16)) << 16) + low).view(torch.float32)
 
 
-def write_split(weight: Tensor, at: At) -> tuple[Tensor, Tensor]:
+def write_split(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor, Tensor]:
     """The nearest bfloat16 (ties away from zero), and the lower 16 bits as an int16."""
     bits = _bits(weight).where(weight == weight, 0x7FC00000)
     return _from16(bits + 0x8000 >> 16).view(torch.bfloat16), _from16(bits & 0xFFFF)

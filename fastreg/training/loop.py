@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..common.batch_norm import moved
 from ..optim import weight_averages
-from ..optim.fused_optimizer import Engine
+from ..optim.fused_optimizer import FusedOptimizer
 from .batches import Loss, batch_loss, samples, tokens
 
 
@@ -332,7 +332,9 @@ class _Loop:
     @torch.no_grad()
     def _validate(self, batches: Iterable[Any]) -> float:
         total, count = torch.zeros((), dtype=torch.float64), 0
-        averaged = isinstance(self.optimizer, Engine) and weight_averages.first(self.optimizer) is not None
+        averaged = (
+            isinstance(self.optimizer, FusedOptimizer) and weight_averages.first(self.optimizer) is not None
+        )
         with self.optimizer.averaged() if averaged else contextlib.nullcontext():
             self.model.eval()
             for batch in batches:

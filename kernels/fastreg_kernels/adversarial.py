@@ -8,7 +8,7 @@ sample has before and behind them is done 16 elements at a time.
 import triton
 import triton.language as tl
 
-from .random import At, laplace, normal, uniform
+from .random import PhiloxPosition, laplace, normal, uniform
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def direction(
     """What a sample moves along, of the KIND that `reference.direction` tells."""
     if gradient is None:
         like = tl.zeros(offsets.shape, COMPUTE)
-        return noise(key, At(s, 0, 0, VECTOR), like, KIND).to(COMPUTE)
+        return noise(key, PhiloxPosition(s, 0, 0, VECTOR), like, KIND).to(COMPUTE)
     else:
         g = tl.load(gradient + offsets, mask=inside, other=0).to(COMPUTE)
         if KIND == "sign":
@@ -156,7 +156,7 @@ def adversarial_step_kernel(
     lower, upper                            the bounds: none, a scalar, or a table, where element i of a
                                             sample has that at i / spatial % channels
     """
-    row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
+    row, first, begin, stop, wide, one_minus_beta = run_of(inner, blocks, BLOCK)
     own = numbers + row * row_numbers
     radius, size, keep = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     key, peak = 0, 0
@@ -167,14 +167,14 @@ def adversarial_step_kernel(
     low, high = 0.0, 0.0
     if BOUNDS == "scalar":
         low, high = tl.load(lower).to(COMPUTE), tl.load(upper).to(COMPUTE)
-    for s in range(wide, rest, CHUNK):
+    for s in range(wide, one_minus_beta, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         step_block(
             x, gradient, clean, out, master, lower, upper, low, high, key, radius, size, keep, peak, spatial,
-            channels, first, s, offsets, offsets < rest, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
+            channels, first, s, offsets, offsets < one_minus_beta, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
         )  # fmt: skip
     for end in range(2):
-        s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
+        s = tl.where(end == 0, wide - 16, tl.maximum(wide, one_minus_beta))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
         step_block(
@@ -209,22 +209,22 @@ def adversarial_norm_kernel(
 
     partial   float64[samples, blocks]
     """
-    row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
+    row, first, begin, stop, wide, one_minus_beta = run_of(inner, blocks, BLOCK)
     key, size = 0, 0.0
     if seed is not None:
         key = tl.load(seed)
     if clean is not None:
         size = tl.load(numbers + row * row_numbers + 1)
     total = tl.zeros([CHUNK], COMPUTE)
-    for s in range(wide, rest, CHUNK):
+    for s in range(wide, one_minus_beta, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
-        inside = offsets < rest
+        inside = offsets < one_minus_beta
         total += size_block(
             x, gradient, clean, key, size, first, s, offsets, inside, KIND, SQUARES, COMPUTE, VECTOR
         )
     ends = tl.zeros([16], COMPUTE)
     for end in range(2):
-        s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
+        s = tl.where(end == 0, wide - 16, tl.maximum(wide, one_minus_beta))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
         ends += size_block(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, backpropagate
-from .random import At, reaches16
+from .random import PhiloxPosition, reaches16
 
 
 class Mask(NamedTuple):
@@ -76,7 +76,7 @@ def drop(
     else:
         threshold = mask.threshold
         scale = mask.scale
-    keep = reaches16(mask.key, At(s, 0, 0, 8), y, threshold.to(tl.uint32), 7)
+    keep = reaches16(mask.key, PhiloxPosition(s, 0, 0, 8), y, threshold.to(tl.uint32), 7)
     if CHANNELS:
         keep = keep & (threshold < 65536)
     return tl.where(keep, y * scale, 0.0)

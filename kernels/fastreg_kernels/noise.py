@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .dropout import within
-from .random import At, bits16, interleave, join4, normal
+from .random import PhiloxPosition, bits16, interleave, join4, normal
 
 
 @triton.jit
@@ -62,9 +62,9 @@ def noise_block(
     if ROWS:
         scale = row_scales(scales, inner, start, s, y, inside, limit, GROUPED, VECTOR, INDEX, COMPUTE)
     if KIND == "uniform":
-        z = symmetric(key, At(s, 0, 0, VECTOR), y).to(COMPUTE)
+        z = symmetric(key, PhiloxPosition(s, 0, 0, VECTOR), y).to(COMPUTE)
     else:
-        z = normal(key, At(s, 0, 0, VECTOR), y, 7).to(COMPUTE)
+        z = normal(key, PhiloxPosition(s, 0, 0, VECTOR), y, 7).to(COMPUTE)
     if KIND == "multiplicative":
         noisy = y * (1 + scale * z)
     else:

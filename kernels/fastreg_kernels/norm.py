@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .random import At
+from .random import PhiloxPosition
 from .step import COUNT, FIRST, ROW, STREAM, any_state, load_row, run_stages
 
 
@@ -45,8 +45,8 @@ def reduced(
 
 @triton.jit(do_not_specialize=["turns"])
 def norm_kernel(
-    table, gradients, steps, numbers, work, partial, turns, stages, storage,
-    G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
+    table, gradients, steps, step_scalars, work, partial, turns, stages, storage,
+    G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, STEP_SCALARS: tl.constexpr,
     RANDOM: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
     LARGEST: tl.constexpr, ABSOLUTE: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def norm_kernel(
     stream = tl.load(header + STREAM).to(tl.uint32)
     number_row = tl.load(header + ROW)
     step = tl.load(steps + number_row).to(tl.uint32)
-    row = load_row(header, numbers + number_row * NUMBERS, stages, storage, COMPUTE)
+    row = load_row(header, step_scalars + number_row * STEP_SCALARS, stages, storage, COMPUTE)
     stop = tl.minimum(tl.load(header + COUNT), start + block)
     aligned = gradient % 16 == 0
     if len(stages) > 0:
@@ -80,22 +80,22 @@ def norm_kernel(
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         u = reduced(
-            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets, offsets < wide,
-            G, COMPUTE, True, MOMENTUM, RANDOM,
+            gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
+            offsets < wide, G, COMPUTE, True, MOMENTUM, RANDOM,
         )  # fmt: skip
         total = gather(total, u, LARGEST, ABSOLUTE)
-    rest = tl.zeros([CHUNK // 2], COMPUTE)
+    one_minus_beta = tl.zeros([CHUNK // 2], COMPUTE)
     lead = 0
     if RANDOM:
         lead = (first + wide) % 8
     for s in range(wide - lead, stop, CHUNK // 2):
         offsets = s + tl.arange(0, CHUNK // 2)
         u = reduced(
-            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets,
+            gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
             (offsets >= wide) & (offsets < stop), G, COMPUTE, False, MOMENTUM, RANDOM,
         )  # fmt: skip
-        rest = gather(rest, u, LARGEST, ABSOLUTE)
-    a, b = combine(total, LARGEST).to(tl.float64), combine(rest, LARGEST).to(tl.float64)
+        one_minus_beta = gather(one_minus_beta, u, LARGEST, ABSOLUTE)
+    a, b = combine(total, LARGEST).to(tl.float64), combine(one_minus_beta, LARGEST).to(tl.float64)
     tl.store(partial + pid, greater(a, b) if LARGEST else a + b)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-class At(NamedTuple):
+class PhiloxPosition(NamedTuple):
     """Where a block lies: what its random numbers depend on besides the key."""
 
     first: Any  # int64, global index of its first element, a multiple of 8

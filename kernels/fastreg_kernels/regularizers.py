@@ -6,7 +6,7 @@ The form of a stage is told in `rules`.
 import triton
 import triton.language as tl
 
-from .random import At, normal
+from .random import PhiloxPosition, normal
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def relative_noise(p, u, at, size, key, std):
 @triton.jit
 def private_noise(p, u, at, key, std, share, low, high):
     count = (high.to(tl.uint32) << 16) | low.to(tl.uint32)
-    z = normal(key, At(at.first, at.stream, count, at.vector), u)
+    z = normal(key, PhiloxPosition(at.first, at.stream, count, at.vector), u)
     return p, (u + std * z) * share, ()
 
 

@@ -11,16 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
-def adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps):
-    exp_avg += rest1 * (u - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+def adam(p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps):
+    exp_avg += one_minus_beta1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     return p, size * (exp_avg / (scale * tl.sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
-def adam_amsgrad(p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps):
-    exp_avg += rest1 * (u - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * (u * u)
+def adam_amsgrad(
+    p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
+):
+    exp_avg += one_minus_beta1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
     u = size * (exp_avg / (scale * tl.sqrt(max_exp_avg_sq) + eps))
     return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
@@ -32,22 +34,22 @@ def sgd(p, u, at, lr):
 
 
 @triton.jit
-def sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr):
-    momentum_buffer = momentum * momentum_buffer + rest * u
+def sgd_momentum(p, u, at, momentum_buffer, momentum, one_minus_beta, lr):
+    momentum_buffer = momentum * momentum_buffer + one_minus_beta * u
     return p, lr * momentum_buffer, (momentum_buffer,)
 
 
 @triton.jit
-def sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum):
-    momentum_buffer = momentum * momentum_buffer + rest * u
+def sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_momentum):
+    momentum_buffer = momentum * momentum_buffer + one_minus_beta * u
     return p, lr * u + lr_momentum * momentum_buffer, (momentum_buffer,)
 
 
 @triton.jit
-def lion(p, u, at, exp_avg, beta1, rest1, beta2, rest2, lr):
-    direction = beta1 * exp_avg + rest1 * u
+def lion(p, u, at, exp_avg, beta1, one_minus_beta1, beta2, one_minus_beta2, lr):
+    direction = beta1 * exp_avg + one_minus_beta1 * u
     sign = (direction > 0).to(p.dtype) - (direction < 0).to(p.dtype)
-    return p, lr * sign, (beta2 * exp_avg + rest2 * u,)
+    return p, lr * sign, (beta2 * exp_avg + one_minus_beta2 * u,)
 
 
 @triton.jit
@@ -59,33 +61,60 @@ def descend(p, u, at):
 
 
 @triton.jit
-def sgd_momentum_msam(p, u, at, momentum_buffer, former, momentum, rest, lr):
+def sgd_momentum_msam(p, u, at, momentum_buffer, former, momentum, one_minus_beta, lr):
     p += former * momentum_buffer
-    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, rest, lr)
+    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, one_minus_beta, lr)
     return p, (u, state[0]), state
 
 
 @triton.jit
-def sgd_nesterov_msam(p, u, at, momentum_buffer, former, momentum, rest, lr, lr_momentum):
+def sgd_nesterov_msam(p, u, at, momentum_buffer, former, momentum, one_minus_beta, lr, lr_momentum):
     p += former * momentum_buffer
-    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, rest, lr, lr_momentum)
+    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_momentum)
     return p, (u, state[0]), state
 
 
 @triton.jit
-def adam_msam(p, u, at, exp_avg, exp_avg_sq, former, rest1, beta2, rest2, size, scale, eps):
+def adam_msam(
+    p, u, at, exp_avg, exp_avg_sq, former, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
+):
     p += former * exp_avg
-    p, u, state = adam(p, u, at, exp_avg, exp_avg_sq, rest1, beta2, rest2, size, scale, eps)
+    p, u, state = adam(
+        p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
+    )
     return p, (u, state[0]), state
 
 
 @triton.jit
 def adam_amsgrad_msam(
-    p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, former, rest1, beta2, rest2, size, scale, eps
+    p,
+    u,
+    at,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    former,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    size,
+    scale,
+    eps,
 ):
     p += former * exp_avg
     p, u, state = adam_amsgrad(
-        p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, rest1, beta2, rest2, size, scale, eps
+        p,
+        u,
+        at,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        size,
+        scale,
+        eps,
     )
     return p, (u, state[0]), state
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .random import At
+from .random import PhiloxPosition
 
 # Columns of the table that every row has; those of the chain follow. Only entry points name them: the key
 # of a kernel in Triton's cache would depend on what was compiled before if a function that it calls did.
@@ -27,14 +27,14 @@ HEADER = tl.constexpr(5)
 
 
 class Stage(NamedTuple):
-    """One piece of the chain, as the kernel sees it."""
+    """One component of the chain, as the kernel sees it."""
 
     fn: Any  # device function (p, u, at, *state, *units, *scalars, *words, *numbers) -> (p, u, new state)
     state: tuple  # table columns: addresses of its buffers
     dtypes: tuple  # and what these hold
-    scalars: tuple  # table columns: addresses of float64 device scalars
-    words: tuple  # table columns: integers handed over as they are (keys)
-    numbers: tuple  # columns of the number row
+    device_scalars: tuple  # table columns: addresses of float64 device scalars
+    rng_keys: tuple  # table columns: integers handed over as they are (keys)
+    step_scalars: tuple  # columns of the number row
     units: tuple  # table columns: addresses of vectors with an element for each unit
     place: tuple  # table columns: how far units lie apart and how many there are; () without units
 
@@ -48,7 +48,7 @@ class Storage(NamedTuple):
     source_dtypes: tuple
     targets: tuple
     target_dtypes: tuple
-    words: tuple
+    rng_keys: tuple
 
 
 class Row(NamedTuple):
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
     sources: tuple
     targets: tuple
-    words: tuple
+    rng_keys: tuple
     state: tuple  # for each stage
     arguments: tuple  # likewise
     units: tuple
@@ -73,7 +73,7 @@ def at_address(address, dtype: tl.constexpr, offsets, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_words(base, columns):
+def load_rng_keys(base, columns):
     out = ()
     for i in tl.static_range(len(columns)):
         out = out + (tl.load(base + columns[i]),)
@@ -81,7 +81,7 @@ def load_words(base, columns):
 
 
 @triton.jit
-def load_scalars(row, columns, COMPUTE: tl.constexpr):
+def load_device_scalars(row, columns, COMPUTE: tl.constexpr):
     out = ()
     for i in tl.static_range(len(columns)):
         out = out + (tl.load(tl.load(row + columns[i]).to(tl.pointer_type(tl.float64))).to(COMPUTE),)
@@ -169,7 +169,7 @@ def update_block(
     G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     p, u = run_stages(gradient, row, stages, storage, at, start, offsets, mask, G, COMPUTE, WIDE, True)
-    written = storage.write(p, at, *row.words)
+    written = storage.write(p, at, *row.rng_keys)
     store_blocks(row.targets, storage.target_dtypes, written, offsets, mask, WIDE)
 
 
@@ -190,31 +190,31 @@ def any_state(row):
 
 
 @triton.jit
-def load_row(row, numbers, stages, storage, COMPUTE: tl.constexpr):
+def load_row(row, step_scalars, stages, storage, COMPUTE: tl.constexpr):
     state = ()
     arguments = ()
     units = ()
     places = ()
     for i in tl.static_range(len(stages)):
-        state = state + (load_words(row, stages[i].state),)
-        units = units + (load_words(row, stages[i].units),)
-        places = places + (load_words(row, stages[i].place),)
+        state = state + (load_rng_keys(row, stages[i].state),)
+        units = units + (load_rng_keys(row, stages[i].units),)
+        places = places + (load_rng_keys(row, stages[i].place),)
         arguments = arguments + (
-            load_scalars(row, stages[i].scalars, COMPUTE)
-            + load_words(row, stages[i].words)
-            + load_words(numbers, stages[i].numbers),
+            load_device_scalars(row, stages[i].device_scalars, COMPUTE)
+            + load_rng_keys(row, stages[i].rng_keys)
+            + load_rng_keys(step_scalars, stages[i].step_scalars),
         )
-    sources = load_words(row, storage.sources)
-    targets = load_words(row, storage.targets)
-    return Row(sources, targets, load_words(row, storage.words), state, arguments, units, places)
+    sources = load_rng_keys(row, storage.sources)
+    targets = load_rng_keys(row, storage.targets)
+    return Row(sources, targets, load_rng_keys(row, storage.rng_keys), state, arguments, units, places)
 
 
 # `stages` and `storage` stay un-annotated: as tl.constexpr, Triton's disk cache would not notice that a
 # stage's source was edited and would run the old code.
 @triton.jit(do_not_specialize=["skip"])
 def step_kernel(
-    table, gradients, steps, numbers, work, skip, stages, storage,
-    G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
+    table, gradients, steps, step_scalars, work, skip, stages, storage,
+    G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, STEP_SCALARS: tl.constexpr,
     RANDOM: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program updates one block of one tensor.
@@ -238,7 +238,7 @@ def step_kernel(
     stream = tl.load(header + STREAM).to(tl.uint32)
     number_row = tl.load(header + ROW)
     step = tl.load(steps + number_row).to(tl.uint32)
-    row = load_row(header, numbers + number_row * NUMBERS, stages, storage, COMPUTE)
+    row = load_row(header, step_scalars + number_row * STEP_SCALARS, stages, storage, COMPUTE)
     aligned = (gradient | any_of(row.targets) | any_state(row)) % 16 == 0
     if RANDOM:
         aligned = aligned & (first % 8 == 0)
@@ -250,8 +250,8 @@ def step_kernel(
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         update_block(
-            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets, offsets < wide,
-            G, COMPUTE, True,
+            gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
+            offsets < wide, G, COMPUTE, True,
         )  # fmt: skip
     # The narrow one does the rest, and all of a tensor that is misaligned or has a misaligned gradient, such
     # as one in a bucket. A fourth of a chunk keeps enough loads in flight and takes no registers from the
@@ -262,6 +262,6 @@ def step_kernel(
     for s in range(wide - lead, stop, CHUNK // 4):
         offsets = s + tl.arange(0, CHUNK // 4)
         update_block(
-            gradient, row, stages, storage, At(first + s, stream, step, VECTOR), s, offsets,
+            gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
             (offsets >= wide) & (offsets < stop), G, COMPUTE, False,
         )  # fmt: skip

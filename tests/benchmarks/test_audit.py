@@ -217,13 +217,13 @@ def spilling(x, y, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
         tl.store(tl.multiple_of(y, 16) + start + offsets, a - tl.sum(a))
 
 
-def chain_of(kernel, numbers=0):
+def chain_of(kernel, step_scalars=0):
     """A chain of one stage, for compilation only."""
-    return Chain((Stage(kernel, lambda *_: None, numbers=numbers),))
+    return Chain((Stage(kernel, lambda *_: None, step_scalars=step_scalars),))
 
 
 def test_notices_scalar_arithmetic_in_a_stage():
-    entry = kernels.step_entry("toy", chain_of(scalar_arithmetic, numbers=2), (torch.float32,) * 2)
+    entry = kernels.step_entry("toy", chain_of(scalar_arithmetic, step_scalars=2), (torch.float32,) * 2)
     assert any("scalars" in fault for fault in audit.audit(entry, "sm_90").faults)
     clean = kernels.step_entry("toy", chain_of(halved), (torch.float32,) * 2)
     assert audit.audit(clean, "sm_90").faults == []

@@ -132,5 +132,7 @@ def test_kernel_arguments_hold_no_numbers():
             step_kernel.pre_run_hooks.pop()
     (arguments,) = calls
     assert all(a is None or isinstance(a, (torch.Tensor, tuple)) for a in arguments)
-    assert all(isinstance(value, int) for stage in arguments[6] for value in (*stage.state, *stage.numbers))
+    assert all(
+        isinstance(value, int) for stage in arguments[6] for value in (*stage.state, *stage.step_scalars)
+    )
     assert step.HEADER.value == 5

@@ -9,7 +9,7 @@ import torch
 
 import fastreg
 from fastreg.cli import main
-from fastreg.engine.grad_norm import Measurement
+from fastreg.engine.grad_norm import GradNorm
 from fastreg.optim import perturb
 from fastreg.optim.decay import Shrinkage
 from fastreg.optim.model_average import Averaging
@@ -73,17 +73,17 @@ def test_a_right_result_has_numbers(chain, storage):
 
 
 def no_decay(monkeypatch):
-    numbers = Shrinkage.numbers
+    step_scalars = Shrinkage.step_scalars
     monkeypatch.setattr(
         Shrinkage,
-        "numbers",
-        lambda self, group, step: numbers(self, {**group, "weight_decay": 0.0}, step),
+        "step_scalars",
+        lambda self, group, step: step_scalars(self, {**group, "weight_decay": 0.0}, step),
     )
 
 
 def stale_step(monkeypatch):
-    numbers = Adam.numbers
-    monkeypatch.setattr(Adam, "numbers", lambda self, group, step: numbers(self, group, 1))
+    step_scalars = Adam.step_scalars
+    monkeypatch.setattr(Adam, "step_scalars", lambda self, group, step: step_scalars(self, group, 1))
 
 
 def show(result, capsys):
@@ -108,7 +108,7 @@ def test_a_wrong_kernel_prints_no_number(fault, storage, monkeypatch, capsys):
 
 def test_clipping_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(
-        Measurement, "prepare", lambda self, work: self._results.update({CPU: torch.ones(5).double()})
+        GradNorm, "prepare", lambda self, work: self._results.update({CPU: torch.ones(5).double()})
     )
     assert "weights off" in rows(case("clip+AdamW"))["fastreg"]["wrong"]
 
@@ -122,7 +122,7 @@ def test_a_wrong_average_is_noticed(monkeypatch):
 def test_wrong_noise_is_noticed(std, monkeypatch):
     chain = "clip+noise+AdamW"
     assert "wrong" not in rows(case(chain, sizes=[(40000,)]))["fastreg"]
-    monkeypatch.setattr(fastreg.GradientNoise, "numbers", lambda self, group, step: (std,))
+    monkeypatch.setattr(fastreg.GradientNoise, "step_scalars", lambda self, group, step: (std,))
     assert "noise off" in rows(case(chain, sizes=[(40000,)]))["fastreg"]["wrong"]
 
 
@@ -164,11 +164,11 @@ def test_averages_are_right():
 
 
 def no_perturbation(monkeypatch):
-    monkeypatch.setattr(perturb._Perturb, "numbers", lambda self, group, step: (0.0,))
+    monkeypatch.setattr(perturb._Perturb, "step_scalars", lambda self, group, step: (0.0,))
 
 
 def gradients_of_both(monkeypatch):
-    monkeypatch.setattr(perturb._Perturb, "scalars", lambda self, device: (torch.tensor(1.0),))
+    monkeypatch.setattr(perturb._Perturb, "device_scalars", lambda self, device: (torch.tensor(1.0),))
 
 
 def not_restored(monkeypatch):
@@ -198,7 +198,7 @@ def test_a_wrong_msam_is_noticed(monkeypatch):
 
 
 def test_a_wrong_lookahead_is_noticed(monkeypatch):
-    monkeypatch.setattr(fastreg.SlowWeights, "numbers", lambda self, group, step: (0.4, 1.0))
+    monkeypatch.setattr(fastreg.SlowWeights, "step_scalars", lambda self, group, step: (0.4, 1.0))
     found = rows(lookahead())
     assert "weights off" in found["fastreg"]["wrong"]
     assert "ms" in found["fastreg without Lookahead"]

@@ -172,9 +172,9 @@ def test_every_contender_has_a_colour_of_its_own():
 
 def test_strengths_and_combinations_reach_the_optimizer():
     optimizer = made("clip=0.5+noise=1e-3+decay=0.25+value=2", lr=0.01).optimizer
-    pieces = {type(piece).__name__: piece for piece in optimizer._pieces}
-    assert pieces["ClipNorm"].max_norm == 0.5 and pieces["ClipValue"].clip_value == 2
-    assert pieces["GradientNoise"].std == 1e-3
+    components = {type(component).__name__: component for component in optimizer._components}
+    assert components["ClipNorm"].max_norm == 0.5 and components["ClipValue"].clip_value == 2
+    assert components["GradientNoise"].std == 1e-3
     (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.25 and group["lr"] == 0.01
 

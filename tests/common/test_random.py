@@ -15,7 +15,7 @@ import fastreg
 from fastreg.common import random
 from fastreg.common.random import Purpose, key
 from fastreg.engine import layout
-from fastreg.reference.random import At, normal
+from fastreg.reference.random import PhiloxPosition, normal
 from fastreg.runtime import backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,7 +65,7 @@ def noise(
 
 
 def expected(seed: int, count: int, stream: int = 0, step: int = 1, first: int = 0) -> Tensor:
-    at = At(first - first % 8, first % 8, stream, step)
+    at = PhiloxPosition(first - first % 8, first % 8, stream, step)
     return normal(key(seed, Purpose.GRADIENT_NOISE), at, torch.empty(count))
 
 
@@ -158,8 +158,8 @@ def test_torch_generator_is_not_consumed(device: str) -> None:
 
 
 def optimizer_for(parameters: list[torch.nn.Parameter], seed: int | None) -> fastreg.AdamW:
-    pieces = [fastreg.ClipNorm(1.0), fastreg.GradientNoise(0.1), fastreg.EMA(0.9)]
-    return fastreg.AdamW(parameters, lr=0.1, regularizers=pieces, seed=seed)
+    components = [fastreg.ClipNorm(1.0), fastreg.GradientNoise(0.1), fastreg.EMA(0.9)]
+    return fastreg.AdamW(parameters, lr=0.1, regularizers=components, seed=seed)
 
 
 def train(optimizer: torch.optim.Optimizer, steps: range) -> None:

@@ -50,8 +50,8 @@ def place(p: Tensor, u: Tensor, at, seen: Tensor, scalar, word, one, two) -> tup
 
 TOLD = Chain(
     (
-        Stage(None, place, (Buffer("first"),), scalars=("s",), words=("w",), numbers=2),
-        Stage(None, place, (Buffer("second"),), scalars=("s",), words=("w",), numbers=2),
+        Stage(None, place, (Buffer("first"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
+        Stage(None, place, (Buffer("second"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
     )
 )
 
@@ -64,13 +64,13 @@ def told(lengths, firsts) -> Batch:
         parameters=[one.clone() for one in ones],
         gradients=[one * 3 for one in ones],
         buffers=[[one * 0 for one in ones] for _ in range(2)],
-        scalars=[torch.tensor(2.0, dtype=torch.float64), torch.arange(count, dtype=torch.float64) % 7],
-        words=[4, 5],
+        device_scalars=[torch.tensor(2.0, dtype=torch.float64), torch.arange(count, dtype=torch.float64) % 7],
+        rng_keys=[4, 5],
         firsts=list(firsts),
         streams=[i % 9 for i in range(count)],
         rows=[i % 2 for i in range(count)],
         steps=[3, 8],
-        numbers=[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]],
+        step_scalars=[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]],
     )
 
 
@@ -85,7 +85,7 @@ def test_everything_arrives_where_it_belongs(backend):
         row = i % 2
         index = torch.arange(first, first + length, dtype=torch.float64) + 1e8 * (i % 9) + 1e9 * (3, 8)[row]
         for stage, scalar in enumerate((2, i % 7)):
-            one, two = batch.numbers[row][2 * stage : 2 * stage + 2]
+            one, two = batch.step_scalars[row][2 * stage : 2 * stage + 2]
             expected = index + 1e10 * (4 + stage) + 1e11 * one + 1e12 * two + 1e13 * scalar
             assert torch.equal(batch.buffers[stage][i], expected)
         assert (batch.parameters[i] == 7).all() and (batch.gradients[i] == 3).all()

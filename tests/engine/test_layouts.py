@@ -124,9 +124,9 @@ def test_views_of_one_buffer(rule, backend, Race):
     race = Race([(3, 5), (7,), (1,), (2, 2, 2)])
     sizes = [p.numel() for p in race.ours]
     values, slopes = (torch.full((sum(sizes) + 2,), 7.0) for _ in range(2))
-    pieces = zip(values[1:-1].split(sizes), slopes[1:-1].split(sizes), strict=True)
-    for i, (p, (piece, slope)) in enumerate(zip(race.ours, pieces, strict=True)):
-        race.ours[i] = Parameter(piece.view(p.shape).copy_(p.detach()))
+    components = zip(values[1:-1].split(sizes), slopes[1:-1].split(sizes), strict=True)
+    for i, (p, (component, slope)) in enumerate(zip(race.ours, components, strict=True)):
+        race.ours[i] = Parameter(component.view(p.shape).copy_(p.detach()))
         race.ours[i].grad = slope.view(p.shape)
     ours, theirs = rule(race.ours), rule.oracle(race.theirs)
     for _ in range(3):

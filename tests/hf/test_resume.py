@@ -25,14 +25,14 @@ ADAMW = {
 }
 
 
-def pieces(kind: str) -> list[Any]:
+def components(kind: str) -> list[Any]:
     """New ones for each run."""
     return copy.deepcopy(ADAMW[kind])
 
 
 def given(kind: str, tools: Any) -> dict[str, Any]:
     if kind in ADAMW:
-        return tools.adamw(regularizers=pieces(kind))
+        return tools.adamw(regularizers=components(kind))
     if kind == "lookahead around torch":
         model = tools.tiny()
         optimizer = fastreg.Lookahead(torch.optim.AdamW(model.parameters(), lr=1e-2), k=2)
@@ -40,7 +40,7 @@ def given(kind: str, tools: Any) -> dict[str, Any]:
     if kind == "sam around torch":
         return tools.sam(torch.optim.AdamW, rho=0.3)
     if kind == "sam":
-        return tools.sam(rho=0.3, interval=2, adaptive=True, regularizers=pieces("ema"))
+        return tools.sam(rho=0.3, interval=2, adaptive=True, regularizers=components("ema"))
     if kind == "sam, other masks":
         return {"same_masks": False, **tools.sam(rho=0.3)}
     assert kind == "annealed dropout"

@@ -10,7 +10,7 @@ import fastreg
 from fastreg.ops import adversarial as adversarial_ops
 from fastreg.reference import adversarial as reference
 from fastreg.reference import random
-from fastreg.reference.random import At
+from fastreg.reference.random import PhiloxPosition
 from fastreg.reference.step import compute_dtype
 from fastreg.runtime.launch_parameters import LaunchParameters, trying
 
@@ -184,7 +184,7 @@ def test_threshold_is_that_of_the_nearest_point_of_the_ball():
 def test_laplace_noise_is_of_its_distribution():
     """Moments of scale 2, within five standard errors; neither sign is preferred."""
     n = 2**20
-    z = random.laplace(torch.tensor(7), At(0, 0, 0, 0), torch.empty(n)).double()
+    z = random.laplace(torch.tensor(7), PhiloxPosition(0, 0, 0, 0), torch.empty(n)).double()
     assert abs(z.mean()) < 5 * math.sqrt(8 / n)
     assert abs(z.abs().mean() - 2) < 5 * 2 / math.sqrt(n)
     assert abs(z.square().mean() - 8) < 5 * math.sqrt((24 * 16 - 64) / n)

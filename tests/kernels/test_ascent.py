@@ -8,7 +8,7 @@ import torch
 import fastreg
 from fastreg.common.random import Purpose
 from fastreg.engine import launch
-from fastreg.engine.batch import Batch, Measurand
+from fastreg.engine.batch import Batch, NormSpec
 from fastreg.engine.rounding import Rounding
 from fastreg.engine.stage import PLAIN, Buffer, Chain, Stage
 from fastreg.optim.msam import MSAM, _Descend
@@ -20,9 +20,11 @@ SIZES = [1, 127, 0, 33 * 65, 2 * 4096 + 17]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def rule(name, buffers, numbers):
+def rule(name, buffers, step_scalars):
     held = tuple(Buffer(buffer, "compute") for buffer in buffers)
-    return Stage(f"rules.{name}", getattr(rules, name), held, ("former",), numbers=numbers, momentum=True)
+    return Stage(
+        f"rules.{name}", getattr(rules, name), held, ("former",), step_scalars=step_scalars, momentum=True
+    )
 
 
 DESCEND = Stage("rules.descend", rules.descend)
@@ -50,7 +52,7 @@ CHAINS = {
 MSAM_RULES = [name for name in CHAINS if name.endswith("_msam")]
 
 
-def batch(name, dtype, offset=0, scalars=(0.3, 0.2), gradient_scale=1.0):
+def batch(name, dtype, offset=0, device_scalars=(0.3, 0.2), gradient_scale=1.0):
     """A batch whose tensors start `offset` elements behind where an allocation does."""
     generator = torch.Generator().manual_seed(0)
 
@@ -58,13 +60,13 @@ def batch(name, dtype, offset=0, scalars=(0.3, 0.2), gradient_scale=1.0):
         store = torch.empty(size + offset, dtype=dtype)[offset:]
         return store.copy_(torch.randn(size, generator=generator, dtype=torch.float64))
 
-    stages, numbers = CHAINS[name]
+    stages, step_scalars = CHAINS[name]
     rounding = Rounding("stochastic", Purpose.PERTURBATION)
     storage = rounding.storage({}, dtype) or PLAIN
     chain = Chain(stages, storage)
     parameters = [draw(size) for size in SIZES]
     gradients = [draw(size).mul_(gradient_scale) for size in SIZES]
-    wanted = [name for stage in stages for name in stage.scalars]
+    wanted = [name for stage in stages for name in stage.device_scalars]
     return Batch(
         chain=chain, parameters=parameters, gradients=gradients,
         buffers=[
@@ -72,10 +74,13 @@ def batch(name, dtype, offset=0, scalars=(0.3, 0.2), gradient_scale=1.0):
             for buffer in chain.buffers
             for held in [compute_dtype(dtype) if buffer.dtype == "compute" else dtype]
         ],
-        scalars=[torch.tensor(value, dtype=torch.float64) for _, value in zip(wanted, scalars, strict=False)],
-        words=list(rounding.storage_words(0)) if storage.words else [],
+        device_scalars=[
+            torch.tensor(value, dtype=torch.float64)
+            for _, value in zip(wanted, device_scalars, strict=False)
+        ],
+        rng_keys=list(rounding.storage_rng_keys(0)) if storage.rng_keys else [],
         firsts=[0] * len(SIZES), streams=list(range(len(SIZES))), rows=[0] * len(SIZES),
-        steps=[3], numbers=[numbers],
+        steps=[3], step_scalars=[step_scalars],
     )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def test_misaligned_tensors(name, offset, same):
 def test_a_size_of_0_leaves_every_bit(backend, name, bad, dtype):
     """Whatever the gradients are; the backup is the weight."""
     expected = batch(name, dtype).parameters
-    found = stepped(backend, name, dtype, scalars=(0.0,), gradient_scale=bad)
+    found = stepped(backend, name, dtype, device_scalars=(0.0,), gradient_scale=bad)
     assert all(map(torch.equal, found[: len(SIZES)], expected))
     assert all(map(torch.equal, found[len(SIZES) :], expected))
 
@@ -149,7 +154,7 @@ def test_norm_of_scaled_gradients(backend, dtype, largest, offset):
     made = batch("perturb_adaptive", dtype, offset=offset)
     pairs = zip(made.parameters, made.gradients, strict=True)
     exact = of_elements([(p.double().abs() + 0.01) * g.double() for p, g in pairs], largest)
-    assert abs(norm(made, Measurand(stages=1, largest=largest)) - exact) <= allowed(dtype, exact)
+    assert abs(norm(made, NormSpec(stages=1, largest=largest)) - exact) <= allowed(dtype, exact)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -159,18 +164,18 @@ def test_norm_of_the_momentum_to_come(backend, name, dtype, offset):
     """That of the buffer after the step, in compute precision."""
     made = batch(name, dtype, offset=offset)
     pairs = list(zip(made.buffers[0], made.gradients, strict=True))
-    numbers = CHAINS[name][1]
+    step_scalars = CHAINS[name][1]
     if name.startswith("sgd"):
-        momentum = [numbers[0] * m.double() + numbers[1] * g.double() for m, g in pairs]
+        momentum = [step_scalars[0] * m.double() + step_scalars[1] * g.double() for m, g in pairs]
     else:
-        momentum = [m.double() + numbers[0] * (g.double() - m.double()) for m, g in pairs]
+        momentum = [m.double() + step_scalars[0] * (g.double() - m.double()) for m, g in pairs]
     exact = of_elements(momentum, False)
-    assert abs(norm(made, Measurand(momentum=True)) - exact) <= allowed(dtype, exact)
+    assert abs(norm(made, NormSpec(momentum=True)) - exact) <= allowed(dtype, exact)
 
 
 def test_scaled_norms_of_several_batches(backend):
     """One norm over all dtypes."""
     made = [batch("perturb_adaptive", dtype) for dtype in DTYPES]
-    total = launch.measure(made, torch.tensor([math.inf, 1.0], dtype=torch.float64), Measurand(1))[1]
-    parts = [norm(one, Measurand(1)) ** 2 for one in made]
+    total = launch.measure(made, torch.tensor([math.inf, 1.0], dtype=torch.float64), NormSpec(1))[1]
+    parts = [norm(one, NormSpec(1)) ** 2 for one in made]
     assert float(total) == pytest.approx(sum(parts), rel=1e-12)

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
 from fastreg_kernels import random as kernels  # noqa: E402  (needs triton)
-from fastreg_kernels.random import At  # noqa: E402
+from fastreg_kernels.random import PhiloxPosition  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -47,12 +47,15 @@ def draw_kernel(
     stream, step = tl.load(place + 2).to(tl.uint32), tl.load(place + 3).to(tl.uint32)
     offsets = start + tl.arange(0, BLOCK)
     like = tl.zeros([BLOCK], tl.float32)
-    # Bound to a local, `At` would lose its constexpr when compiled.
-    tl.store(uniforms + offsets, kernels.uniform(key, At(first, stream, step, VECTOR), like))
-    tl.store(normals + offsets, kernels.normal(key, At(first, stream, step, VECTOR), like))
-    tl.store(bits + offsets, kernels.bits16(key, At(first, stream, step, VECTOR), like, ROUNDS).to(tl.int64))
+    # Bound to a local, `PhiloxPosition` would lose its constexpr when compiled.
+    tl.store(uniforms + offsets, kernels.uniform(key, PhiloxPosition(first, stream, step, VECTOR), like))
+    tl.store(normals + offsets, kernels.normal(key, PhiloxPosition(first, stream, step, VECTOR), like))
+    tl.store(
+        bits + offsets,
+        kernels.bits16(key, PhiloxPosition(first, stream, step, VECTOR), like, ROUNDS).to(tl.int64),
+    )
     threshold = step * 0 + 20000
-    drawn = kernels.reaches16(key, At(first, stream, step, VECTOR), like, threshold, ROUNDS)
+    drawn = kernels.reaches16(key, PhiloxPosition(first, stream, step, VECTOR), like, threshold, ROUNDS)
     tl.store(reached + offsets, drawn.to(tl.int64))
 
 
@@ -60,7 +63,7 @@ def draw_kernel(
 def words_kernel(place, out, ROUNDS: tl.constexpr):
     group = tl.load(place + 1) + tl.arange(0, 1)
     stream, step = tl.load(place + 2).to(tl.uint32), tl.load(place + 3).to(tl.uint32)
-    a, b, c, d = kernels.words(tl.load(place), group, At(0, stream, step, 4), ROUNDS)
+    a, b, c, d = kernels.words(tl.load(place), group, PhiloxPosition(0, stream, step, 4), ROUNDS)
     word = tl.arange(0, 1)
     tl.store(out + word, a.to(tl.int64))
     tl.store(out + word + 1, b.to(tl.int64))
@@ -100,7 +103,7 @@ def draw(place: tuple[int, ...], count: int, block: int, vector: int, rounds: in
 
 def expected(place: tuple[int, ...], count: int, rounds: int) -> list[Tensor]:
     key, first, stream, step = place
-    at, like = reference.At(first, 0, stream, step), torch.empty(count)
+    at, like = reference.PhiloxPosition(first, 0, stream, step), torch.empty(count)
     return [
         reference.uniform(key, at, like),
         reference.normal(key, at, like),

@@ -52,7 +52,7 @@ def test_clip_and_average_equal_the_composition(backend, close):
 def test_backends_give_the_same_bits(make, backend, same):
     """With an infinite limit the factor is 1 on all: the norm itself is summed in another order."""
 
-    def pieces():
+    def components():
         return [
             fastreg.ClipNorm(math.inf),
             fastreg.GradientNoise(0.1),
@@ -60,8 +60,8 @@ def test_backends_give_the_same_bits(make, backend, same):
             fastreg.EMA(0.5, "fast"),
         ]
 
-    expected, baseline = train(make=make, regularizers=pieces(), seed=-1)
-    params, optimizer = train(backend, make=make, regularizers=pieces(), seed=-1)
+    expected, baseline = train(make=make, regularizers=components(), seed=-1)
+    params, optimizer = train(backend, make=make, regularizers=components(), seed=-1)
     for p, q in zip(params, expected, strict=True):
         assert same(p, q)
         assert all(same(optimizer.state[p][name], value) for name, value in baseline.state[q].items())
@@ -72,9 +72,9 @@ def test_noise_is_added_after_clipping(backend):
     """Zero gradients, plain descent: what comes out is the noise, whatever the limit of the clip."""
     params = [torch.nn.Parameter(torch.zeros(20000))]
     params[0].grad = torch.zeros(20000)
-    pieces = [fastreg.GradientNoise(0.5), fastreg.ClipNorm(1e-3)]
+    components = [fastreg.GradientNoise(0.5), fastreg.ClipNorm(1e-3)]
     with fastreg.use_backend(backend):
-        fastreg.SGD(params, lr=1.0, regularizers=pieces, seed=3).step()
+        fastreg.SGD(params, lr=1.0, regularizers=components, seed=3).step()
     noise = params[0].detach() / 0.5
     assert noise.mean().abs() < 4 / 20000**0.5 and (noise.var() - 1).abs() < 4 * (2 / 20000) ** 0.5
 
@@ -213,9 +213,9 @@ def test_relative_noise_is_a_share_of_the_norm(backend, clip):
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    pieces = [fastreg.ClipNorm(clip), fastreg.GradientNoise(0.1, relative=True)]
+    components = [fastreg.ClipNorm(clip), fastreg.GradientNoise(0.1, relative=True)]
     with fastreg.use_backend(backend):
-        fastreg.SGD(params, lr=1.0, regularizers=pieces, seed=0).step()
+        fastreg.SGD(params, lr=1.0, regularizers=components, seed=0).step()
     factor = min(1.0, clip / norm)
     noise = torch.cat([(-p.detach() - factor * g).flatten() for p, g in zip(params, gradients, strict=True)])
     assert float(noise.norm()) == pytest.approx(0.1 * factor * norm, rel=0.02)

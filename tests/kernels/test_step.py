@@ -1,6 +1,6 @@
-"""What the template kernel offers, each proven by a toy piece on the three backends.
+"""What the template kernel offers, each proven by a toy component on the three backends.
 
-Later work adds stages and pieces; if one of these needs the template edited, the template was not closed.
+Later work adds stages and components; if one of these needs the template edited, the template was not closed.
 """
 
 import pytest
@@ -12,7 +12,7 @@ import fastreg
 from fastreg.engine import launch
 from fastreg.engine.batch import Batch
 from fastreg.engine.stage import Buffer, Stage, Storage
-from fastreg.optim.fused_optimizer import Engine
+from fastreg.optim.fused_optimizer import FusedOptimizer
 from fastreg.optim.regularizers import GradientNoise
 from fastreg.reference import random as reference_random
 from fastreg_kernels import random as kernel_random
@@ -21,17 +21,17 @@ BACKENDS = ["reference", "compiled", "triton"]
 SHAPES = [(1,), (7,), (33, 65), (4096 + 48,), (0,), (2 * 4096 + 17,)]
 
 
-class Nothing(fastreg.Piece):
+class Nothing(fastreg.Component):
     """The update rule that takes the gradient as it is."""
 
     phase = fastreg.Phase.RULE
 
 
-class Toy(Engine):
-    """Gradient descent by 1 with the given pieces."""
+class Toy(FusedOptimizer):
+    """Gradient descent by 1 with the given components."""
 
-    def __init__(self, params, *pieces, seed=0, **defaults):
-        self._compose(Nothing(), None, pieces, seed, "nearest", None, "propagate")
+    def __init__(self, params, *components, seed=0, **defaults):
+        self._init_components(Nothing(), None, components, seed, "nearest", None, "propagate")
         super().__init__(params, defaults)
 
 
@@ -57,15 +57,15 @@ def scale(p, u, at, factor):
     return p, u * factor, ()
 
 
-class Scale(fastreg.Piece):
+class Scale(fastreg.Component):
     """u ← group["factor"] · step · u."""
 
     phase = fastreg.Phase.RULE
 
     def stage(self, group):
-        return Stage(scale, lambda p, u, at, factor: (p, u * factor, ()), numbers=1)
+        return Stage(scale, lambda p, u, at, factor: (p, u * factor, ()), step_scalars=1)
 
-    def numbers(self, group, step):
+    def step_scalars(self, group, step):
         return (group["factor"] * step,)
 
 
@@ -96,7 +96,7 @@ def read_backup(backup):
     return backup
 
 
-class Restore(fastreg.Piece):
+class Restore(fastreg.Component):
     """The weight comes from a backup, whatever the parameter holds."""
 
     phase = fastreg.Phase.RULE
@@ -127,7 +127,7 @@ def test_weight_source(backend):
 # Skip flag: decided on the device ------------------------------------------------------------------------
 
 
-class Skip(fastreg.Piece):
+class Skip(fastreg.Component):
     phase = fastreg.Phase.RULE
 
     def __init__(self, flag):
@@ -156,7 +156,7 @@ def two_scalars(p, u, at, shared, own):
     return p, u * shared * own, ()
 
 
-class TrustRatio(fastreg.Piece):
+class TrustRatio(fastreg.Component):
     """u ← shared · own · u, with `own` measured on each tensor before the step."""
 
     phase = fastreg.Phase.RULE
@@ -166,9 +166,9 @@ class TrustRatio(fastreg.Piece):
         self.own = torch.zeros(count, dtype=torch.float64)
 
     def stage(self, group):
-        return Stage(two_scalars, lambda p, u, at, s, o: (p, u * s * o, ()), scalars=("shared", "own"))
+        return Stage(two_scalars, lambda p, u, at, s, o: (p, u * s * o, ()), device_scalars=("shared", "own"))
 
-    def scalars(self, device):
+    def device_scalars(self, device):
         return self.shared, self.own
 
     def prepare(self, work):
@@ -190,12 +190,12 @@ def test_device_scalars(backend):
 
 def noise_batch(tensor, first, stream=3, step=5, seed=11):
     """A batch that adds noise to zero weights."""
-    piece = GradientNoise(1.0)
-    chain = Toy([torch.nn.Parameter(torch.zeros(1))], piece).chain({}, torch.float32)
+    component = GradientNoise(1.0)
+    chain = Toy([torch.nn.Parameter(torch.zeros(1))], component).chain({}, torch.float32)
     return Batch(
-        chain=chain, parameters=[tensor], gradients=[torch.zeros_like(tensor)], buffers=[], scalars=[],
-        words=list(piece.words(seed)), firsts=[first], streams=[stream],
-        rows=[0], steps=[step], numbers=[[1.0]],
+        chain=chain, parameters=[tensor], gradients=[torch.zeros_like(tensor)], buffers=[], device_scalars=[],
+        rng_keys=list(component.rng_keys(seed)), firsts=[first], streams=[stream],
+        rows=[0], steps=[step], step_scalars=[[1.0]],
     )  # fmt: skip
 
 
@@ -284,17 +284,17 @@ def split(weight, at):
     return (wide >> 16).to(torch.int16).view(torch.bfloat16), wide.to(torch.int16)
 
 
-class Rounded(fastreg.Piece):
+class Rounded(fastreg.Component):
     phase = fastreg.Phase.RULE
 
     def storage(self, group, dtype):
-        return Storage(kernels=("storage.read_plain", write_rounded), write=rounded, words=("key",))
+        return Storage(kernels=("storage.read_plain", write_rounded), write=rounded, rng_keys=("key",))
 
-    def storage_words(self, seed):
+    def storage_rng_keys(self, seed):
         return (seed,)
 
 
-class Split(fastreg.Piece):
+class Split(fastreg.Component):
     phase = fastreg.Phase.RULE
 
     def storage(self, group, dtype):
@@ -352,5 +352,5 @@ def test_remainder_write_back_is_float32(backend):
 
 
 def test_one_storage_at_a_time():
-    with pytest.raises(ValueError, match="only one piece"):
+    with pytest.raises(ValueError, match="only one component"):
         Toy(parameters(), Rounded(), Split()).step()

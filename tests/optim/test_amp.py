@@ -68,7 +68,7 @@ def test_scaled_run_equals_torch_and_skips_what_is_infinite(kind, unscaled, back
         if not bad:
             if kind in CLIPS:
                 norm = torch.nn.utils.clip_grad_norm_(
-                    race.theirs, ours._measurement._clip.max_norm, CLIPS[kind]
+                    race.theirs, ours._grad_norm._clip.max_norm, CLIPS[kind]
                 )
                 assert float(ours.grad_norm) == pytest.approx(float(norm), rel=1e-6)
             theirs.step()

@@ -128,11 +128,11 @@ def test_unknown_average(trained):
 
 
 def test_order_of_regularizers_does_not_matter(rule, Race):
-    pieces = (lambda: ClipNorm(1.0), lambda: GradientNoise(0.1), lambda: EMA(0.9))
+    components = (lambda: ClipNorm(1.0), lambda: GradientNoise(0.1), lambda: EMA(0.9))
     results = []
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
         race = Race()
-        optimizer = rule(race.ours, regularizers=[pieces[i]() for i in order], seed=1)
+        optimizer = rule(race.ours, regularizers=[components[i]() for i in order], seed=1)
         for _ in range(3):
             race.gradients()
             optimizer.step()

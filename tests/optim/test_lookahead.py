@@ -97,12 +97,12 @@ def test_noisy_quadratic():
 
 
 def test_as_a_piece(backend, close):
-    """The wrapper around a fastreg optimizer is the piece."""
+    """The wrapper around a fastreg optimizer is the component."""
     wrapped, mine = make(AdamW, lr=0.1)
     _, yours = make(AdamW, lr=0.1)
-    piece = AdamW(yours, lr=0.1, regularizers=[SlowWeights(3, 0.5)])
+    component = AdamW(yours, lr=0.1, regularizers=[SlowWeights(3, 0.5)])
     minimise(wrapped, mine, 5)
-    minimise(piece, yours, 5)
+    minimise(component, yours, 5)
     assert all(map(torch.equal, mine, yours))
 
 

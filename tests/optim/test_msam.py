@@ -105,9 +105,9 @@ class Published:
 def test_equals_the_published_algorithm(backend, adam, weight_decay, clip, close):
     """In float64 over many steps."""
     ours, theirs = weights(torch.float64), weights(torch.float64)
-    pieces = [MSAM(0.3), *([] if clip is None else [ClipNorm(clip)])]
+    components = [MSAM(0.3), *([] if clip is None else [ClipNorm(clip)])]
     make, options = (fastreg.AdamW, {}) if adam else (fastreg.SGD, {"momentum": 0.9})
-    optimizer = make(ours, lr=0.01, weight_decay=weight_decay, regularizers=pieces, **options)
+    optimizer = make(ours, lr=0.01, weight_decay=weight_decay, regularizers=components, **options)
     published = Published(theirs, adam, 0.01, 0.3, weight_decay, clip)
     for seed in range(50 if backend == "triton" else 200):  # its interpreter is slow
         pull(ours, seed), pull(theirs, seed)
@@ -135,14 +135,14 @@ def test_a_rho_of_0_is_the_plain_optimizer(base, kind):
 def test_nesterov_is_a_special_case(backend, close):
     """With ρ = lr μ ‖v‖ the perturbed weights are those of torch's SGD with Nesterov momentum."""
     ours, theirs = weights(torch.float64), weights(torch.float64)
-    piece = MSAM(0.0)
-    optimizer = fastreg.SGD(ours, lr=0.05, momentum=0.9, regularizers=[piece])
+    component = MSAM(0.0)
+    optimizer = fastreg.SGD(ours, lr=0.05, momentum=0.9, regularizers=[component])
     nesterov = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, nesterov=True)
     momenta = [torch.zeros_like(p) for p in ours]
     for seed in range(10):
         pull(ours, seed), pull(theirs, seed)
         momenta = [0.9 * v + p.grad for v, p in zip(momenta, ours, strict=True)]
-        piece.rho = 0.05 * 0.9 * float(torch.cat([v.flatten() for v in momenta]).norm())
+        component.rho = 0.05 * 0.9 * float(torch.cat([v.flatten() for v in momenta]).norm())
         optimizer.step(), nesterov.step()
         for p, q in zip(ours, theirs, strict=True):
             # 1e-12 is added to the norm.

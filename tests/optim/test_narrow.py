@@ -81,8 +81,8 @@ def test_remainder_is_a_float32_run(rule, backend):
     make, options = RULES[rule]
 
     def made(params, **more):
-        pieces = [fastreg.ClipNorm(math.inf), fastreg.EMA(0.9)]
-        return make(params, lr=1e-3, regularizers=pieces, seed=5, **options, **more)
+        components = [fastreg.ClipNorm(math.inf), fastreg.EMA(0.9)]
+        return make(params, lr=1e-3, regularizers=components, seed=5, **options, **more)
 
     narrow, wide = pair()
     optimizer, exact = made(narrow, bf16="remainder"), made(wide)

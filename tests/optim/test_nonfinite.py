@@ -28,13 +28,13 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("capturable", (False, True))
-@pytest.mark.parametrize("pieces", ((), (EMA(0.9), ClipNorm(1.0)), (GradientNoise(0.1),)), ids=len)
+@pytest.mark.parametrize("components", ((), (EMA(0.9), ClipNorm(1.0)), (GradientNoise(0.1),)), ids=len)
 @pytest.mark.parametrize("bad", BAD)
-def test_skip_leaves_no_trace(backend, bad, pieces, capturable, Race):
+def test_skip_leaves_no_trace(backend, bad, components, capturable, Race):
     """And training goes on as if the step had not been asked for, the noise of its count included."""
     race, twin = Race(), Race()
-    optimizer = made(race, "skip", pieces, capturable=capturable, seed=1)
-    other = made(twin, "skip", pieces, capturable=capturable, seed=1)
+    optimizer = made(race, "skip", components, capturable=capturable, seed=1)
+    other = made(twin, "skip", components, capturable=capturable, seed=1)
     for turn in range(4):
         race.gradients()
         for p, q in zip(twin.ours, race.ours, strict=True):

@@ -110,7 +110,7 @@ def test_pieces(make, message):
 
 
 def test_pieces_show_as_written():
-    for piece in (
+    for component in (
         ClipNorm(1),
         ClipValue(2),
         GradientNoise(0.5, 0.55, True),
@@ -118,14 +118,14 @@ def test_pieces_show_as_written():
         L1(0.1),
         L2SP(3),
     ):
-        again = eval(repr(piece), vars(fastreg))
-        assert repr(again) == repr(piece) and type(again) is type(piece)
+        again = eval(repr(component), vars(fastreg))
+        assert repr(again) == repr(component) and type(again) is type(component)
     assert repr(EMA(0.9, "slow")) == "EMA(decay=0.9, name='slow')"
 
 
 @pytest.mark.parametrize("thing", (1.0, ClipNorm, "ema", torch.nn.Dropout()))
 def test_not_a_piece(rule, thing):
-    with pytest.raises(TypeError, match=r"must be pieces such as fastreg\.ClipNorm\(1\.0\), got"):
+    with pytest.raises(TypeError, match=r"must be components such as fastreg\.ClipNorm\(1\.0\), got"):
         rule([Parameter(torch.ones(1))], regularizers=[thing])
 
 
@@ -164,7 +164,7 @@ def test_what_torch_refuses(rule):
 
 
 def test_two_pieces_that_store_weights():
-    class Stored(fastreg.Piece):
+    class Stored(fastreg.Component):
         phase = fastreg.Phase.AVERAGE
 
         def storage(self, group, dtype):
@@ -176,7 +176,7 @@ def test_two_pieces_that_store_weights():
         pass
 
     weight = Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="only one piece may say how weights are stored"):
+    with pytest.raises(ValueError, match="only one component may say how weights are stored"):
         SGD([weight], regularizers=[Stored(), AlsoStored()])
 
 

@@ -282,7 +282,7 @@ def test_every_backend_steps_from_the_backup(backend, same):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "pieces",
+    "components",
     [
         lambda: [ClipNorm(0.7), GradientNoise(0.1, relative=True), fastreg.L1(0.1)],
         lambda: [ClipNorm(0.7), EMA(0.9, start=1), GradientNoise(0.1)],
@@ -292,12 +292,12 @@ def test_every_backend_steps_from_the_backup(backend, same):
     ],
     ids=("clip, noise and L1", "clip, average and noise", "EMA", "L2-SP", "Lookahead"),
 )
-def test_with_regularizers(pieces, kind):
+def test_with_regularizers(components, kind):
     """What clips, adds noise, pulls and averages sees the second gradients and the weights themselves."""
     dtype, rounding = KINDS[kind]
     ours, theirs = weights(dtype), weights(dtype)
-    optimizer = SAM(ours, fastreg.AdamW, rho=0.5, lr=0.01, seed=3, regularizers=pieces(), **rounding)
-    plain = fastreg.AdamW(theirs, lr=0.01, seed=3, regularizers=pieces(), **rounding)
+    optimizer = SAM(ours, fastreg.AdamW, rho=0.5, lr=0.01, seed=3, regularizers=components(), **rounding)
+    plain = fastreg.AdamW(theirs, lr=0.01, seed=3, regularizers=components(), **rounding)
     for seed in range(4):
         given_cycle(optimizer, ours, seed)
         give(theirs, seed)

@@ -15,7 +15,7 @@ FULL = (ClipNorm, 1.0), (GradientNoise, 0.01), (EMA, 0.9)
 
 
 def full():
-    return [piece(value) for piece, value in FULL]
+    return [component(value) for component, value in FULL]
 
 
 def through_disk(state_dict):

@@ -98,7 +98,7 @@ def test_tails(monkeypatch):
 
 def test_is_that_of_the_reference():
     """(key, step, parameter, element), the step a count of the optimizer's own."""
-    at = reference_random.At(0, 0, 1, 2)
+    at = reference_random.PhiloxPosition(0, 0, 1, 2)
     expected = reference_random.normal(key(7, Purpose.PRIVACY), at, torch.empty(33))
     found = drawn([(5,), (33,)], steps=3)[2][1]
     torch.testing.assert_close(found, SIGMA * C * expected, rtol=1e-5, atol=1e-6)
@@ -108,14 +108,14 @@ def test_is_that_of_the_reference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_count_has_noise_of_its_own(count, dtype):
     """The count travels in two halves, which float32 holds exactly."""
-    piece = PrivateNoise(Noise(7))
-    with piece.armed(1.0, 1.0, count):
-        *_, low, high = (torch.tensor(number, dtype=dtype) for number in piece.numbers({}, 1))
+    component = PrivateNoise(Noise(7))
+    with component.armed(1.0, 1.0, count):
+        *_, low, high = (torch.tensor(number, dtype=dtype) for number in component.step_scalars({}, 1))
     u, one = torch.zeros(16, dtype=dtype), torch.ones((), dtype=dtype)
-    at = reference_random.At(0, 0, 3, 99)
-    word = torch.tensor(piece.noise.key)
+    at = reference_random.PhiloxPosition(0, 0, 3, 99)
+    word = torch.tensor(component.noise.key)
     _, noise, _ = reference.private_noise(u, u, at, word, one, one, low, high)
-    expected = reference_random.normal(piece.noise.key, at._replace(step=count), u)
+    expected = reference_random.normal(component.noise.key, at._replace(step=count), u)
     assert torch.equal(noise, expected.to(dtype))
 
 

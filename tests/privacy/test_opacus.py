@@ -195,10 +195,10 @@ def test_schedulers_of_noise_and_clipping(close):
 def test_noise_follows_its_scheduler(fused, monkeypatch):
     run = Run(PrivacyEngine, BASES["SGD"][fused], sigma=2.0)
     used = []
-    armed = type(run.optimizer._mechanism.piece).armed
+    armed = type(run.optimizer._mechanism.component).armed
     monkeypatch.setattr(
-        type(run.optimizer._mechanism.piece), "armed",
-        lambda piece, std, share, step: used.append((std, share, step)) or armed(piece, std, share, step),
+        type(run.optimizer._mechanism.component), "armed",
+        lambda *of: used.append(of[1:]) or armed(*of),
     )  # fmt: skip
     scheduler = ExponentialNoise(run.optimizer, gamma=0.5)
     run.train(steps=3, after=scheduler.step)
@@ -267,7 +267,7 @@ def test_what_is_in_the_gradient_afterwards(fused, materialize):
 
 
 def test_making_private_again(close):
-    """The engine unwraps what it is given; the piece in the base optimizer is that of the new one."""
+    """The engine unwraps what it is given; the component in the base optimizer is that of the new one."""
     run = Run(PrivacyEngine, BASES["SGD"][1])
     first = run.optimizer
     _, second, _ = run.engine.make_private(

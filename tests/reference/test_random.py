@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreg.common.random import Purpose, key
 from fastreg.reference import random
-from fastreg.reference.random import At
+from fastreg.reference.random import PhiloxPosition
 from fastreg.runtime import backend
 
 MASK = 0xFFFFFFFF
@@ -60,7 +60,7 @@ def words_at_random(count: int) -> list[Tensor]:
 def all_draws(
     seed: Tensor | int, first: Tensor | int, stream: Tensor | int, step: Tensor | int, like: Tensor
 ):
-    at = At(first, 0, stream, step)
+    at = PhiloxPosition(first, 0, stream, step)
     return (
         random.uniform(seed, at, like),
         random.normal(seed, at, like),
@@ -110,7 +110,7 @@ def test_four_normals_use_each_word_of_their_call(first: int) -> None:
     for group in range(first // 4, first // 4 + 6):
         a, b, c, d = (torch.tensor(word) for word in words_of(seed, group, stream, step, 10))
         expected += [*random._box_muller(a, d, b), *random._box_muller(c, b, d)]
-    drawn = random.normal(seed, At(first, 0, stream, step), torch.empty(24))
+    drawn = random.normal(seed, PhiloxPosition(first, 0, stream, step), torch.empty(24))
     assert drawn.tolist() == [float(z) for z in expected]
 
 
@@ -119,7 +119,7 @@ def test_four_normals_use_each_word_of_their_call(first: int) -> None:
 def test_a_part_draws_what_the_whole_draws_there(first: int, start: int) -> None:
     whole = all_draws(7, first, 3, 11, torch.empty(64))
     for count in (0, 1, 5, 43):
-        at, like = At(first + start - start % 8, start % 8, 3, 11), torch.empty(count)
+        at, like = PhiloxPosition(first + start - start % 8, start % 8, 3, 11), torch.empty(count)
         part = (
             random.uniform(7, at, like),
             random.normal(7, at, like),
@@ -163,7 +163,7 @@ def test_normals_reach_9_sigma_on_both_sides() -> None:
 @pytest.mark.skipif(not backend.has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_compiled_draws_are_the_same_bits() -> None:
     def everything(seed: Tensor, first: Tensor, stream: Tensor, step: Tensor, like: Tensor, *words: Tensor):
-        at = At(first, 0, stream, step)
+        at = PhiloxPosition(first, 0, stream, step)
         return (
             random.uniform(seed, at, like),
             random.normal(seed, at, like),
@@ -183,7 +183,7 @@ def test_compiled_draws_are_the_same_bits() -> None:
 
 @functools.cache
 def normals(seed: int = 3, stream: int = 0, step: int = 1, first: int = 0) -> np.ndarray:
-    drawn = random.normal(seed, At(first, 0, stream, step), torch.empty(DRAWS))
+    drawn = random.normal(seed, PhiloxPosition(first, 0, stream, step), torch.empty(DRAWS))
     return drawn.numpy().astype(np.float64)
 
 
@@ -208,7 +208,7 @@ def test_normals_are_normal() -> None:
 
 
 def test_uniforms_are_uniform() -> None:
-    u = random.uniform(3, At(0, 0, 0, 1), torch.empty(DRAWS)).numpy().astype(np.float64)
+    u = random.uniform(3, PhiloxPosition(0, 0, 0, 1), torch.empty(DRAWS)).numpy().astype(np.float64)
     assert u.min() >= 0 and u.max() < 1
     for power in (1, 2, 3, 4):
         variance = 1 / (2 * power + 1) - 1 / (power + 1) ** 2
@@ -219,7 +219,7 @@ def test_uniforms_are_uniform() -> None:
 
 @pytest.mark.parametrize("rounds", (7, 10))
 def test_16_bits_are_fair_and_independent(rounds: int) -> None:
-    drawn = random.bits16(3, At(0, 0, 0, 1), torch.empty(DRAWS), rounds).numpy()
+    drawn = random.bits16(3, PhiloxPosition(0, 0, 0, 1), torch.empty(DRAWS), rounds).numpy()
     counts = np.bincount(drawn, minlength=2**16)
     assert len(counts) == 2**16
     assert stats.chisquare(counts).pvalue > FOUR_SIGMA

@@ -52,8 +52,8 @@ PLAIN = {"factor": "2.0", "times": "3.0", "shift": "4.0", "inner": "5.0"}
 def test_sees_every_number_that_code_can_reach(tmp_path, part):
     """Globals, defaults, constants of classes, code of methods."""
     one, two, again = (
-        fingerprint(module(tmp_path, "stages", STAGE.format(**numbers)).stage)
-        for numbers in (PLAIN, {**PLAIN, part: "7.0"}, PLAIN)
+        fingerprint(module(tmp_path, "stages", STAGE.format(**step_scalars)).stage)
+        for step_scalars in (PLAIN, {**PLAIN, part: "7.0"}, PLAIN)
     )
     assert one == again != two
 
@@ -99,7 +99,7 @@ def _odd(n):
 
 
 def test_sees_chains():
-    stage = chain.Stage("rules.sgd", rules.sgd, numbers=1)
+    stage = chain.Stage("rules.sgd", rules.sgd, step_scalars=1)
     assert fingerprint(chain.Chain((stage,))) == fingerprint(chain.Chain((chain.Stage(**vars(stage)),)))
     assert fingerprint(chain.Chain((stage,))) != fingerprint(chain.Chain((stage, stage)))
 
@@ -392,11 +392,11 @@ def test_is_the_same_in_every_process(tmp_path):
         (tmp_path / f"stages{i}.py").write_text(textwrap.dedent(source).format(value=2))
     code = """if True:
         import importlib, sys
-        from fastreg import chain
+        from fastreg.engine import stage as chain
         from fastreg.runtime.fingerprint import Unknown, fingerprint
         from fastreg.reference import rules, step
 
-        stage = chain.Stage("rules.adam", rules.adam, numbers=6)
+        stage = chain.Stage("rules.adam", rules.adam, step_scalars=6)
         print(fingerprint(step.step, chain.Chain((stage,))))
         for i in range(int(sys.argv[2])):
             sys.path.insert(0, sys.argv[1])

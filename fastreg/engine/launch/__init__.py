@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...reference import norm as reference_norm
 from ...reference import units as reference_units
-from ..batch import GRADIENT, Batch, Measurand, flat
+from ..batch import GRADIENT, Batch, NormSpec, flat
 from . import eager, triton
 
 
@@ -23,7 +23,7 @@ def run(batch: Batch) -> None:
         place.copy_(used)
 
 
-def measure(batches: Sequence[Batch], limits: Tensor, of: Measurand = GRADIENT) -> Tensor:
+def measure(batches: Sequence[Batch], limits: Tensor, of: NormSpec = GRADIENT) -> Tensor:
     """`reference.norm.Measured` over batches of one device: `[5]`, float64, there.
 
     Args:

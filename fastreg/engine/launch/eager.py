@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...reference import norm as reference_norm
 from ...reference import units as reference_units
-from ...reference.random import At
+from ...reference.random import PhiloxPosition
 from ...reference.step import CHUNK, compute_dtype, run_stages, scalar_dtype
 from ...reference.step import step as reference_step
 from ...runtime import backend
-from ..batch import Batch, Measurand, flat
+from ..batch import Batch, NormSpec, flat
 from .compiled import compiled_norm, compiled_step
 
 
@@ -23,9 +23,9 @@ class _Operands(NamedTuple):
     """A run of elements of one parameter, and what the reference takes with it."""
 
     tensors: list[Tensor]  # parameter, gradient, buffers, units
-    scalars: Tensor
-    words: Sequence[Tensor]
-    numbers: Tensor
+    device_scalars: Tensor
+    rng_keys: Sequence[Tensor]
+    step_scalars: Tensor
     first: int
     stream: int
     step: int
@@ -44,7 +44,7 @@ def run(batch: Batch) -> None:
     )
 
 
-def partial_norms(batch: Batch, of: Measurand) -> Tensor:
+def partial_norms(batch: Batch, of: NormSpec) -> Tensor:
     """Partial sums, or the largest of each, by the reference or its compiled form."""
     stages, chain = of.of(batch.chain), batch.chain
     if not stages:
@@ -81,12 +81,12 @@ def _run_operands(
             backend.cannot_compile(error)
     if fused is not None and runs:
         integers = torch.tensor(
-            [[run.first, run.stream, run.step, *batch.words] for run in runs], device=batch.device
+            [[run.first, run.stream, run.step, *batch.rng_keys] for run in runs], device=batch.device
         ).unbind()
     found = []
     for i, run in enumerate(runs):
         if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
-            found.append(fused(run.tensors, run.scalars, integers[i], run.numbers))
+            found.append(fused(run.tensors, run.device_scalars, integers[i], run.step_scalars))
         else:
             found.append(plain(*_arguments(batch, run)))
     return found
@@ -94,17 +94,17 @@ def _run_operands(
 
 def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
     chain, dtype, count = batch.chain, compute_dtype(batch.parameters[0].dtype), len(batch.parameters)
-    rows = torch.as_tensor(batch.numbers, dtype=dtype, device=batch.device).unbind()
+    rows = torch.as_tensor(batch.step_scalars, dtype=dtype, device=batch.device).unbind()
     steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
-    words = torch.tensor(batch.words, dtype=torch.int64, device=batch.device).unbind()
-    columns = [scalar.expand(count).to(dtype) for scalar in batch.scalars]
-    scalars = (
+    rng_keys = torch.tensor(batch.rng_keys, dtype=torch.int64, device=batch.device).unbind()
+    columns = [scalar.expand(count).to(dtype) for scalar in batch.device_scalars]
+    device_scalars = (
         torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=dtype, device=batch.device)
     ).unbind()
     for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True)):
         tensors = [flat(t) for t in (parameter, batch.gradients[i], *(b[i] for b in batch.buffers))]
         if chain.units:
-            counts = [place.number for place in batch.places]
+            counts = [place.count for place in batch.places]
             for values in batch.table.units_of(batch):
                 own = values.split(counts)[i]
                 tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
@@ -113,15 +113,15 @@ def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
             if stop > start:
                 part = tensors if stop - start == elements else [t[start:stop] for t in tensors]
                 place = first + start, batch.streams[i], steps[row]
-                yield _Operands(part, scalars[i], words, rows[row], *place)
+                yield _Operands(part, device_scalars[i], rng_keys, rows[row], *place)
 
 
 def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
     """Those of `reference.step` behind the chain."""
     parameter, gradient, *others = run.tensors
     held = len(batch.buffers)
-    at = At(run.first - run.first % 8, run.first % 8, run.stream, run.step)
-    own = run.scalars.unbind(), run.words, run.numbers.unbind()
+    at = PhiloxPosition(run.first - run.first % 8, run.first % 8, run.stream, run.step)
+    own = run.device_scalars.unbind(), run.rng_keys, run.step_scalars.unbind()
     return parameter, gradient, others[:held], others[held:], *own, at
 
 

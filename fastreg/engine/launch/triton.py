@@ -14,7 +14,7 @@ from torch import Tensor
 from ...reference.step import compute_dtype
 from ...runtime.device import architecture, launch, triton_dtype
 from ...runtime.launch_parameters import LaunchParameters, launch_parameters
-from ..batch import Batch, Measurand
+from ..batch import Batch, NormSpec
 from ..stage import Chain, Stage
 from ..table import upload_changes
 
@@ -28,14 +28,14 @@ def run(batch: Batch) -> None:
     stages, storage = device_chain(batch.chain, batch.dtypes)
     launch(
         kernels.step_kernel, len(work), batch.device,
-        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, batch.skip, stages,
+        batch.table.rows, changing.gradients, changing.steps, changing.step_scalars, work, batch.skip, stages,
         storage, **step_constants(batch.chain, batch.dtypes, chosen, target.lanes),
         **options(batch.chain.stages, chosen),
     )  # fmt: skip
     torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
 
 
-def partial_norms(batch: Batch, of: Measurand) -> Tensor:
+def partial_norms(batch: Batch, of: NormSpec) -> Tensor:
     """Launches `norm_kernel`: float64 `[programs]`, a partial sum (or maximum) from each program."""
     kernels = importlib.import_module("fastreg_kernels.norm")
     changing, target, sizes = upload_changes(batch), architecture(batch.device), batch.table.sizes
@@ -47,7 +47,7 @@ def partial_norms(batch: Batch, of: Measurand) -> Tensor:
     before = of.of(batch.chain)
     launch(
         kernels.norm_kernel, len(work), batch.device,
-        batch.table.rows, changing.gradients, changing.steps, changing.numbers, work, partial,
+        batch.table.rows, changing.gradients, changing.steps, changing.step_scalars, work, partial,
         block // chosen.chunk(target.lanes), stages[:before], storage,
         **norm_constants(batch.chain, batch.dtypes, of, chosen, target.lanes),
         **options(batch.chain.stages[:before], chosen),
@@ -96,10 +96,10 @@ def step_constants(
 
 
 def norm_constants(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], of: Measurand, chosen: LaunchParameters, lanes: int
+    chain: Chain, dtypes: tuple[torch.dtype, ...], of: NormSpec, chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
     """The compile-time arguments of `norm_kernel`."""
-    random = any(stage.words for stage in chain.stages[: of.of(chain)])
+    random = any(stage.rng_keys for stage in chain.stages[: of.of(chain)])
     measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
     return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, **measured}
 
@@ -113,7 +113,7 @@ def _constants(
         "G": triton_dtype(dtypes[1]),
         "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
-        "NUMBERS": sum(stage.numbers for stage in chain.stages),
+        "STEP_SCALARS": sum(stage.step_scalars for stage in chain.stages),
         "VECTOR": 4 if max(dtype.itemsize for dtype in dtypes) > 2 else 8,
         "CHUNK": chosen.chunk(lanes),
     }
@@ -142,11 +142,11 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
     buffer_columns = range(header, header + len(chain.buffers))
     scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
     word_columns = iter(
-        range(buffer_columns.stop + sum(len(s.scalars) for s in chain.stages), _columns(chain))
+        range(buffer_columns.stop + sum(len(s.device_scalars) for s in chain.stages), _columns(chain))
     )
     place = tuple(range(_columns(chain) - 2, _columns(chain)))
     unit_columns = iter(range(_columns(chain) - 2 - len(chain.units), _columns(chain)))
-    number_columns = iter(range(sum(stage.numbers for stage in chain.stages)))
+    number_columns = iter(range(sum(stage.step_scalars for stage in chain.stages)))
     buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
 
     def constant(dtype: torch.dtype) -> Any:
@@ -162,9 +162,9 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
                 _device_function(stage.kernel),
                 tuple(column for column, _ in own),
                 tuple(constant(dtype) for _, dtype in own),
-                tuple(islice(scalar_columns, len(stage.scalars))),
-                tuple(islice(word_columns, len(stage.words))),
-                tuple(islice(number_columns, stage.numbers)),
+                tuple(islice(scalar_columns, len(stage.device_scalars))),
+                tuple(islice(word_columns, len(stage.rng_keys))),
+                tuple(islice(number_columns, stage.step_scalars)),
                 tuple(islice(unit_columns, len(stage.units))),
                 place if stage.units else (),
             )
@@ -179,15 +179,17 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
         tuple(constant(dtype) for _, dtype in sources),
         tuple(column for column, _ in targets),
         tuple(constant(dtype) for _, dtype in targets),
-        tuple(islice(word_columns, len(storage.words))),
+        tuple(islice(word_columns, len(storage.rng_keys))),
     )
 
 
 def _columns(chain: Chain) -> int:
     header = importlib.import_module("fastreg_kernels.step").HEADER.value
-    scalars = sum(len(stage.scalars) for stage in chain.stages)
+    device_scalars = sum(len(stage.device_scalars) for stage in chain.stages)
     units = len(chain.units) + 2 if chain.units else 0
-    return header + len(chain.buffers) + scalars + sum(len(link.words) for link in chain.links) + units
+    return (
+        header + len(chain.buffers) + device_scalars + sum(len(link.rng_keys) for link in chain.links) + units
+    )
 
 
 def _device_function(kernel: Any) -> Any:
