@@ -42,6 +42,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/lint.py
 
 bench: $(INSTALLED)
 	$(BIN)/fastreg bench

@@ -93,16 +93,16 @@ class PassCase(Case):
         y, of_x, *_ = (t if t is None else t.detach().double() for t in run())
         x = workload.x.detach().double().requires_grad_()
         if self.what == "dropout":
-            branch, one_minus_beta = x, 0
+            branch, rest = x, 0
         else:
-            branch, one_minus_beta = (
+            branch, rest = (
                 functional.gelu(x + workload.bias.detach().double()),
                 workload.residual.detach().double(),
             )
         (slope,) = torch.autograd.grad(branch.sum(), x)
-        kept, full = of_x != 0, one_minus_beta + branch.detach() / (1 - P)
+        kept, full = of_x != 0, rest + branch.detach() / (1 - P)
         share = abs(float(kept.double().mean()) - (1 - P)) / (P * (1 - P) / self.elements) ** 0.5
-        wrong = float((y - torch.where(kept, full, one_minus_beta)).abs().amax() / full.abs().amax())
+        wrong = float((y - torch.where(kept, full, rest)).abs().amax() / full.abs().amax())
         g = workload.gradient.double() * slope / (1 - P)
         off = float((of_x - torch.where(kept, g, 0)).abs().amax() / g.abs().amax())
         bound = {"fp32": 1e-4, "bf16": 2e-2}[self.storage]

@@ -82,10 +82,7 @@ def items(
     for name in names or families.FAMILIES:
         if chains.known(name):
             storages = [kind for kind in kinds if kind in chains.STORAGES]
-            found += [
-                Item(name, *one_minus_beta)
-                for one_minus_beta in itertools.product(storages, ("propagate", "skip"))
-            ]
+            found += [Item(name, *rest) for rest in itertools.product(storages, ("propagate", "skip"))]
         else:
             dtypes = [kind for kind in kinds if kind in DTYPES]
             widths = features if name in WIDE else (Item._field_defaults["features"],)

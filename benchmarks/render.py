@@ -245,8 +245,8 @@ def rendered() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     for begin, what in ((BEGIN, performance), (COLD_START, cold_start), (VERSIONS, versions)):
-        before, _, one_minus_beta = text.partition(begin)
-        _, found, after = one_minus_beta.partition(END)
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(END)
         if not found:
             raise ValueError(f"{readme} does not hold {begin!r} and {END!r}")
         text = f"{before}{begin}\n\n{what()}\n\n{END}{after}"

@@ -63,13 +63,13 @@ def share(result: Result, row: dict[str, Any]) -> float:
 
     They vary by more than optimizers differ, so their time is the median over the rows.
     """
-    one_minus_beta = [
+    rest = [
         other["ms"]["median"] - other["optimizer_ms"]["median"]
         for other in result["rows"].values()
         if "optimizer_ms" in other
     ]
     own = row["optimizer_ms"]["median"]
-    return own / (own + statistics.median(one_minus_beta))
+    return own / (own + statistics.median(rest))
 
 
 COLUMNS: dict[str, Cell] = {

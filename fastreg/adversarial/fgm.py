@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import checked
+from ..common.validation import check_range
 from ..optim.perturb import Ascent
 
 
@@ -67,7 +67,7 @@ class FGM:
 
     @epsilon.setter
     def epsilon(self, value: float) -> None:
-        self._epsilon = checked("epsilon", value, 0)
+        self._epsilon = check_range("epsilon", value, 0)
 
     @torch.no_grad()
     def attack(self) -> None:

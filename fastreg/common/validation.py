@@ -1,10 +1,11 @@
-"""Ranges of arguments: what was given, and what may be; torch's messages completed by that."""
+"""Checks arguments, and says the value, the allowed range and the name in every error."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import numbers
+from collections.abc import Collection, Iterator
 from typing import Any
 
 _RANGES = {
@@ -21,40 +22,77 @@ _RANGES = {
 
 
 @contextlib.contextmanager
-def told(**given: Any) -> Iterator[None]:
-    """Complete the messages of torch's constructor; they start as they do there.
+def complete_torch_errors(**arguments: Any) -> Iterator[None]:
+    """Appends the allowed range to the messages of torch's constructors.
 
     Args:
-        given: The arguments of the constructor.
+        arguments: The arguments of the constructor.
     """
     try:
         yield
     except ValueError as error:
         message = str(error)
-        for start, one_minus_beta in _RANGES.items():
+        for start, rest in _RANGES.items():
             if message.startswith(start):
-                raise ValueError(f"{message}, {one_minus_beta.format(**given)}") from None
+                raise ValueError(f"{message}, {rest.format(**arguments)}") from None
         raise
 
 
-def checked(name: str, value: float, lowest: float, *, above: bool = False, finite: bool = True) -> float:
-    """The value as a float.
+def check_range(
+    name: str, value: float, lowest: float, highest: float = math.inf, *, above: bool = False,
+    below: bool = False, finite: bool = True,
+) -> float:  # fmt: skip
+    """Returns a value as a float if it is in a range.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        lowest: The least value allowed.
+        highest: The greatest value allowed.
+        above: Whether `lowest` itself is excluded.
+        below: Whether `highest` itself is excluded.
+        finite: Whether infinity is excluded.
 
     Raises:
-        ValueError: If it is below `lowest` (or not `above` it), infinite where it must be `finite`, or NaN.
+        TypeError: If the value is not a number.
+        ValueError: If the value is NaN or not in the range.
     """
-    if not (value > lowest if above else value >= lowest) or (finite and value == math.inf):
-        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {name}={value!r}")
+    inside = (value > lowest if above else value >= lowest) and (
+        value < highest if below else value <= highest
+    )
+    if not inside or (finite and math.isinf(value)):
+        if highest == math.inf:
+            wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
+        else:
+            wanted = f"in {'(' if above else '['}{lowest:g}, {highest:g}{')' if below else ']'}"
         raise ValueError(f"{name} must be {wanted}, got {name}={value!r}")
     return float(value)
 
 
-def counted(name: str, value: int, lowest: int) -> int:
-    """The value, a whole number.
+def check_int(name: str, value: int, lowest: int = 1) -> int:
+    """Returns a value as an int if it is a whole number, such as 3 or 3.0.
+
+    Args:
+        name: Name of the argument.
+        value: Its value; `True` and `False` are no numbers here.
+        lowest: The least value allowed.
 
     Raises:
-        ValueError: If it is none, or below `lowest`.
+        ValueError: If the value is not a whole number, or below `lowest`.
     """
-    if isinstance(value, bool) or int(value) != value or value < lowest:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or int(value) != value or value < lowest:
         raise ValueError(f"{name} must be a whole number >= {lowest}, got {name}={value!r}")
     return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Checks that a value is one of several choices.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

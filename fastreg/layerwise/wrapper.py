@@ -91,7 +91,7 @@ def _without_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     _rename(state_dict, prefix + PREFIX, prefix)
 
 
-def _with_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *one_minus_beta: Any) -> None:
+def _with_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     _rename(state_dict, prefix, prefix + PREFIX)
 
 

@@ -59,7 +59,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         self._init_components(Rule(), decay, regularizers, seed, bf16, state_dtype, nonfinite)
-        with validation.told(lr=lr, betas=betas):
+        with validation.complete_torch_errors(lr=lr, betas=betas):
             torch.optim.Adam.__init__(
                 self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
                 capturable=capturable, differentiable=differentiable, fused=fused,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..common.validation import checked
+from ..common.validation import check_range
 from ..engine.batch import Batch
 from ..engine.component import Component, Phase, Work, values
 from ..engine.launch import unit_squares
@@ -42,7 +42,7 @@ class ClipNorm(Component):
     phase = Phase.CLIP  # its stage is that of `GradNorm`
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
-        self.max_norm = checked("max_norm", max_norm, 0, above=True, finite=False)
+        self.max_norm = check_range("max_norm", max_norm, 0, above=True, finite=False)
         if float(norm_type) not in (2.0, math.inf):
             raise ValueError(f"norm_type must be 2 or math.inf, got {norm_type=}")
         self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
@@ -67,7 +67,7 @@ class ClipValue(Component):
     _stage = Stage("regularizers.clip_value", reference.clip_value, step_scalars=2)
 
     def __init__(self, clip_value: float) -> None:
-        self.clip_value = checked("clip_value", clip_value, 0)
+        self.clip_value = check_range("clip_value", clip_value, 0)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
@@ -101,8 +101,8 @@ class AdaptiveClip(Component):
     _stage = Stage("regularizers.scale", reference.scale, units=(_name,))
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
-        self.clipping = checked("clipping", clipping, 0, above=True)
-        self.eps = checked("eps", eps, 0, above=True)
+        self.clipping = check_range("clipping", clipping, 0, above=True)
+        self.eps = check_range("eps", eps, 0, above=True)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""
@@ -165,7 +165,7 @@ class GradientNoise(Component):
     )  # fmt: skip
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
-        self.std, self.gamma = checked("std", std, 0), checked("gamma", gamma, 0)
+        self.std, self.gamma = check_range("std", std, 0), check_range("gamma", gamma, 0)
         self.relative = bool(relative)
         self._sizes: dict[torch.device, Tensor] = {}
 
@@ -234,7 +234,7 @@ class L2SP(Component):
     )
 
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
-        self.strength = checked("strength", strength, 0)
+        self.strength = check_range("strength", strength, 0)
         self._towards = None if towards is None else [t.detach() for t in towards]
 
     def stage(self, group: dict[str, Any]) -> Stage:
@@ -282,7 +282,7 @@ class L1(Component):
     _stage = Stage("regularizers.l1", reference.l1, step_scalars=1)
 
     def __init__(self, strength: float) -> None:
-        self.strength = checked("strength", strength, 0)
+        self.strength = check_range("strength", strength, 0)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""

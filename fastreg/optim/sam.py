@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..common.validation import checked, counted
+from ..common.validation import check_int, check_range
 from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.state import BACKUP
@@ -100,12 +100,12 @@ class SAM(Wrapper):
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
         self._options = {
-            "rho": checked("rho", rho, 0), "adaptive": bool(adaptive), "eta": checked("eta", eta, 0),
+            "rho": check_range("rho", rho, 0), "adaptive": bool(adaptive), "eta": check_range("eta", eta, 0),
             "perturbed": False, "sam_step": 0,
         }  # fmt: skip
         self.interval, self.start_step = (
-            counted("interval", interval, 1),
-            counted("start_step", start_step, 0),
+            check_int("interval", interval, 1),
+            check_int("start_step", start_step, 0),
         )
         self.closure, self.sync_perturbation = closure, bool(sync_perturbation)
         super().__init__(base_optimizer(params, **kwargs))
@@ -416,4 +416,4 @@ class SAM(Wrapper):
 
 def _check(group: dict[str, Any]) -> None:
     for name in ("rho", "eta"):
-        checked(name, group[name], 0)
+        check_range(name, group[name], 0)

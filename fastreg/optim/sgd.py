@@ -53,7 +53,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         seed: int | None = None,
     ) -> None:  # fmt: skip
         self._init_components(Rule(), decay or "l2", regularizers, seed, bf16, state_dtype, nonfinite)
-        with validation.told(lr=lr, momentum=momentum, dampening=dampening):
+        with validation.complete_torch_errors(lr=lr, momentum=momentum, dampening=dampening):
             super().__init__(
                 params, lr, momentum, dampening, weight_decay, nesterov,
                 maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,

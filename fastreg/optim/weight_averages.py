@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.validation import checked, counted
+from ..common.validation import check_int, check_range
 from ..engine import layout
 from ..engine.component import Component, Phase, Work
 from ..engine.stage import Buffer, Stage
@@ -61,7 +61,7 @@ class _Buffered(Average):
     phase = Phase.AVERAGE
 
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
-        self.name, self.start, self.every = name, start, counted("every", every, 1)
+        self.name, self.start, self.every = name, start, check_int("every", every, 1)
         held = (Buffer(name, "compute", "parameter"),)
         self._stage = Stage("regularizers.average", reference.average, held, step_scalars=2)
         self._modules = None if buffers is None else ModuleBuffers(buffers)
@@ -225,10 +225,10 @@ class EMA(_Buffered):
             raise ValueError(f"warmup must be None, 'ratio' or 'power', got {warmup=}")
         if not 0 <= min_decay <= decay:
             raise ValueError(f"min_decay must be in [0, decay], got {min_decay=}, {decay=}")
-        super().__init__(name, counted("start", start, 0), every, buffers)
+        super().__init__(name, check_int("start", start, 0), every, buffers)
         self.decay, self.warmup, self.min_decay = float(decay), warmup, float(min_decay)
-        self.gamma = checked("gamma", gamma, 0, above=True)
-        self.power = checked("power", power, 0, above=True)
+        self.gamma = check_range("gamma", gamma, 0, above=True)
+        self.power = check_range("power", power, 0, above=True)
 
     def weight(self, updates: Any) -> Any:
         """1 - decay; 1 where the average starts as a weight of its own."""
@@ -269,7 +269,7 @@ class SWA(_Buffered):
     def __init__(
         self, start: int = 1, every: int = 1, name: str = "swa", *, buffers: Iterable[Tensor] | None = None
     ) -> None:
-        super().__init__(name, counted("start", start, 1), every, buffers)
+        super().__init__(name, check_int("start", start, 1), every, buffers)
 
     def weight(self, updates: Any) -> Any:
         """Of n + 1 weights, one."""
@@ -308,7 +308,7 @@ class SlowWeights(Average):
             raise ValueError(
                 f"pullback_momentum must be 'none', 'reset' or 'pullback', got {pullback_momentum=}"
             )
-        self.k, self.alpha = counted("k", k, 1), float(alpha)
+        self.k, self.alpha = check_int("k", k, 1), float(alpha)
         self.pullback_momentum, self.name = pullback_momentum, name
         slow, moment = Buffer(name, "compute", "parameter"), Buffer("slow_momentum", "compute")
         self._stage = Stage("regularizers.lookahead", reference.lookahead, (slow,), step_scalars=2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..common.validation import checked
+from ..common.validation import check_range
 from ..engine import layout
 from ..engine.component import Phase
 from ..engine.multi_tensor_optimizer import Operands
@@ -36,7 +36,7 @@ class _Noise(Leaving):
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Of 1 and of |p|."""
-        std = checked("std", group["std"], 0)
+        std = check_range("std", group["std"], 0)
         return (0.0, std) if group["relative"] else (std, 0.0)
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
@@ -105,10 +105,10 @@ class WeightNoise:
     ) -> None:  # fmt: skip
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
-        defaults = {"std": checked("std", std, 0), "relative": bool(relative)}
+        defaults = {"std": check_range("std", std, 0), "relative": bool(relative)}
         self._pass = _Noising(params, defaults, rounding, seed)
         for group in self.param_groups:
-            checked("std", group["std"], 0)
+            check_range("std", group["std"], 0)
         for p in self._pass.parameters:
             if not (p.is_floating_point() or p.is_complex()):
                 raise TypeError(f"weights must be of a floating dtype, got {p.dtype}")
@@ -126,7 +126,7 @@ class WeightNoise:
 
     @std.setter
     def std(self, value: float) -> None:
-        value = checked("std", value, 0)
+        value = check_range("std", value, 0)
         for group in self.param_groups:
             group["std"] = value
 

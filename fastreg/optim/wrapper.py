@@ -113,9 +113,9 @@ class Wrapper(torch.optim.Optimizer):
         for index, value in state_dict["state"].items():
             held = value if isinstance(value, dict) else {}
             own_state[index] = {names[name]: held[name] for name in held if name in names}
-            one_minus_beta = {name: held[name] for name in held if name not in names} if held else value
-            if one_minus_beta or not own_state[index]:
-                state[index] = one_minus_beta
+            rest = {name: held[name] for name in held if name not in names} if held else value
+            if rest or not own_state[index]:
+                state[index] = rest
         former = [{key: group[key] for key in self.options()} for group in self.param_groups]
         self.base_optimizer.load_state_dict({**state_dict, "state": state})
         for group, kept in zip(self.param_groups, former, strict=True):  # where the checkpoint knows none

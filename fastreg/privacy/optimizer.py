@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import checked
+from ..common.validation import check_range
 from ..optim import AdamW, AdaptiveClip
 from ..optim.fused_optimizer import FusedOptimizer
 from ..optim.sam import SAM
@@ -160,10 +160,10 @@ class DPOptimizer(Wrapper):
                     "expected_batch_size must be given where the loss is a mean: the sample rate times the "
                     "public size of the data, got None"
                 )
-            checked("expected_batch_size", expected_batch_size, 0, above=True)
+            check_range("expected_batch_size", expected_batch_size, 0, above=True)
         super().__init__(base)
         self.loss_reduction, self.expected_batch_size = loss_reduction, expected_batch_size
-        self.noise_multiplier: Any = checked("noise_multiplier", float(noise_multiplier), 0)
+        self.noise_multiplier: Any = check_range("noise_multiplier", float(noise_multiplier), 0)
         self.materialize_grad = bool(materialize_grad)
         self.step_hook: Callable[[Any], None] | None = None
         self.accountant: Any = None
@@ -403,7 +403,10 @@ class DPOptimizer(Wrapper):
 
     def _scale(self) -> tuple[float, float]:
         """Noise multiplier and sensitivity, both as they are at the moment."""
-        sigma, sensitivity = checked("noise_multiplier", float(self.noise_multiplier), 0), self.sensitivity
+        sigma, sensitivity = (
+            check_range("noise_multiplier", float(self.noise_multiplier), 0),
+            self.sensitivity,
+        )
         if not 0 < sensitivity < math.inf:
             raise ValueError(f"max_grad_norm must be finite and > 0, got {self.max_grad_norm!r}")
         return sigma, sensitivity

@@ -401,7 +401,7 @@ def joined(parts: Sequence[Part]) -> Part:
         together.append(Rows(ids, values, rows[0].shape[0]))
     if outer:
         together.append(Outer(*(torch.cat([getattr(p, n) for p in outer], 1) for n in ("left", "right"))))
-    together += (part for one_minus_beta in kinds.values() for part in one_minus_beta)
+    together += (part for rest in kinds.values() for part in rest)
     if len(together) == 1:
         return together[0]
     return Tied(together) if [type(part) for part in together] == [Rows, Outer] else Mixed(together)

@@ -227,8 +227,8 @@ _TRIED: dict[str, Callable[..., Any]] = {
     "activation_noise": lambda w, section: ours.ActivationNoise(**_without(section, "annealing", "pattern")),
     "token_noise": lambda w, section: ours.TokenNoise(section.get("rate", 0.05), 2),
     "weight_noise": lambda w, section: optim.WeightNoise([w], **_without(section, "annealing", std=0.01)),
-    "adversarial": lambda w, section: validation.checked("epsilon", section.get("epsilon", 1.0), 0),
-    "r_drop": lambda w, section: validation.checked("alpha", section.get("alpha", 1.0), 0),
+    "adversarial": lambda w, section: validation.check_range("epsilon", section.get("epsilon", 1.0), 0),
+    "r_drop": lambda w, section: validation.check_range("alpha", section.get("alpha", 1.0), 0),
 }
 """Made without a model, for what they refuse."""
 

@@ -55,7 +55,7 @@ def _of_rows(rows: Tensor, largest: bool, absolute: bool) -> Tensor:
 
 
 def _rows(gradient: Tensor) -> Iterator[Tensor]:
-    """The elements as `[rows, ROW]`, a chunk at a time, and what is left of each as `[one_minus_beta]`."""
+    """The elements as `[rows, ROW]`, a chunk at a time, and what is left of each as `[rest]`."""
     for chunk in gradient.split(CHUNK):
         whole = chunk.numel() // ROW * ROW
         if whole:

@@ -156,7 +156,7 @@ def adversarial_step_kernel(
     lower, upper                            the bounds: none, a scalar, or a table, where element i of a
                                             sample has that at i / spatial % channels
     """
-    row, first, begin, stop, wide, one_minus_beta = run_of(inner, blocks, BLOCK)
+    row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
     own = numbers + row * row_numbers
     radius, size, keep = tl.load(own), tl.load(own + 1), tl.load(own + 2)
     key, peak = 0, 0
@@ -167,14 +167,14 @@ def adversarial_step_kernel(
     low, high = 0.0, 0.0
     if BOUNDS == "scalar":
         low, high = tl.load(lower).to(COMPUTE), tl.load(upper).to(COMPUTE)
-    for s in range(wide, one_minus_beta, CHUNK):
+    for s in range(wide, rest, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         step_block(
             x, gradient, clean, out, master, lower, upper, low, high, key, radius, size, keep, peak, spatial,
-            channels, first, s, offsets, offsets < one_minus_beta, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
+            channels, first, s, offsets, offsets < rest, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
         )  # fmt: skip
     for end in range(2):
-        s = tl.where(end == 0, wide - 16, tl.maximum(wide, one_minus_beta))
+        s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
         step_block(
@@ -209,22 +209,22 @@ def adversarial_norm_kernel(
 
     partial   float64[samples, blocks]
     """
-    row, first, begin, stop, wide, one_minus_beta = run_of(inner, blocks, BLOCK)
+    row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
     key, size = 0, 0.0
     if seed is not None:
         key = tl.load(seed)
     if clean is not None:
         size = tl.load(numbers + row * row_numbers + 1)
     total = tl.zeros([CHUNK], COMPUTE)
-    for s in range(wide, one_minus_beta, CHUNK):
+    for s in range(wide, rest, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
-        inside = offsets < one_minus_beta
+        inside = offsets < rest
         total += size_block(
             x, gradient, clean, key, size, first, s, offsets, inside, KIND, SQUARES, COMPUTE, VECTOR
         )
     ends = tl.zeros([16], COMPUTE)
     for end in range(2):
-        s = tl.where(end == 0, wide - 16, tl.maximum(wide, one_minus_beta))
+        s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
         ends += size_block(

@@ -84,7 +84,7 @@ def norm_kernel(
             offsets < wide, G, COMPUTE, True, MOMENTUM, RANDOM,
         )  # fmt: skip
         total = gather(total, u, LARGEST, ABSOLUTE)
-    one_minus_beta = tl.zeros([CHUNK // 2], COMPUTE)
+    rest = tl.zeros([CHUNK // 2], COMPUTE)
     lead = 0
     if RANDOM:
         lead = (first + wide) % 8
@@ -94,8 +94,8 @@ def norm_kernel(
             gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
             (offsets >= wide) & (offsets < stop), G, COMPUTE, False, MOMENTUM, RANDOM,
         )  # fmt: skip
-        one_minus_beta = gather(one_minus_beta, u, LARGEST, ABSOLUTE)
-    a, b = combine(total, LARGEST).to(tl.float64), combine(one_minus_beta, LARGEST).to(tl.float64)
+        rest = gather(rest, u, LARGEST, ABSOLUTE)
+    a, b = combine(total, LARGEST).to(tl.float64), combine(rest, LARGEST).to(tl.float64)
     tl.store(partial + pid, greater(a, b) if LARGEST else a + b)
 
 

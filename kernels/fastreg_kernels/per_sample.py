@@ -48,11 +48,11 @@ def per_sample_norm_kernel(
     for s in range(start, wide, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
         total += squares(row, G, offsets, offsets < wide, True)
-    one_minus_beta = tl.zeros([CHUNK // 2], tl.float64)
+    rest = tl.zeros([CHUNK // 2], tl.float64)
     for s in range(wide, stop, CHUNK // 2):
         offsets = s + tl.arange(0, CHUNK // 2)
-        one_minus_beta += squares(row, G, offsets, offsets < stop, False)
-    tl.store(partial + pid, tl.sum(total) + tl.sum(one_minus_beta))
+        rest += squares(row, G, offsets, offsets < stop, False)
+    tl.store(partial + pid, tl.sum(total) + tl.sum(rest))
 
 
 @triton.jit(do_not_specialize=["blocks", "samples"])

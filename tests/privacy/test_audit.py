@@ -44,7 +44,9 @@ def observed(canaries, sigma, steps=1, broken=None, seed=0, monkeypatch=None):
     if broken in ("half the noise", "nine tenths of the noise"):
         share = 0.5 if broken == "half the noise" else 0.9
         numbers = PrivateNoise.step_scalars
-        monkeypatch.setattr(PrivateNoise, "step_scalars", lambda *a: (share * numbers(*a)[0], *numbers(*a)[1:]))
+        monkeypatch.setattr(
+            PrivateNoise, "step_scalars", lambda *a: (share * numbers(*a)[0], *numbers(*a)[1:])
+        )
     seen = []
     for step in range(steps):
         if broken == "the same noise" and step:

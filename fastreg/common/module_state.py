@@ -1,0 +1,49 @@
+"""Saves and restores the state of modules and of torch's random generators around a block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+_WITHOUT_GENERATOR = ("cpu", "meta", "mps")
+
+
+@contextlib.contextmanager
+def preserve_modes(model: nn.Module | None, training: bool | None = None) -> Iterator[None]:
+    """Restores the training mode of every module of a model after the block.
+
+    Args:
+        model: The model; nothing happens for `None`.
+        training: The mode of all modules in the block; `None` leaves them as they are.
+    """
+    modules = [] if model is None else list(model.modules())
+    modes = [module.training for module in modules]
+    try:
+        if training is not None:
+            for module in modules:
+                module.training = training
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+@contextlib.contextmanager
+def preserve_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Restores torch's random generators after the block.
+
+    Args:
+        devices: Devices whose generators are restored, beside that of the CPU.
+    """
+    others = [device for device in devices if device.type not in _WITHOUT_GENERATOR]
+    kind = others[0].type if others else "cuda"
+    with torch.random.fork_rng(sorted({device.index or 0 for device in others}), device_type=kind):
+        yield
+
+
+def devices_of(model: nn.Module | None) -> set[torch.device]:
+    """Returns the devices of the parameters and buffers of a model."""
+    return set() if model is None else {t.device for t in (*model.parameters(), *model.buffers())}

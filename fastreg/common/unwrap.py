@@ -1,0 +1,44 @@
+"""Finds the model inside the wrappers that other libraries put around it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def unwrap_model(model: nn.Module, *, peft: bool = False) -> nn.Module:
+    """Returns the innermost model inside wrappers.
+
+    Known wrappers are `torch.compile`, `DataParallel`, `DistributedDataParallel`, FSDP, what
+    `accelerate.Accelerator.prepare` returns (one of these), and fastreg's own, which name their model in
+    `_wraps`. FSDP2 changes the class of a model in place and needs no unwrapping.
+
+    Args:
+        model: The model, wrapped any number of times.
+        peft: Whether to return the base model of a PEFT model, too.
+    """
+    while (inside := _inside(model, peft)) is not None and inside is not model:
+        model = inside
+    return model
+
+
+def _inside(model: nn.Module, peft: bool) -> nn.Module | None:
+    """Returns the model inside the outermost wrapper, `None` if there is no wrapper."""
+    compiled = model._modules.get("_orig_mod") or model._modules.get(getattr(type(model), "_wraps", ""))
+    if compiled is not None:
+        return compiled
+    if isinstance(model, _wrappers()):
+        return model.module
+    if peft and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        base: Any = model.get_base_model()
+        return base
+    return None
+
+
+def _wrappers() -> tuple[type, ...]:
+    """Returns the wrapper classes with a `module`; FSDP is not imported for those who do not use it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    classes: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return (*classes, fsdp.FullyShardedDataParallel) if fsdp is not None else classes
