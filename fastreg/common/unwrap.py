@@ -26,14 +26,14 @@ def unwrap_model(model: nn.Module, *, peft: bool = False) -> nn.Module:
 
 def _inside(model: nn.Module, peft: bool) -> nn.Module | None:
     """Returns the model inside the outermost wrapper, `None` if there is no wrapper."""
-    compiled = model._modules.get("_orig_mod") or model._modules.get(getattr(type(model), "_wraps", ""))
+    compiled: Any = model._modules.get("_orig_mod") or model._modules.get(getattr(type(model), "_wraps", ""))
     if compiled is not None:
         return compiled
+    wrapper: Any = model
     if isinstance(model, _wrappers()):
-        return model.module
+        return wrapper.module
     if peft and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        base: Any = model.get_base_model()
-        return base
+        return wrapper.get_base_model()
     return None
 
 

@@ -62,7 +62,7 @@ class MSAM(Average):
     _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, device_scalars=("size",))
 
     def __init__(self, rho: float = 0.3) -> None:
-        self.rho = weight_averages.checked("rho", rho, 0)
+        self.rho = weight_averages.check_range("rho", rho, 0)
         self._sizes: dict[torch.device, Tensor] = {}  # [2]: in the weight, and after this step
         self._limits: dict[torch.device, Tensor] = {}
         self._loaded = 0.0

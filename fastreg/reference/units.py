@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from .step import compute_dtype
 
 
-class UnitLayout(NamedTuple):
+@dataclass(frozen=True)
+class UnitLayout:
     """Where the units of a parameter lie in memory; its flat elements are `[..., count, stride]`."""
 
     stride: int

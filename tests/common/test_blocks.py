@@ -89,6 +89,6 @@ def test_small_lists_beside_a_stack_are_none():
             self.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
             self.layers = nn.ModuleList(nn.Linear(20, 20) for _ in range(4))
 
-    ((first, *one_minus_beta),) = stacks(Model())
-    assert first[0] == "layers.0" and len(one_minus_beta) == 3
+    ((first, *rest),) = stacks(Model())
+    assert first[0] == "layers.0" and len(rest) == 3
     assert torch.is_tensor(first[1].weight)

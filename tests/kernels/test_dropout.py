@@ -105,9 +105,9 @@ def test_channels_of_several_elements(inner):
 ], ids=str)  # fmt: skip
 def test_mixed_dtypes(x, bias, residual):
     result = x if residual is None else torch.promote_types(x, residual)
-    one_minus_beta = None if residual is None else draw((7, 768), residual, 1)
+    rest = None if residual is None else draw((7, 768), residual, 1)
     thresholds = rates.thresholds(0.3)
-    compare("dropout", draw((7, 768), x), one_minus_beta, draw(768, bias, 2), thresholds, "gelu", result)
+    compare("dropout", draw((7, 768), x), rest, draw(768, bias, 2), thresholds, "gelu", result)
     gradient = draw((7, 768), result, 3)
     compare("dropout_backward", gradient, draw((7, 768), x), draw(768, bias, 2), thresholds, "gelu", x)
 

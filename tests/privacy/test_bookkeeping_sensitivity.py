@@ -112,8 +112,8 @@ def test_neighbours_differ_by_the_bound_at_most(net):
     whole = total(list(range(6)))
     assert 0 < engine.clipped_samples < 6
     for left_out in range(6):
-        one_minus_beta = total([i for i in range(6) if i != left_out])
-        assert norm_of({n: whole[n] - one_minus_beta[n] for n in whole}) <= BOUND * (1 + 1e-5)
+        rest = total([i for i in range(6) if i != left_out])
+        assert norm_of({n: whole[n] - rest[n] for n in whole}) <= BOUND * (1 + 1e-5)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
