@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import Callbacks
+from ..training.evaluation import evaluate_with_averages
 from . import text
 from .measure import PeakMemory, Stopwatch
 from .results import Record
@@ -65,18 +65,6 @@ class Run:
         """Set learning rate and rates of the next step."""
         self.schedule.step()
         self.callbacks.step()
-
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Within, parameters hold the first average there is: EMA, SWA, slow weights, what MSAM perturbs."""
-        if not hasattr(self.optimizer, "eval"):
-            yield
-            return
-        self.optimizer.eval()
-        try:
-            yield
-        finally:
-            self.optimizer.train()
 
     @property
     def budget(self) -> str:
@@ -132,7 +120,7 @@ def train(
     block = torch.arange(task.block_size, device=args.device)
 
     def losses(limit: int | None) -> tuple[float, float]:
-        with run.evaluation():
+        with evaluate_with_averages(run.optimizer):
             return (
                 _mean_loss(run.model, train_windows, 4 * args.batch_size, limit),
                 _mean_loss(run.model, validation_windows, 4 * args.batch_size, limit),

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batch_norm import moved
-from ..optim import weight_averages
-from ..optim.fused_optimizer import FusedOptimizer
 from .batches import Loss, batch_loss, samples, tokens
+from .evaluation import evaluate_with_averages
 
 
 @dataclass
@@ -332,10 +331,7 @@ class _Loop:
     @torch.no_grad()
     def _validate(self, batches: Iterable[Any]) -> float:
         total, count = torch.zeros((), dtype=torch.float64), 0
-        averaged = (
-            isinstance(self.optimizer, FusedOptimizer) and weight_averages.first(self.optimizer) is not None
-        )
-        with self.optimizer.averaged() if averaged else contextlib.nullcontext():
+        with evaluate_with_averages(self.optimizer):
             self.model.eval()
             for batch in batches:
                 size = samples(batch)

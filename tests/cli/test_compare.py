@@ -19,6 +19,7 @@ import fastreg  # noqa: E402
 from fastreg.cli import choice, contenders, main, training  # noqa: E402
 from fastreg.cli.setup import Setup  # noqa: E402
 from fastreg.recipe.callbacks import Callback  # noqa: E402
+from fastreg.training.evaluation import evaluate_with_averages  # noqa: E402
 
 FEW = ["--steps", "4", "--eval-every", "2", "--batch-size", "2", "--block-size", "16"]
 SMALL = [*FEW, "--train-tokens", "160", "--val-tokens", "160"]
@@ -156,7 +157,7 @@ def test_msam_is_evaluated_at_the_weights_themselves():
     optimizer.step()
     other.step()
     assert not torch.allclose(model.weight, plain.weight, atol=0.1)
-    with run.evaluation():
+    with evaluate_with_averages(optimizer):
         torch.testing.assert_close(model.weight, plain.weight)
 
 
