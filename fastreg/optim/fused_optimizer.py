@@ -336,7 +336,7 @@ class FusedOptimizer(MultiTensorOptimizer):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 
-    _KEPT = (*MultiTensorOptimizer._KEPT, "_measurement", "_decay_kind", "_nonfinite")
+    _KEPT = (*MultiTensorOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite")
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep."""
