@@ -15,6 +15,7 @@ import fastreg
 from fastreg.engine.multi_tensor_optimizer import MultiTensorOptimizer
 from fastreg.engine.plan import Variant
 from fastreg.engine.stage import Chain
+from fastreg.optim import registry
 from fastreg.optim.model_average import Averaging
 from fastreg.privacy.noise import Noise, PrivateNoise
 
@@ -44,14 +45,9 @@ class Shipped(NamedTuple):
 
 
 OPTIMIZERS = {
-    "AdamW": (fastreg.AdamW, {}),
-    "SGD": (fastreg.SGD, {}),
-    "SGD-momentum": (fastreg.SGD, {"momentum": 0.9}),
-    "SGD-momentum-decay": (fastreg.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    "SGD-nesterov": (fastreg.SGD, {"momentum": 0.9, "nesterov": True}),
-    "Lion": (fastreg.Lion, {}),
-    "Adam-amsgrad": (fastreg.Adam, {"amsgrad": True, "weight_decay": 0.1}),
-    "AdamW-cautious": (fastreg.AdamW, {"decay": "cautious"}),
+    name: (entry.optimizer, options)
+    for entry in registry.OPTIMIZERS.values()
+    for name, options in entry.variants.items()
 }
 PIECES: dict[str, Callable[[float, float], Any]] = {
     "clip": lambda max_norm, rho: fastreg.ClipNorm(max_norm),

@@ -48,33 +48,52 @@ class Lion(torch.optim.Optimizer):
 
 
 class Rule(NamedTuple):
-    """An optimizer and its oracle: call either with what the optimizer is to be given."""
+    """An optimizer and its oracle, the options that both get, and options for three groups of parameters."""
 
-    ours: Callable[..., torch.optim.Optimizer]
-    theirs: Callable[..., torch.optim.Optimizer]
+    ours: type[torch.optim.Optimizer]
+    theirs: type[torch.optim.Optimizer]
     options: dict[str, Any]
+    groups: tuple[dict[str, Any], ...] = ({"lr": 0.03}, {"weight_decay": 0.5}, {})
 
     def __call__(self, params: Any, **options: Any) -> torch.optim.Optimizer:
         return self.ours(params, **{**self.options, **options})
+
+    @property
+    def drop_in(self) -> bool:
+        """Whether ours stands in for the oracle: a subclass, which has all its options."""
+        return issubclass(self.ours, self.theirs)
 
     def oracle(self, params: Any, **options: Any) -> torch.optim.Optimizer:
         return self.theirs(params, **{**self.options, **options})
 
 
-# A new update rule is one row: ours, an oracle, and what both are given.
+ADAM_GROUPS = ({"lr": 0.03}, {"weight_decay": 0.5, "amsgrad": True}, {"maximize": True})
+ADAMW_GROUPS = ({"lr": 0.03}, {"weight_decay": 0.5, "eps": 1e-3}, {"betas": (0.5, 0.6)})
+SGD_GROUPS = ({"lr": 0.03}, {"weight_decay": 0.5}, {"momentum": 0.0, "nesterov": False, "dampening": 0.0})
+LION_GROUPS = ({"lr": 0.03}, {"weight_decay": 0.5}, {"betas": (0.5, 0.6)})
+
+# A new optimizer is one row: ours, an oracle, the options of both.
 RULES = {
-    "adamw": Rule(fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-    "adamw-defaults": Rule(fastreg.AdamW, torch.optim.AdamW, {}),
-    "adam": Rule(fastreg.Adam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    "adamw": Rule(fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}, ADAMW_GROUPS),
+    "adamw-defaults": Rule(fastreg.AdamW, torch.optim.AdamW, {}, ADAMW_GROUPS),
+    "adam": Rule(fastreg.Adam, torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}, ADAM_GROUPS),
     "amsgrad": Rule(
-        fastreg.AdamW, torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True, "maximize": True, "weight_decay": 0.1}
+        fastreg.AdamW,
+        torch.optim.AdamW,
+        {"lr": 1e-2, "amsgrad": True, "maximize": True, "weight_decay": 0.1},
+        ADAMW_GROUPS,
     ),
-    "sgd": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
-    "momentum": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "sgd": Rule(fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}, SGD_GROUPS),
+    "momentum": Rule(
+        fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}, SGD_GROUPS
+    ),
     "nesterov": Rule(
-        fastreg.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+        fastreg.SGD,
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        SGD_GROUPS,
     ),
-    "lion": Rule(fastreg.Lion, Lion, {"lr": 1e-2, "weight_decay": 0.1}),
+    "lion": Rule(fastreg.Lion, Lion, {"lr": 1e-2, "weight_decay": 0.1}, LION_GROUPS),
 }
 
 
@@ -88,6 +107,11 @@ def pytest_configure(config: pytest.Config) -> None:
     compiled = [Path(arg.split("::")[0]).resolve() for arg in config.args]
     if DEVICE != "cuda" and not all(COMPILED in (path, *path.parents) for path in compiled):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def rules() -> dict[str, Rule]:
+    return RULES
 
 
 @pytest.fixture(params=RULES)

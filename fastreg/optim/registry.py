@@ -1,0 +1,49 @@
+"""Lists the optimizers: recipes, tests, benchmarks and the README go through this table."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from .adam import Adam, AdamW
+from .fused_optimizer import FusedOptimizer
+from .lion import Lion
+from .sgd import SGD
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer and the settings of it that run different kernels.
+
+    Attributes:
+        optimizer: The class that users import.
+        variants: Options by the name that chains of the benchmarks use; each has a row in
+            `benchmarks/chains.py`, so that the audit limits its cost.
+    """
+
+    optimizer: type[FusedOptimizer]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the constructor with their defaults."""
+        parameters = inspect.signature(self.optimizer).parameters
+        return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerEntry(AdamW, {"AdamW": {}, "AdamW-cautious": {"decay": "cautious"}}),
+    "adam": OptimizerEntry(Adam, {"Adam-amsgrad": {"amsgrad": True, "weight_decay": 0.1}}),
+    "sgd": OptimizerEntry(
+        SGD,
+        {
+            "SGD": {},
+            "SGD-momentum": {"momentum": 0.9},
+            "SGD-momentum-decay": {"momentum": 0.9, "weight_decay": 0.1},
+            "SGD-nesterov": {"momentum": 0.9, "nesterov": True},
+        },
+    ),
+    "lion": OptimizerEntry(Lion, {"Lion": {}}),
+}
+"""All optimizers, by the name that a recipe gives them."""

@@ -1,0 +1,52 @@
+"""Whatever goes through all optimizers goes through those of the registry."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastreg
+from fastreg.optim.fused_optimizer import FusedOptimizer
+from fastreg.optim.registry import OPTIMIZERS
+from fastreg_benchmarks import chains
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_names_all_optimizers_that_users_import():
+    public = (getattr(fastreg, name) for name in fastreg.__all__)
+    optimizers = {
+        member for member in public if isinstance(member, type) and issubclass(member, FusedOptimizer)
+    }
+    assert {entry.optimizer for entry in OPTIMIZERS.values()} == optimizers
+    for entry in OPTIMIZERS.values():
+        assert entry.optimizer.__name__ in fastreg.optim.__all__
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_tested_against_an_oracle(name, rules):
+    assert OPTIMIZERS[name].optimizer in {rule.ours for rule in rules.values()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_variant_is_audited(name):
+    assert OPTIMIZERS[name].variants
+    assert OPTIMIZERS[name].variants.keys() <= {part for chain in chains.BUDGETS for part in chain.split("+")}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_recipe_accepts_it(name):
+    optimizer, _ = fastreg.Regularization(optimizer=name).apply(torch.nn.Linear(2, 2), lr=0.1)
+    assert type(optimizer) is OPTIMIZERS[name].optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_readme_names_it(name):
+    (row,) = re.findall(r"^\| optimizers \| (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert f"`{OPTIMIZERS[name].optimizer.__name__}`" in row
+
+
+def test_options_are_those_of_the_constructor():
+    assert OPTIMIZERS["lion"].options["betas"] == (0.9, 0.99)
+    assert "params" not in OPTIMIZERS["sgd"].options
