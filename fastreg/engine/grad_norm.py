@@ -40,7 +40,7 @@ class GradNorm(Component):
     _stage = Stage("regularizers.scale", reference.scale, device_scalars=("factor",))
 
     def __init__(self, clip: Any, needed: bool, nonfinite: str) -> None:
-        self._clip, self._needed, self._guards = clip, needed, nonfinite != "propagate"
+        self.clip, self._needed, self._guards = clip, needed, nonfinite != "propagate"
         self.scaling = Scaling()
         self.behind = 0
         self._results: dict[torch.device, Tensor] = {}
@@ -53,11 +53,11 @@ class GradNorm(Component):
 
     @property
     def _measures(self) -> bool:
-        return bool(self._clip) or self._needed or self._guards or self.scaling.record is not None
+        return bool(self.clip) or self._needed or self._guards or self.scaling.record is not None
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
         """Only where there is anything to scale by."""
-        return self._stage if self._clip or self.scaling.scale is not None else None
+        return self._stage if self.clip or self.scaling.scale is not None else None
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """The factor."""
@@ -82,7 +82,7 @@ class GradNorm(Component):
             self.scaling.record[devices[0]] = bad if found is None else torch.maximum(bad, found.to(bad))
 
     def _measured(self, work: Work) -> Tensor:
-        largest = bool(self._clip) and self._clip.norm_type == math.inf
+        largest = bool(self.clip) and self.clip.norm_type == math.inf
         return measured(work, self._limit, NormSpec(self.behind, largest=largest))
 
     def skip(self, device: torch.device) -> Tensor | None:
@@ -100,7 +100,7 @@ class GradNorm(Component):
 
     def _limit(self, device: torch.device) -> Tensor:
         """(max_norm, 1 / scale) on the device; `max_norm` may be changed between steps."""
-        max_norm = self._clip.max_norm if self._clip else math.inf
+        max_norm = self.clip.max_norm if self.clip else math.inf
         if device not in self._limits or self._limits[device][0] != max_norm:
             limit = torch.tensor([max_norm, 1.0], dtype=scalar_dtype(device), device=device)
             self._limits[device] = max_norm, limit

@@ -11,7 +11,7 @@ anew as soon as any parameter, state tensor, dtype, chain or backend differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
@@ -34,6 +34,7 @@ from .state import BACKUP, buffer_dtype, fitted, start
 
 _dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgetter("grad")
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+Gradients = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
 PLANS = 8
 """Combinations of variants that are kept: components with periods of their own have few in common."""
 
@@ -47,9 +48,13 @@ class Operands(NamedTuple):
     streams: list[int]
 
     def only(self, wanted: Iterable[bool]) -> Operands:
-        """Those that are wanted."""
+        """Returns the operands that are marked in a list of the same length."""
         wanted = list(wanted)
-        return self if all(wanted) else Operands(*(list(compress(every, wanted)) for every in self))
+        return self if all(wanted) else Operands(*(list(compress(column, wanted)) for column in self))
+
+    def with_gradient(self) -> Operands:
+        """Returns the operands whose gradient is not `None`."""
+        return self.only(map(is_not, self.gradients, repeat(None)))
 
 
 class MultiTensorOptimizer(torch.optim.Optimizer):
@@ -59,10 +64,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     """
 
     _state_dtype: torch.dtype | None = None
-    _reads_backups = False
-    """Whether weights come from `BACKUP` wherever a state has one."""
-    _gradient_of: Callable[[Tensor], Tensor | None] = _gradient
-    """Where the gradient of a parameter is."""
+    reads_backups = False
+    """Whether a step reads the weight from `BACKUP` wherever the state of a parameter has one."""
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
         """Put the components together.
@@ -77,12 +80,20 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         )
         self._seed = random.instance_seed() if seed is None else seed
         random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
-        self._reset_cache()
+        self.reset_cache()
 
-    def _reset_cache(self) -> None:
+    def reset_cache(self) -> None:
+        """Forgets all that is kept between steps; call it after replacing state or groups."""
         self._layout: Any = None
         self._plans: list[Plan] = []
         self._counts = Counts([], [])
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components of a step, in the order in which their stages run."""
+        return self._components
+
+    _pieces = components  # the name of former releases
 
     @property
     def seed(self) -> int:
@@ -91,10 +102,29 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     # The pass -------------------------------------------------------------------------------------------
 
-    def _operands(self) -> Operands:
-        """What to work on: the parameters that have gradients."""
-        every = self._every()
-        return every.only(map(is_not, every.gradients, repeat(None)))
+    def _operands(self, gradients: Gradients | None = None) -> Operands:
+        """Returns all parameters with their gradients, `None` where there is none.
+
+        Args:
+            gradients: By parameter, or one for each parameter in order; by default those in `p.grad`.
+
+        Raises:
+            ValueError: For another number of gradients than of parameters.
+        """
+        parameters: list[Tensor] = []
+        groups: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            parameters += group["params"]
+            groups += [index] * len(group["params"])
+        if gradients is None:
+            gradients = list(map(_gradient, parameters))
+        elif isinstance(gradients, Mapping):
+            gradients = list(map(gradients.get, parameters))
+        elif len(gradients) != len(parameters):
+            raise ValueError(
+                f"gradients must be as many as parameters, {len(parameters)}, got {len(gradients)}"
+            )
+        return Operands(parameters, list(gradients), groups, list(range(len(parameters))))
 
     def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
         """The local tensors and states of the parameters that are not worked on."""
@@ -106,23 +136,17 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             (placement.local(p), self.state[p]) for p in every if id(p) not in present and p in self.state
         ]
 
-    def _every(self) -> Operands:
-        parameters: list[Tensor] = []
-        groups: list[int] = []
-        for index, group in enumerate(self.param_groups):
-            parameters += group["params"]
-            groups += [index] * len(group["params"])
-        gradients = list(map(self._gradient_of, parameters))
-        return Operands(parameters, gradients, groups, list(range(len(parameters))))
-
     @torch.no_grad()
-    def _run(self) -> dict[torch.device, Tensor] | None:
-        """Take the pass.
+    def _run_step(self, operands: Operands) -> dict[torch.device, Tensor] | None:
+        """Runs one step of all components over the operands.
+
+        Args:
+            operands: All of which have a gradient.
 
         Returns:
-            For each device that may skip it, what says so: `[1]`; `None` if there was nothing to do.
+            For each device that may skip the step, its flag: `[1]`, not 0 if it did; `None` if there was
+            nothing to do.
         """
-        operands = self._operands()
         work = self._work(operands)
         if not work.batches:
             return None
@@ -205,7 +229,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     ) -> Variant | list[Variant]:
         """The variant of all parameters, or that of each where they differ."""
         name = BACKUP.name
-        held = [name in state for state in states] if self._reads_backups else [False] * len(states)
+        held = [name in state for state in states] if self.reads_backups else [False] * len(states)
         if not self._periodic and len(set(held)) == 1:
             return Variant((), held[0])
         kinds = list(zip(groups, done, held, strict=True))
@@ -404,7 +428,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     # Copies ---------------------------------------------------------------------------------------------
 
-    _KEPT: tuple[str, ...] = ("_components", "_periodic", "_seed", "_state_dtype", "_reads_backups")
+    _KEPT: tuple[str, ...] = ("_components", "_periodic", "_seed", "_state_dtype", "reads_backups")
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep: also the components."""
@@ -413,7 +437,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Plans are made anew."""
         super().__setstate__(state)
-        self._reset_cache()
+        self.reset_cache()
 
 
 def _rows(bucket: Bucket, groups: list[int], done: list[float]) -> tuple[list[int], list[tuple[int, int]]]:

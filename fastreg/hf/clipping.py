@@ -39,10 +39,10 @@ class Clipping:
         Raises:
             ValueError: If both say how to clip, and not the same.
         """
-        clip = next((component for component in engine._components if isinstance(component, ClipNorm)), None)
+        clip = next((component for component in engine.components if isinstance(component, ClipNorm)), None)
         if clip is None:
             self._own = ClipNorm(max_grad_norm or math.inf)
-            engine._insert(self._own)
+            engine.add_component(self._own)
         elif clip is self._own:
             clip.max_norm = float(max_grad_norm or math.inf)
         elif max_grad_norm == DEFAULT != clip.max_norm:

@@ -17,7 +17,7 @@ from ..engine import layout
 from ..engine.component import Component, Phase
 from ..engine.counts import Verdict
 from ..engine.grad_norm import GradNorm
-from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
+from ..engine.multi_tensor_optimizer import Gradients, MultiTensorOptimizer
 from ..engine.rounding import Rounding
 from . import decay, weight_averages
 from .msam import MSAM
@@ -97,22 +97,28 @@ class FusedOptimizer(MultiTensorOptimizer):
         super()._set_components(components, seed)
         self._grad_norm.behind = sum(component.phase < Phase.CLIP for component in self._components)
 
-    def _reset_cache(self) -> None:
-        super()._reset_cache()
+    def reset_cache(self) -> None:
+        """Forgets all that is kept between steps; call it after replacing state or groups."""
+        super().reset_cache()
         self._verdict: Verdict | None = None
-        self._flags: dict[torch.device, Tensor] = {}
+        self.skip_flags: dict[torch.device, Tensor] = {}
         self._inside = False
 
     # The step -------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
-        """Take one optimization step; parameters without a gradient are left alone.
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None,
+        gradients: Gradients | None = None,
+    ) -> Any:  # fmt: skip
+        """Takes one optimization step; parameters without a gradient are left alone.
 
         Args:
             closure: Reevaluates the model and returns the loss.
             grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+            gradients: Gradients to use instead of those in `p.grad`: by parameter, or one for each parameter
+                in order, `None` for those to be left alone.
 
         Returns:
             What the closure returns, `None` without one.
@@ -131,8 +137,8 @@ class FusedOptimizer(MultiTensorOptimizer):
             raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
         self._settle(report=True)
         scaling = self._grad_norm.scaling = amp.scaling(self, grad_scaler)
-        flags = self._run()
-        self._flags = flags or {}
+        flags = self._run_step(self._operands(gradients).with_gradient())
+        self.skip_flags = flags or {}
         if flags and not self._capturing():
             report = self._nonfinite == "raise" and not scaling.active
             self._verdict = Verdict(next(iter(flags.values())), self._counts, report)
@@ -354,22 +360,24 @@ class FusedOptimizer(MultiTensorOptimizer):
             component.load(self.param_groups)
         self._share_seed()
 
-    def _insert(self, component: Component) -> None:
-        """Add a component to those that are there.
+    def add_component(self, component: Component) -> None:
+        """Adds a component to those that the optimizer has.
 
         Raises:
-            ValueError: If another goes by its name.
+            ValueError: If there is one of the same class.
         """
         if any(type(other) is type(component) for other in self._components):
             raise ValueError(f"{type(component).__name__!r} is given more than once")
         if isinstance(component, ClipNorm):
-            self._grad_norm._clip = component
+            self._grad_norm.clip = component
         self._set_components((*self._components, component), self._seed)
         for group in self.param_groups:
             self._completed(group)
 
-    def _remove(self, component: Component) -> None:
-        """Take a component out again."""
+    def remove_component(self, component: Component) -> None:
+        """Removes a component that `add_component` or the constructor has added."""
+        if self._grad_norm.clip is component:
+            self._grad_norm.clip = None
         self._set_components((other for other in self._components if other is not component), self._seed)
 
 

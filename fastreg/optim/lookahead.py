@@ -11,7 +11,7 @@ import torch
 
 from ..engine import grad_scaler as amp
 from ..engine import layout
-from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
+from ..engine.multi_tensor_optimizer import Gradients, MultiTensorOptimizer, Operands
 from ..engine.state import start
 from . import weight_averages
 from .weight_averages import FIRST_MOMENTS, SlowWeights
@@ -57,7 +57,7 @@ class Lookahead(Wrapper):
         super().__init__(optimizer)
         self._sync: _Sync | None = None
         if self.engine is not None:
-            self.engine._insert(component)
+            self.engine.add_component(component)
             self._start(self.engine, component)
         else:
             self._sync = _Sync(optimizer, component)
@@ -85,7 +85,7 @@ class Lookahead(Wrapper):
         """As in torch; slow weights of the new parameters start as these are."""
         super().add_param_group(param_group)
         holder: Any = self._sync or self.engine
-        component = next(p for p in holder._components if isinstance(p, SlowWeights))
+        component = next(p for p in holder.components if isinstance(p, SlowWeights))
         self._start(holder, component)
 
     @property
@@ -93,12 +93,16 @@ class Lookahead(Wrapper):
         return self._sync is None and bool(getattr(self.base_optimizer, "_step_supports_amp_scaling", False))
 
     @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
-        """One step of the base optimizer, and every k-th of the slow weights.
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None,
+        gradients: Gradients | None = None,
+    ) -> Any:  # fmt: skip
+        """Takes one step of the base optimizer, and every k-th of the slow weights.
 
         Args:
             closure: Reevaluates the model and returns the loss.
             grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+            gradients: Gradients to use instead of those in `p.grad`, see `FusedOptimizer.step`.
 
         Returns:
             What the base optimizer returns.
@@ -106,14 +110,15 @@ class Lookahead(Wrapper):
         Raises:
             RuntimeError: While the slow weights are shown.
         """
+        base: Any = self.base_optimizer
+        arguments: dict[str, Any] = {} if gradients is None else {"gradients": gradients}
         if self._sync is None:
-            if grad_scaler is None and not hasattr(self, "grad_scale"):
-                return self.base_optimizer.step(closure)
-            base: Any = self.base_optimizer
-            return base.step(closure, grad_scaler=amp.scaling(self, grad_scaler))
+            if grad_scaler is not None or hasattr(self, "grad_scale"):
+                arguments["grad_scaler"] = amp.scaling(self, grad_scaler)
+            return base.step(closure, **arguments)
         if weight_averages.shown(self._sync) is not None:
             raise RuntimeError("step() would train the slow weights: call optimizer.train() first")
-        loss = self.base_optimizer.step(closure)
+        loss = base.step(closure, **arguments)
         self._sync.after_step()
         return loss
 
@@ -187,20 +192,17 @@ class _Sync(MultiTensorOptimizer):
         self.param_groups = self._base.param_groups
         for group in self.param_groups:
             group["lookahead_step"] += 1
-        if self._operands().parameters:
-            self._run()
-            self._take_back()
-
-    def _operands(self) -> Operands:
-        every = self._every()
+        operands = self._operands()
         due = [group["lookahead_step"] % group["lookahead_k"] == 0 for group in self.param_groups]
-        return every._replace(gradients=list(every.parameters)).only(due[i] for i in every.groups)
+        operands = operands._replace(gradients=operands.parameters).only(due[i] for i in operands.groups)
+        if operands.parameters:
+            self._run_step(operands)
+            self._take_back(operands)
 
     @torch.no_grad()
-    def _take_back(self) -> None:
+    def _take_back(self, operands: Operands) -> None:
         if self.component.pullback_momentum == "none":
             return
-        operands = self._operands()
         for p, group in zip(operands.parameters, operands.groups, strict=True):
             slow = self.state[p].get("slow_momentum")
             for name in FIRST_MOMENTS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine import layout
 from ..engine.component import Component, Phase
-from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from .weight_averages import dither
@@ -72,7 +72,6 @@ class Averaging(MultiTensorOptimizer):
             copy for copy, in_pass in zip(copies, fused, strict=True) if copy is not None and in_pass
         ]
         self._order = sorted(range(len(own)), key=fused.__getitem__)
-        self._weights: list[Any] = []
         groups = (
             [a for a, in_pass in zip(own, fused, strict=True) if in_pass is wanted]
             for wanted in (False, True)
@@ -97,9 +96,7 @@ class Averaging(MultiTensorOptimizer):
             updates: How many there were before.
         """
         self._averaged.weight, self._averaged.updates = weight, updates
-        self._weights = [local_part(weights[i]) for i in self._order]
-        self._run()
-        self._weights = []
+        self._run_step(self._operands([local_part(weights[i]) for i in self._order]))
         self.round(own=False)
 
     @torch.no_grad()
@@ -114,9 +111,6 @@ class Averaging(MultiTensorOptimizer):
         elif self._rounded:
             # Written behind torch's back: what autograd saved of them is out of date.
             torch.autograd.graph.increment_version(self._rounded)
-
-    def _operands(self) -> Operands:
-        return self._every()._replace(gradients=self._weights)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ class Mode:
 
     restoring = False
     adaptive = False  # any group
-    only: set[int] | None = None  # ids of the parameters to restore
     unless: dict[torch.device, Tensor]  # `[1]`, not 0: leave them
 
     def __init__(self) -> None:
@@ -185,8 +184,9 @@ class Excursion(MultiTensorOptimizer):
             Whose weights are in their backups now.
         """
         self._mode.restoring, self._mode.unless = False, {}
-        self._run()
-        return self._operands().parameters
+        operands = self._leaving(self._operands())
+        self._run_step(operands)
+        return operands.parameters
 
     def restore(self, parameters: Iterable[Tensor], unless: dict[torch.device, Tensor] | None = None) -> None:
         """Bring weights back from their backups.
@@ -195,20 +195,15 @@ class Excursion(MultiTensorOptimizer):
             parameters: Whose.
             unless: For a device, `[1]`: not 0 if they are to stay as they are.
         """
-        self._mode.only = set(map(id, parameters))
-        if self._mode.only:
+        perturbed = set(map(id, parameters))
+        if perturbed:
             self._mode.restoring, self._mode.unless = True, unless or {}
-            self._run()
+            operands = self._operands()
+            operands = operands._replace(gradients=operands.parameters)
+            self._run_step(operands.only(id(p) in perturbed for p in operands.parameters))
 
     def _leaving(self, every: Operands) -> Operands:
         raise NotImplementedError
-
-    def _operands(self) -> Operands:
-        every = self._every()
-        if not self._mode.restoring:
-            return self._leaving(every)
-        wanted = [id(p) in (self._mode.only or ()) for p in every.parameters]
-        return every._replace(gradients=list(every.parameters)).only(wanted)
 
     def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Any = None) -> Any:
         """What is done this time: perturbing and restoring exclude each other."""

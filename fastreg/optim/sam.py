@@ -117,7 +117,7 @@ class SAM(Wrapper):
         self._accumulated: dict[Tensor, Tensor] = {}
         self._bad: Tensor | None = None
         if self.engine is not None:
-            self.engine._reads_backups = True
+            self.engine.reads_backups = True
         amp.silence()
 
     def options(self) -> dict[str, Any]:
@@ -340,8 +340,8 @@ class SAM(Wrapper):
             for p in stepped:
                 base.state[p].pop(BACKUP.name, None)
         self._ascent.restore([p for p in perturbed if p.grad is None])
-        if base._flags:  # a step that a device has skipped has not brought them back
-            self._ascent.restore(stepped, {device: 1 - flag for device, flag in base._flags.items()})
+        if base.skip_flags:  # a step that a device has skipped has not brought them back
+            self._ascent.restore(stepped, {device: 1 - flag for device, flag in base.skip_flags.items()})
 
     def _overflows(self, scaler: Any, bad: Tensor | None) -> bool:
         """Unscale gradients for an optimizer that does not itself, and tell whether to leave out the step."""

@@ -379,7 +379,7 @@ def _number_column(chain: Any, wanted: Stage) -> int:
 
 def all_of(optimizer: MultiTensorOptimizer) -> list[Average]:
     """The averages of an optimizer: those of the weights before Lookahead's, and what is computed last."""
-    found = [component for component in optimizer._components if isinstance(component, Average)]
+    found = [component for component in optimizer.components if isinstance(component, Average)]
     return sorted(found, key=lambda component: (component.computed, isinstance(component, SlowWeights)))
 
 

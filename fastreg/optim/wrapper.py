@@ -125,7 +125,7 @@ class Wrapper(torch.optim.Optimizer):
             return
         own.param_groups = self.param_groups
         own.state.clear()
-        own._reset_cache()
+        own.reset_cache()
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(indices, parameters, strict=True):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.fused_optimizer import FusedOptimizer
 from .noise import Noise, Noising, PrivateNoise
 from .sources import Parameters, Source, reduced
 
@@ -73,23 +72,23 @@ class Mechanism:
 
     @contextlib.contextmanager
     def fused(
-        self, engine: FusedOptimizer, parameters: Parameters, sums: list[Tensor], std: float, share: float
-    ) -> Iterator[None]:
-        """Within the block the engine steps by the noised sums, which are nowhere in memory.
+        self, parameters: Parameters, sums: list[Tensor], std: float, share: float
+    ) -> Iterator[dict[Tensor, Tensor]]:
+        """Within the block a step by the sums adds the noise, which is nowhere in memory.
 
         Args:
-            engine: What has the component.
             parameters: Of what.
             sums: As `sums` gives them; used up afterwards, whatever happens.
             std: Standard deviation of the noise.
             share: What noised sums are multiplied by.
+
+        Yields:
+            The sums by parameter.
         """
-        engine._gradient_of = dict(zip(parameters, sums, strict=True)).get
         try:
             with self.component.armed(std, share, self.noise.advance()):
-                yield
+                yield dict(zip(parameters, sums, strict=True))
         finally:
-            del engine._gradient_of
             self.source.used(parameters)
 
     @contextlib.contextmanager

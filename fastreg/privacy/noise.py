@@ -181,10 +181,7 @@ class Noising(MultiTensorOptimizer):
         component: Which noise.
     """
 
-    _KEPT = (*MultiTensorOptimizer._KEPT, "_sums")
-
     def __init__(self, component: PrivateNoise) -> None:
-        self._sums = Operands([], [], [], [])
         self._set_components((component, _Replaced()), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": [{"params": []}]})
 
@@ -195,16 +192,8 @@ class Noising(MultiTensorOptimizer):
             sums: Of each parameter.
             streams: Places of the parameters in their optimizer.
         """
-        self._sums = Operands(sums, list(sums), [0] * len(sums), streams)
         try:
-            self._run()
+            self._run_step(Operands(sums, list(sums), [0] * len(sums), streams))
         finally:  # the sums of the next step are other tensors
-            self._sums = Operands([], [], [], [])
             self.state.clear()
-            self._reset_cache()
-
-    def _operands(self) -> Operands:
-        return self._sums
-
-    def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
-        return []
+            self.reset_cache()

@@ -175,7 +175,7 @@ class DPOptimizer(Wrapper):
         self._mechanism = Mechanism(source, noise, process_group)
         self._guard: Any = None
         if self.engine is not None:
-            self.engine._insert(self._mechanism.component)
+            self.engine.add_component(self._mechanism.component)
         else:
             inner: Any = base
             while isinstance(inner, Wrapper):
@@ -215,7 +215,7 @@ class DPOptimizer(Wrapper):
         if isinstance(self._source, BookKept):
             self._source.engine.detach()
         if self.engine is not None:
-            self.engine._remove(self._mechanism.component)
+            self.engine.remove_component(self._mechanism.component)
         if self._guard is not None:
             self._guard.remove()
         return self.base_optimizer
@@ -348,8 +348,9 @@ class DPOptimizer(Wrapper):
         if self._check_skip_next_step():
             self.accumulate()
         else:
-            with self._release():
-                self.base_optimizer.step()
+            with self._release() as gradients:
+                base: Any = self.base_optimizer
+                base.step() if gradients is None else base.step(gradients=gradients)
         self._opt_called = True  # what schedulers look for, to warn of steps that are taken too late
         return loss
 
@@ -366,11 +367,14 @@ class DPOptimizer(Wrapper):
         self._mechanism.check_forgotten()
 
     @contextlib.contextmanager
-    def _release(self, materialize: bool = False) -> Iterator[None]:
+    def _release(self, materialize: bool = False) -> Iterator[dict[Tensor, Tensor] | None]:
         """Everything of a step but the base optimizer's, which is to be taken within the block.
 
         Args:
             materialize: Write the noised gradients to `p.grad` in any case.
+
+        Yields:
+            The gradients to step by, to which the step itself adds the noise; `None`: those in `p.grad`.
         """
         parameters, mechanism, engine = self._trainable(), self._mechanism, self.engine
         for group in self.param_groups:
@@ -394,10 +398,10 @@ class DPOptimizer(Wrapper):
                     p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])
                 }
                 with mechanism.written([every[p] for p in parameters], *what):
-                    yield
+                    yield None
             else:
-                with mechanism.fused(engine, *what):
-                    yield
+                with mechanism.fused(*what) as gradients:
+                    yield gradients
         finally:
             self._is_last_step_skipped = False
 
@@ -494,9 +498,9 @@ def _check_base(base: torch.optim.Optimizer) -> None:
             )
         inner = inner.base_optimizer
     if isinstance(inner, FusedOptimizer):
-        if any(isinstance(component, PrivateNoise) for component in inner._components):
+        if any(isinstance(component, PrivateNoise) for component in inner.components):
             raise ValueError("the optimizer is inside another DPOptimizer: call its detach() first")
-        if any(isinstance(component, AdaptiveClip) for component in inner._components):
+        if any(isinstance(component, AdaptiveClip) for component in inner.components):
             raise ValueError(
                 "AdaptiveClip measures gradients before their noise, so that what it scales by is not "
                 "private: leave it out, samples are clipped by max_grad_norm"

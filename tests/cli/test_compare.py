@@ -173,7 +173,7 @@ def test_every_contender_has_a_colour_of_its_own():
 
 def test_strengths_and_combinations_reach_the_optimizer():
     optimizer = made("clip=0.5+noise=1e-3+decay=0.25+value=2", lr=0.01).optimizer
-    components = {type(component).__name__: component for component in optimizer._components}
+    components = {type(component).__name__: component for component in optimizer.components}
     assert components["ClipNorm"].max_norm == 0.5 and components["ClipValue"].clip_value == 2
     assert components["GradientNoise"].std == 1e-3
     (group,) = optimizer.param_groups

@@ -43,7 +43,7 @@ def test_any_other_optimizer_is_left_to_trainer(runs, tools) -> None:
 
 
 def clip_of(trainer: Any) -> fastreg.ClipNorm:
-    (clip,) = [p for p in engine_of(trainer.optimizer)._components if isinstance(p, fastreg.ClipNorm)]
+    (clip,) = [p for p in engine_of(trainer.optimizer).components if isinstance(p, fastreg.ClipNorm)]
     return clip
 
 

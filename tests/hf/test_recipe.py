@@ -51,7 +51,7 @@ def test_everything_together_trains(runs, tools) -> None:
     trainer = runs.train(recipe=EVERYTHING, arguments=FAST)
     assert falls(tools.logged(trainer, "loss"))
     assert sam_of(trainer.optimizer) is not None
-    kinds = {type(component) for component in engine_of(trainer.optimizer)._components}
+    kinds = {type(component) for component in engine_of(trainer.optimizer).components}
     assert kinds >= {
         fastreg.ClipNorm, fastreg.ClipValue, fastreg.GradientNoise, fastreg.EMA, fastreg.SWA,
         fastreg.SlowWeights, fastreg.L1, fastreg.L2SP,

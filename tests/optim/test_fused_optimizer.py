@@ -176,7 +176,7 @@ def test_different_step_counts_share_a_launch(Race):
     race.gradients(1)
     optimizer.step()
     race.gradients()
-    ((batch, _),) = optimizer._work(optimizer._operands()).batches
+    ((batch, _),) = optimizer._work(optimizer._operands().with_gradient()).batches
     assert batch.steps == [2, 1] and batch.rows == [0, 1]
 
 
@@ -350,3 +350,34 @@ def test_the_default_device_does_not_matter(rule, backend, Race):
             ours.step()
         theirs.step()
     race.check()
+
+
+@pytest.mark.parametrize("form", ("mapping", "sequence"))
+def test_gradients_given_to_step_replace_those_of_parameters(rule, form, Race):
+    race = Race()
+    ours, theirs = rule(race.ours), rule.oracle(race.theirs)
+    race.gradients()
+    gradients = [None if i == 1 else p.grad.clone() for i, p in enumerate(race.ours)]
+    by_parameter = {p: g for p, g in zip(race.ours, gradients, strict=True) if g is not None}
+    ours.step(gradients=by_parameter if form == "mapping" else gradients)
+    race.theirs[1].grad = None
+    theirs.step()
+    race.check()
+    with pytest.raises(ValueError, match="gradients must hold one for each of"):
+        ours.step(gradients=gradients[:1])
+
+
+def test_components_are_added_and_removed(Race):
+    race = Race()
+    optimizer = fastreg.AdamW(race.ours, regularizers=[fastreg.EMA(0.9)])
+    clip, before = ClipNorm(1.0), optimizer.components
+    optimizer.add_component(clip)
+    assert clip in optimizer.components and optimizer._pieces == optimizer.components
+    with pytest.raises(ValueError, match="given more than once"):
+        optimizer.add_component(ClipNorm(2.0))
+    race.gradients()
+    optimizer.step()
+    assert optimizer.grad_norm > 0
+    optimizer.remove_component(clip)
+    assert optimizer.components == before and optimizer.grad_norm is None
+    optimizer.step()
