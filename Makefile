@@ -2,16 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench audit results render clean
+.PHONY: help install demo test test-all check bench audit results render clean
 
 help:
-	@echo 'make demo    compare training with and without fastreg'
-	@echo 'make test    run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
-	@echo 'make check   lint, formatting and types'
-	@echo 'make bench   time fastreg against torch and other libraries, in about twenty minutes'
-	@echo 'make audit   read the machine code of every kernel for all targets'
-	@echo 'make results measure and audit anew what the READMEs tell; make render only writes them'
-	@echo 'make clean   remove .venv, caches and build products'
+	@echo 'make demo     compare training with and without fastreg'
+	@echo 'make test     run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
+	@echo 'make test-all run the tests that take long, which make test leaves out'
+	@echo 'make check    lint, formatting and types'
+	@echo 'make bench    time fastreg against torch and other libraries, in about twenty minutes'
+	@echo 'make audit    read the machine code of every kernel for all targets'
+	@echo 'make results  measure and audit anew what the READMEs tell; make render only writes them'
+	@echo 'make clean    remove .venv, caches and build products'
 	@echo
 	@echo 'Each target first creates .venv and installs what it needs. PYTHON=... picks the interpreter.'
 
@@ -32,9 +33,11 @@ demo: $(INSTALLED)
 	$(BIN)/fastreg compare
 
 # Triton decides when it is imported whether it interprets or compiles, which takes a process each.
-test: $(INSTALLED)
-	@$(BIN)/pytest -n 2 tests --ignore=tests/benchmarks; tests=$$?; \
-	env -u TRITON_INTERPRET $(BIN)/pytest -n 2 tests/benchmarks; audit=$$?; \
+test: MARKED = not slow
+test-all: MARKED = slow
+test test-all: $(INSTALLED)
+	@$(BIN)/pytest -n 2 -m '$(MARKED)' tests --ignore=tests/benchmarks; tests=$$?; \
+	env -u TRITON_INTERPRET $(BIN)/pytest -n 2 -m '$(MARKED)' tests/benchmarks; audit=$$?; \
 	echo "exit status: tests $$tests, code audit $$audit"; \
 	test $$tests -eq 0 -a $$audit -eq 0
 

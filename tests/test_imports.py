@@ -295,13 +295,15 @@ def without_fastreg() -> object:
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["without kernels", "with kernels"])
-@pytest.mark.parametrize("place", ["checkout", "elsewhere"])
-@pytest.mark.parametrize("order", ["fastreg, transformers", "transformers, fastreg"])
+@pytest.mark.parametrize("folder", ["checkout", pytest.param("elsewhere", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "order", ["fastreg, transformers", pytest.param("transformers, fastreg", marks=pytest.mark.slow)]
+)
 def test_transformers_finds_the_kernels_it_would_find_without_fastreg(
-    order: str, place: str, installed: bool, tmp_path: Path
+    order: str, folder: str, installed: bool, tmp_path: Path
 ) -> None:
     """In the checkout `kernels/` is a namespace package, which any installed `kernels` must win against."""
-    cwd = ROOT if place == "checkout" else tmp_path
+    cwd = ROOT if folder == "checkout" else tmp_path
     site = tmp_path / "site"
     if installed:
         pretend_to_install_kernels(site)

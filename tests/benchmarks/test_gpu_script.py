@@ -393,6 +393,7 @@ def test_the_files_of_the_tests_are_there():
     assert all((ROOT / file).is_file() for file in (*device_tests.FILES, *device_tests.DRY))
 
 
+@pytest.mark.slow
 def test_the_script_says_what_it_cannot_do(tmp_path):
     run = script("--wet", out=tmp_path)
     assert run.returncode == 2 and "--wet" in run.stderr

@@ -46,7 +46,7 @@ def later(place, names, *arguments):
     return tuple(map(int, done.stdout.split()))
 
 
-@pytest.mark.parametrize("driver", ["stub", "recording"])
+@pytest.mark.parametrize("driver", [pytest.param("stub", marks=pytest.mark.slow), "recording"])
 def test_a_fresh_process_compiles_nothing(cache, driver):
     asked, found = later(cache, WORK, driver)
     assert asked == found == len(precompile.hashes(cache))
@@ -77,6 +77,7 @@ def test_what_others_have_compiled_is_left_alone(tmp_path):
     assert {file: file.read_text() for file in before} == before
 
 
+@pytest.mark.slow
 def test_what_is_cached_adds_up(tmp_path, monkeypatch):
     for name in ("Lion", "SGD", "Lion"):
         precompile.fill("sm_90", tmp_path, precompile.items([name], ["fp32"]))
@@ -87,7 +88,7 @@ def test_what_is_cached_adds_up(tmp_path, monkeypatch):
     assert kernel_cache.read(tmp_path) == [kernel_cache.Cached("sm_90", 2, True)]
 
 
-@pytest.mark.parametrize("target", ["sm_200", "gfx000"])
+@pytest.mark.parametrize("target", ["sm_200", pytest.param("gfx000", marks=pytest.mark.slow)])
 def test_a_target_that_the_compiler_dies_of(tmp_path, capfd, target):
     given = ["precompile", "--target", target, "--only", "SGD", "--dtype", "fp32", "--out", str(tmp_path)]
     assert main(given) == 1
@@ -138,7 +139,7 @@ def test_families_need_the_kernels_that_the_audit_reads():
     assert set(launches) == entry_points().keys()
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "gfx942"])
 def test_other_targets(tmp_path, target):
     filled = precompile.fill(target, tmp_path, precompile.items(["SGD", "noise"], ["bf16"]))
     assert filled.kernels and not filled.failed
@@ -164,6 +165,7 @@ def test_info_tells_what_is_cached(cache, tmp_path, monkeypatch, capsys):
     assert kernel_cache.read(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     """The folder may be named relative to another one; Triton stores absolute paths."""
     monkeypatch.chdir(tmp_path.parent)

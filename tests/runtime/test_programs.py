@@ -236,7 +236,7 @@ STEP = """
     from fastreg.engine.stage import Chain, Stage
     from fastreg.engine.batch import Batch
     from fastreg.engine.launch import run
-    from fastreg import compiled
+    from fastreg.engine.launch import compiled
 
     sys.path.insert(0, sys.argv[1])
     from stages import halved
@@ -255,6 +255,7 @@ STEP = """
 """
 
 
+@pytest.mark.slow
 def test_a_stale_program_is_never_used(tmp_path):
     """A stage is edited between two processes, and back again."""
     found = []
