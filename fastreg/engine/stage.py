@@ -45,7 +45,9 @@ class Stage:
         rng_keys: Names of the integers it takes, such as a random key.
         step_scalars: How many numbers it takes, which may change with every step.
         units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
-        momentum: Whether it returns the pair (update, momentum) as its update.
+        momentum: Whether it is a rule of Momentum-SAM: its first device scalar times its first buffer, the
+            momentum, is added to the weight before it, and the update behind it is the pair (update, new
+            momentum).
         exact: Whether a GPU must not fuse its multiply-adds, so that it rounds as the reference does.
     """
 

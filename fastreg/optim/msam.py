@@ -27,12 +27,8 @@ from .weight_averages import Average
 TINY = 1e-12
 """Added to norms that are divided by, as in the published implementations."""
 
-_TWINS: dict[Any, Any] = {
-    rules.sgd_momentum: rules.sgd_momentum_msam,
-    rules.sgd_nesterov: rules.sgd_nesterov_msam,
-    rules.adam: rules.adam_msam,
-    rules.adam_amsgrad: rules.adam_amsgrad_msam,
-}
+_RULES = (rules.sgd_momentum, rules.sgd_nesterov, rules.adam, rules.adam_amsgrad)
+"""References of the rules whose first buffer is the momentum that they step along."""
 
 
 class MSAM(Average):
@@ -162,17 +158,14 @@ class _Rule(Component):
     def stage(self, group: dict[str, Any]) -> Stage:
         """The rule's, which is another function with one more scalar."""
         stage = self._rule.stage(group)
-        if stage is None or stage.reference not in _TWINS:
+        if stage is None or stage.reference not in _RULES:
             raise ValueError(
                 "MSAM needs momentum: use SGD(momentum=0.9), Adam or AdamW, "
                 f"got {type(self._rule).__name__} with {stage.kernel if stage else None}"
             )
         if group.get("decay", self._decay_kind) == "cautious":
             raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
-        twin = _TWINS[stage.reference]
-        return replace(
-            stage, kernel=f"rules.{twin.__name__}", reference=twin, device_scalars=("former",), momentum=True
-        )
+        return replace(stage, device_scalars=("prev_perturbation",), momentum=True)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Those of the rule."""
@@ -187,7 +180,7 @@ class _Descend(Component):
     """Takes the update off the weight and leaves the momentum."""
 
     phase = Phase.DESCEND
-    _stage = Stage("rules.descend_msam", rules.descend_msam)
+    _stage = Stage("rules.descend_with_momentum", rules.descend_with_momentum)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Always the same."""

@@ -8,12 +8,12 @@ from torch import Tensor
 from .random import PhiloxPosition, sqrt
 
 Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
-WithMomentum = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def adam(
     p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor,
-    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor,
+    step_size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
     """u ← lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)  (Kingma & Ba 2015).
 
@@ -21,18 +21,19 @@ def adam(
     """
     exp_avg = exp_avg + one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
-    return p, size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
+    return p, step_size * (exp_avg / (scale * sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 def adam_amsgrad(
     p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
-    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
+    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor,
+    step_size: Tensor, scale: Tensor, eps: Tensor,
 ) -> Result:  # fmt: skip
     """As `adam`, with the largest v so far in place of v  (Reddi et al. 2018)."""
     exp_avg = exp_avg + one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-    u = size * (exp_avg / (scale * sqrt(max_exp_avg_sq) + eps))
+    u = step_size * (exp_avg / (scale * sqrt(max_exp_avg_sq) + eps))
     return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
@@ -77,66 +78,6 @@ def descend(p: Tensor, u: Tensor, at: PhiloxPosition) -> Result:
     return p - u, u, ()
 
 
-# Momentum-SAM (Becker et al. 2024): the weight in memory is w - former · v.  The rule takes that out and
-# hands the new momentum on beside the update, so that the last stage of the chain can put it in again.
-
-
-def sgd_momentum_msam(
-    p: Tensor, u: Tensor, at: PhiloxPosition, momentum_buffer: Tensor, former: Tensor, momentum: Tensor,
-    one_minus_beta: Tensor, lr: Tensor,
-) -> WithMomentum:  # fmt: skip
-    """p ← p + former · b, then `sgd_momentum`."""
-    p = p + former * momentum_buffer
-    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, one_minus_beta, lr)
-    return p, (u, state[0]), state
-
-
-def sgd_nesterov_msam(
-    p: Tensor, u: Tensor, at: PhiloxPosition, momentum_buffer: Tensor, former: Tensor,
-    momentum: Tensor, one_minus_beta: Tensor, lr: Tensor, lr_momentum: Tensor,
-) -> WithMomentum:  # fmt: skip
-    """p ← p + former · b, then `sgd_nesterov`."""
-    p = p + former * momentum_buffer
-    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_momentum)
-    return p, (u, state[0]), state
-
-
-def adam_msam(
-    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, former: Tensor,
-    one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor, scale: Tensor, eps: Tensor,
-) -> WithMomentum:  # fmt: skip
-    """p ← p + former · m, then `adam`."""
-    p = p + former * exp_avg
-    p, u, state = adam(
-        p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
-    )
-    return p, (u, state[0]), state
-
-
-def adam_amsgrad_msam(
-    p: Tensor, u: Tensor, at: PhiloxPosition, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor,
-    former: Tensor, one_minus_beta1: Tensor, beta2: Tensor, one_minus_beta2: Tensor, size: Tensor,
-    scale: Tensor, eps: Tensor,
-) -> WithMomentum:  # fmt: skip
-    """p ← p + former · m, then `adam_amsgrad`."""
-    p = p + former * exp_avg
-    p, u, state = adam_amsgrad(
-        p,
-        u,
-        at,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-        one_minus_beta1,
-        beta2,
-        one_minus_beta2,
-        size,
-        scale,
-        eps,
-    )
-    return p, (u, state[0]), state
-
-
-def descend_msam(p: Tensor, u: tuple[Tensor, Tensor], at: PhiloxPosition) -> Result:
-    """p ← p - update; from here on u is the momentum."""
+def descend_with_momentum(p: Tensor, u: tuple[Tensor, Tensor], at: PhiloxPosition) -> Result:
+    """p ← p - update, where u is (update, momentum); from here on u is the momentum."""
     return p - u[0], u[1], ()

@@ -59,14 +59,18 @@ def run_stages(
     b = k = s = w = n = 0
     for stage in chain.stages[:stages]:
         own = buffers[b : b + len(stage.buffers)]
-        arguments = (
+        arguments = [
             *(buffer.to(compute) for buffer in own),
             *units[k : k + len(stage.units)],
             *device_scalars[s : s + len(stage.device_scalars)],
             *rng_keys[w : w + len(stage.rng_keys)],
             *step_scalars[n : n + stage.step_scalars],
-        )
+        ]
+        if stage.momentum:
+            prev_perturbation = arguments.pop(len(own))
+            p = p + prev_perturbation * arguments[0]
         p, u, new = stage.reference(p, u, at, *arguments)
+        u = (u, new[0]) if stage.momentum else u
         if store:
             for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
                 buffer.copy_(value)

@@ -11,20 +11,31 @@ import triton.language as tl
 
 
 @triton.jit
-def adam(p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps):
+def adam(p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, step_size, scale, eps):
     exp_avg += one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
-    return p, size * (exp_avg / (scale * tl.sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
+    return p, step_size * (exp_avg / (scale * tl.sqrt(exp_avg_sq) + eps)), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
 def adam_amsgrad(
-    p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
+    p,
+    u,
+    at,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    scale,
+    eps,
 ):
     exp_avg += one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-    u = size * (exp_avg / (scale * tl.sqrt(max_exp_avg_sq) + eps))
+    u = step_size * (exp_avg / (scale * tl.sqrt(max_exp_avg_sq) + eps))
     return p, u, (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
@@ -57,68 +68,6 @@ def descend(p, u, at):
     return p - u, u, ()
 
 
-# With `former` · v of the last step still in the weight, and the new momentum beside the update: see `msam`.
-
-
 @triton.jit
-def sgd_momentum_msam(p, u, at, momentum_buffer, former, momentum, one_minus_beta, lr):
-    p += former * momentum_buffer
-    p, u, state = sgd_momentum(p, u, at, momentum_buffer, momentum, one_minus_beta, lr)
-    return p, (u, state[0]), state
-
-
-@triton.jit
-def sgd_nesterov_msam(p, u, at, momentum_buffer, former, momentum, one_minus_beta, lr, lr_momentum):
-    p += former * momentum_buffer
-    p, u, state = sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_momentum)
-    return p, (u, state[0]), state
-
-
-@triton.jit
-def adam_msam(
-    p, u, at, exp_avg, exp_avg_sq, former, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
-):
-    p += former * exp_avg
-    p, u, state = adam(
-        p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, size, scale, eps
-    )
-    return p, (u, state[0]), state
-
-
-@triton.jit
-def adam_amsgrad_msam(
-    p,
-    u,
-    at,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    former,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    size,
-    scale,
-    eps,
-):
-    p += former * exp_avg
-    p, u, state = adam_amsgrad(
-        p,
-        u,
-        at,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-        one_minus_beta1,
-        beta2,
-        one_minus_beta2,
-        size,
-        scale,
-        eps,
-    )
-    return p, (u, state[0]), state
-
-
-@triton.jit
-def descend_msam(p, u, at):
+def descend_with_momentum(p, u, at):
     return p - u[0], u[1], ()

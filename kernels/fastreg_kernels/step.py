@@ -37,6 +37,7 @@ class Stage(NamedTuple):
     step_scalars: tuple  # columns of the number row
     units: tuple  # table columns: addresses of vectors with an element for each unit
     place: tuple  # table columns: how far units lie apart and how many there are; () without units
+    momentum: Any  # constexpr: see `Stage.momentum` of fastreg
 
 
 class Storage(NamedTuple):
@@ -137,7 +138,13 @@ def store_blocks(addresses, dtypes, blocks, offsets, mask, WIDE: tl.constexpr):
 def run_stage(
     stage, addresses, arguments, state, p, u, at, offsets, mask, WIDE: tl.constexpr, STORE: tl.constexpr
 ):
-    p, u, state = stage.fn(p, u, at, *state, *arguments)
+    if stage.momentum:
+        # Momentum-SAM: what the last step subtracted is restored, and the new momentum passed on.
+        p += arguments[0] * state[0]
+        p, u, state = stage.fn(p, u, at, *state, *arguments[1:])
+        u = (u, state[0])
+    else:
+        p, u, state = stage.fn(p, u, at, *state, *arguments)
     if STORE:
         store_blocks(addresses, stage.dtypes, state, offsets, mask, WIDE)
     return p, u

@@ -21,9 +21,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def rule(name, buffers, step_scalars):
-    held = tuple(Buffer(buffer, "compute") for buffer in buffers)
+    momentum = tuple(Buffer(buffer, "compute") for buffer in buffers)
     return Stage(
-        f"rules.{name}", getattr(rules, name), held, ("former",), step_scalars=step_scalars, momentum=True
+        f"rules.{name}",
+        getattr(rules, name),
+        momentum,
+        ("prev_perturbation",),
+        step_scalars=step_scalars,
+        momentum=True,
     )
 
 
@@ -36,16 +41,16 @@ CHAINS = {
     "perturb_adaptive": ((_Adaptive._stage, _Perturb._adaptive), [1.0, 0.01, 1.0, 0.01, 0.5]),
     "perturb_momentum": ((MSAM._stage,), []),
     "sgd_momentum_msam": (
-        (rule("sgd_momentum_msam", ["momentum_buffer"], 3), *MOMENTUM), [0.9, 0.7, 0.1],
+        (rule("sgd_momentum", ["momentum_buffer"], 3), *MOMENTUM), [0.9, 0.7, 0.1],
     ),
     "sgd_nesterov_msam": (
-        (rule("sgd_nesterov_msam", ["momentum_buffer"], 4), *MOMENTUM), [0.9, 1.0, 0.1, 0.09],
+        (rule("sgd_nesterov", ["momentum_buffer"], 4), *MOMENTUM), [0.9, 1.0, 0.1, 0.09],
     ),
     "adam_msam": (
-        (rule("adam_msam", ["exp_avg", "exp_avg_sq"], 6), *MOMENTUM), [0.1, 0.99, 0.01, 0.2, 1.5, 1e-8],
+        (rule("adam", ["exp_avg", "exp_avg_sq"], 6), *MOMENTUM), [0.1, 0.99, 0.01, 0.2, 1.5, 1e-8],
     ),
     "adam_amsgrad_msam": (
-        (rule("adam_amsgrad_msam", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], 6), *MOMENTUM),
+        (rule("adam_amsgrad", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], 6), *MOMENTUM),
         [0.1, 0.99, 0.01, 0.2, 1.5, 1e-8],
     ),
 }  # fmt: skip

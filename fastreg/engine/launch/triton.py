@@ -167,6 +167,7 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
                 tuple(islice(number_columns, stage.step_scalars)),
                 tuple(islice(unit_columns, len(stage.units))),
                 place if stage.units else (),
+                tl.constexpr(stage.momentum),
             )
         )
     storage = chain.storage
