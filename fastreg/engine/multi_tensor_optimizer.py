@@ -122,7 +122,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             gradients = list(map(gradients.get, parameters))
         elif len(gradients) != len(parameters):
             raise ValueError(
-                f"gradients must be as many as parameters, {len(parameters)}, got {len(gradients)}"
+                f"gradients must hold one for each of {len(parameters)} parameters, got {len(gradients)}"
             )
         return Operands(parameters, list(gradients), groups, list(range(len(parameters))))
 
