@@ -21,10 +21,10 @@ FLOORS = (
     "cli",
     "fastreg",  # the public names
     "hf",
-    "recipe",
-    "privacy",
     "loops",
     "training",
+    "recipe",
+    "privacy",
     "losses",
     "adversarial",
     "optim",
@@ -161,7 +161,7 @@ def test_a_wrong_import_is_noticed(module: str, source: str) -> None:
         ("fastreg.reference.step", "from torch import Tensor\nfrom . import random\nimport math"),
         ("fastreg.optim.fused_optimizer", "from ..runtime import backend\nfrom ..reference import rules"),
         ("fastreg.engine.launch.triton", "def f():\n    import triton\n    from fastreg_kernels import step"),
-        ("fastreg.cli.compare", "import fastreg\nfrom fastreg_benchmarks import step\nfrom . import draw"),
+        ("fastreg.cli.bench", "import fastreg\nfrom fastreg_benchmarks import step\nfrom . import draw"),
     ],
 )
 def test_a_right_import_is_accepted(module: str, source: str) -> None:

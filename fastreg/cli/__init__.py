@@ -1,7 +1,7 @@
 """The command line: `fastreg compare | private | bench | recipe | precompile | info`.
 
-Each subcommand is a module with `add_parser`; it imports torch and the like only once it runs, so that help
-and usage errors come at once.
+Each subcommand is a module with `add_parser`. It imports transformers, matplotlib and rich only when it runs,
+so that help and usage errors come at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .usage import Parser, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line on some arguments.
 
     Args:
         argv: The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for a usage error (told in one line on stderr), 130 after Ctrl-C.
+        The exit code: 0, 2 for a usage error (one line on stderr), 130 after Ctrl-C.
     """
     parser = Parser(prog="fastreg", description="Regularization for PyTorch, fused into Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastreg {_version()}")

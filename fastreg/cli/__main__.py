@@ -1,4 +1,4 @@
-"""`python -m fastreg.cli`."""
+"""Runs the command line for `python -m fastreg.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`fastreg bench`: the benchmark suites on this machine, as a table, a picture and JSON."""
+"""Runs `fastreg bench`: the benchmark suites on this machine, as a table, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from . import document
 from .usage import UsageError, device, folder, require
 
 DESCRIPTION = """\
-Time fastreg against torch's own parts and other libraries on this machine: contenders take turns, and what
-computes something else than its baseline is refused. Prints a table for each case and writes a picture and
-everything as JSON. The full run takes about twenty minutes, --quick about five."""
+Time fastreg against torch and other libraries on this machine. Contenders take turns, and one that computes
+something else than its baseline is refused. Prints a table for each case and writes a picture and everything
+as JSON. The full run takes about twenty minutes, --quick about five."""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand `bench` to the command line."""
     parser = commands.add_parser(
         "bench", help="time the optimizer step against torch and other libraries",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suites; what is measured before Ctrl-C is kept."""
+    """Runs the suites; results from before Ctrl-C are kept."""
     chosen = tuple(name.strip() for name in args.suite.split(",") if name.strip())
     for name in chosen:
         if name not in SUITES:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise UsageError(f"--suite names no suite, got {args.suite!r}; for example --suite rules,norm")
     require("bench", "bench", "matplotlib", "rich")
-    place = device(args.device)
+    target = device(args.device)
 
     from rich.console import Console
 
@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
     out = folder(args.out, "bench")
     console = Console()
-    contents = report.document(place, args.quick)
+    contents = report.document(target, args.quick)
     console.print(f"[bold]{report.machine_line(contents)}[/]\n", highlight=False, soft_wrap=True)
     results, interrupted = contents["results"], False
     try:
-        for case in (case for name in chosen for case in suite.cases(name, place, args.quick)):
+        for case in (case for name in chosen for case in suite.cases(name, target, args.quick)):
             with console.status(case.name):
-                results.append(suite.measured(case, place)[0])
+                results.append(suite.measured(case, target)[0])
             report.show(console, results[-1])
     except KeyboardInterrupt:
         interrupted = contents["interrupted"] = True

@@ -1,4 +1,4 @@
-"""Results as JSON."""
+"""Writes results of commands as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a document, whole or not at all; what is no finite number becomes `null`, since JSON has none."""
+    """Writes a document completely or not at all; NaN and infinity become `null`, as JSON lacks them."""
     text = json.dumps(_finite(document), indent=1, allow_nan=False, ensure_ascii=False)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text + "\n", encoding="utf-8")

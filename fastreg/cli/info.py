@@ -1,4 +1,4 @@
-"""`fastreg info`: versions, devices and backends, for a bug report."""
+"""Runs `fastreg info`: versions, devices and backends, for a bug report."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand `info` to the command line."""
     parser = commands.add_parser(
         "info", help="versions, devices, and which backend runs where",
-        description="Tell versions, devices, and which backend runs an optimizer step on each and why.",
+        description="Print versions, devices, and which backend runs an optimizer step on each and why.",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
+    """Prints versions, devices and backends."""
     from ..runtime.environment import info
 
-    found = info()
-    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found)
+    environment = info()
+    print(json.dumps(dataclasses.asdict(environment), indent=2) if args.json else environment)
     return 0

@@ -1,4 +1,4 @@
-"""Time and memory of a training run."""
+"""Measures time and memory of a training run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stopwatch:
         self._seconds += time.perf_counter() - self._begin
 
     def take(self) -> float:
-        """The seconds since the last call."""
+        """Returns the seconds in all blocks since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -38,7 +38,7 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """The peak since `reset`, by the best means there is; `method` names it."""
+    """Peak memory since `reset`, by the best method of the system, which `method` names."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +50,7 @@ class PeakMemory:
             self.method = "peak resident memory of the process since its start (ru_maxrss)"
 
     def reset(self) -> None:
-        """Start anew."""
+        """Starts a new measurement of the peak."""
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -58,12 +58,12 @@ class PeakMemory:
             _clear_peak()
 
     def bytes(self) -> int | None:
-        """The peak; `None` where the system does not tell."""
+        """Returns the peak in bytes; `None` where the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if "VmHWM" in self.method:
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            return int(found[1]) * 1024 if found else None
+            match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            return int(match[1]) * 1024 if match else None
         try:
             import resource
         except ImportError:  # Windows
@@ -72,7 +72,7 @@ class PeakMemory:
 
 
 def _clear_peak() -> bool:
-    """Ask Linux to forget the peak so far."""
+    """Asks Linux to forget the peak so far, and returns whether it does."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""`fastreg private`: the same small network trained with and without differential privacy."""
+"""Runs `fastreg private`: trains a small network with and without differential privacy."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a small network on scikit-learn's breast-cancer data twice, without and with differential privacy:
-every sample's gradient clipped, Gaussian noise on their sum, Poisson-sampled batches. Prints the accuracy of
-both on samples held back, and the epsilon of the private one with who has worked it out. Takes seconds."""
+the gradient of each sample is clipped, Gaussian noise is added to their sum, batches are Poisson-sampled.
+Prints the accuracy of both on held-back samples, the epsilon of the private one and its accountant. Takes
+seconds."""
 
-# Typical magnitudes of what is measured, which are public: mean, standard error and worst of each image.
-# Scaling by statistics of the data would be another release.
+# Typical magnitudes of the features, which are public: mean, standard error and worst value of each image.
+# Scaling by statistics of the data would release them.
 MAGNITUDES = (
     (14, 19, 92, 650, 0.1, 0.1, 0.09, 0.05, 0.18, 0.06),
     (0.4, 1.2, 2.9, 40, 0.007, 0.025, 0.03, 0.012, 0.02, 0.004),
@@ -29,7 +30,7 @@ HIDDEN, HELD_BACK = 32, 114
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand `private` to the command line."""
     parser = commands.add_parser(
         "private", help="train with and without differential privacy: what does it cost",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,9 +39,9 @@ def add_parser(commands: Any) -> None:
     def add(flag: str, metavar: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, metavar=metavar, help=text, **options)
 
-    add("--epsilon", "X", "what may be spent (%(default)s)", type=positive, default=3.0)
+    add("--epsilon", "X", "largest epsilon (%(default)s)", type=positive, default=3.0)
     add("--delta", "X", "less than one by the number of samples (%(default)s)", type=positive, default=1e-4)
-    add("--max-grad-norm", "X", "what gradients are clipped to (%(default)s)", type=positive, default=1.0)
+    add("--max-grad-norm", "X", "largest norm of a gradient (%(default)s)", type=positive, default=1.0)
     add("--sample-rate", "X", "probability to be in a batch (%(default)s)", type=positive, default=0.1)
     add("--steps", "N", "training steps (%(default)s)", type=count, default=300)
     add("--lr", "X", "learning rate (%(default)s)", type=positive, default=0.01)
@@ -50,13 +51,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `fastreg private`.
+    """Runs `fastreg private` and returns the exit code.
 
     Args:
         args: The parsed arguments.
-
-    Returns:
-        The exit code.
 
     Raises:
         UsageError: For input that cannot be used.
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data() -> tuple[Any, Any]:
-    """Shares to train and to test, drawn once and for all."""
+    """Returns the shares to train and to test, which are always the same."""
     import torch
     from sklearn.datasets import load_breast_cancer  # type: ignore[import-untyped]
     from torch.utils.data import TensorDataset

@@ -1,4 +1,4 @@
-"""Errors of the user's input: one line that shows the value and the fix."""
+"""Reports errors of the user's input in one line, with the value and the fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class UsageError(Exception):
-    """Something the user gave cannot be used; the message is one line."""
+    """An input that cannot be used; the message is one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -28,27 +28,27 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError` where argparse would print the whole usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise with a pointer to the help."""
+        """Raises a `UsageError` with a pointer to the help."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def count(text: str) -> int:
-    """An integer ≥ 1, for `add_argument(type=...)`."""
+    """Reads an integer ≥ 1, for `add_argument(type=...)`."""
     return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
 
 
 def whole(text: str) -> int:
-    """An integer ≥ 0."""
+    """Reads an integer ≥ 0, like `count`."""
     return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
 
 
 def positive(text: str) -> float:
-    """A finite float > 0."""
+    """Reads a finite float > 0, like `count`."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number > 0")
 
 
 def non_negative(text: str) -> float:
-    """A finite float ≥ 0."""
+    """Reads a finite float ≥ 0, like `count`."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number >= 0")
 
 
@@ -60,13 +60,13 @@ def _number(text: str, kind: Callable[[str], T], accepts: Callable[[T], bool], w
 
 
 def require(command: str, extra: str, *packages: str) -> None:
-    """Refuse to run a subcommand without the packages of its extra."""
+    """Refuses to run a subcommand without the packages of its extra."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise UsageError(f"fastreg {command} needs {', '.join(missing)}: pip install 'fastreg[{extra}]'")
 
 
 def device(name: str | None) -> torch.device:
-    """The device of this name, tried; a GPU if there is one by default."""
+    """Returns a device by name after trying it; by default a GPU if there is one."""
     import torch
 
     if name is None:
@@ -79,7 +79,7 @@ def device(name: str | None) -> torch.device:
 
 
 def folder(name: str | None, command: str) -> Path:
-    """The folder for the results of a run, made; named after command and time by default."""
+    """Makes and returns the folder for results; by default it is named after command and time."""
     out = Path(name if name is not None else time.strftime(f"runs/{command}-%Y%m%d-%H%M%S"))
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import swa_utils
 
+from .batches import move_to_device
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -85,7 +87,7 @@ class _Runner(nn.Module):
 
     def forward(self, batch: _Batch) -> Any:
         if self.forward_fn is not None:
-            return self.forward_fn(self.model, moved(batch.content, self.device))
+            return self.forward_fn(self.model, move_to_device(batch.content, self.device))
         inputs = batch.content
         if isinstance(inputs, (list, tuple)) and inputs:
             inputs = inputs[0]
@@ -94,21 +96,8 @@ class _Runner(nn.Module):
                 "batches must be tensors, mappings, or lists and tuples that start with one, "
                 f"got {batch.content!r}; pass forward_fn=lambda model, batch: ..."
             )
-        inputs = moved(inputs, self.device)
+        inputs = move_to_device(inputs, self.device)
         return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-
-
-def moved(value: Any, device: Any) -> Any:
-    """The value with its tensors on the device."""
-    if device is None:
-        return value
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(item, device) for item in value)
-    return value.to(device) if hasattr(value, "to") else value
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from ..common.batches import get_output
 from ..layerwise.knobs import unwrapped
-from ..training.batches import part
 
 
 class RDrop(NamedTuple):
@@ -251,13 +251,13 @@ def _pass(model: nn.Module, batch: Any, loss_fn: Any, items: Any) -> tuple[Tenso
     if not isinstance(batch, Mapping):
         inputs, labels = batch
         logits = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        named = part(logits, "logits")
+        named = get_output(logits, "logits")
         logits = logits if named is None else named
         return logits, loss_fn(logits, labels)
     outputs = model(**batch, **({} if items is None else {"num_items_in_batch": items}))
     if type(outputs) is tuple:
         outputs = dict(zip(("loss", "logits"), outputs, strict=False))
-    logits, loss = part(outputs, "logits"), part(outputs, "loss")
+    logits, loss = get_output(outputs, "logits"), get_output(outputs, "loss")
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the output of {type(unwrapped(model)).__name__} has no logits; run it twice yourself and use "

@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from ..common.batches import get_output
+
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -53,11 +55,6 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
     return (loss_fn or _cross_entropy)(outputs, labels)
 
 
-def part(outputs: Any, name: str) -> Any:
-    """What a model has returned by this name; `None` where it has not."""
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
 def _cross_entropy(outputs: Any, labels: Any) -> Tensor:
     if isinstance(outputs, Tensor) and isinstance(labels, Tensor):
         single = outputs.dim() == 0 or outputs.shape[min(1, outputs.dim() - 1)] < 2  # the loss would be 0
@@ -71,7 +68,7 @@ def _cross_entropy(outputs: Any, labels: Any) -> Tensor:
 
 
 def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
-    loss = part(outputs, "loss")
+    loss = get_output(outputs, "loss")
     if loss is None:
         fix = "give loss_fn=" if labelled else "the batch has no 'labels'; add them, or give compute_loss="
         raise ValueError(f"the output of {type(model).__name__} has no loss: {fix}")
@@ -79,7 +76,7 @@ def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
 
 
 def _logits(outputs: Any) -> Any:
-    logits = part(outputs, "logits")
+    logits = get_output(outputs, "logits")
     return outputs if logits is None else logits
 
 

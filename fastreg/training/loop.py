@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..common.batch_norm import moved
+from ..common.batches import move_to_device
 from .batches import Loss, batch_loss, samples, tokens
 from .evaluation import evaluate_with_averages
 
@@ -318,7 +318,7 @@ class _Loop:
     def _loss(self, batch: Any) -> Tensor:
         dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None):
-            batch = moved(batch, self.device)
+            batch = move_to_device(batch, self.device)
             if self.settings.compute_loss is not None:
                 loss = self.settings.compute_loss(self.model, batch)
             else:

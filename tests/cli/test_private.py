@@ -10,8 +10,9 @@ pytest.importorskip("opacus")
 pytest.importorskip("sklearn")
 
 import fastreg  # noqa: E402
-from fastreg.cli import contenders, main, private  # noqa: E402
-from fastreg.cli.setup import Setup  # noqa: E402
+from fastreg.cli import main, private  # noqa: E402
+from fastreg.cli.compare import contenders  # noqa: E402
+from fastreg.cli.compare.setup import Setup  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from fastreg.cli import choice, contenders, main
+from fastreg.cli import main
+from fastreg.cli.compare import choice, contenders
 from fastreg.cli.usage import UsageError
 
 

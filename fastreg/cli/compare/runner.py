@@ -1,4 +1,4 @@
-"""Trains one contender and records its curves, its time and its memory."""
+"""Trains one contender with one seed and records its curves, its time and its memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recipe import Callbacks
-from ..training.evaluation import evaluate_with_averages
+from ...common.module_state import preserve_modes
+from ...recipe import Callbacks
+from ...training.evaluation import evaluate_with_averages
+from ..measure import PeakMemory, Stopwatch
 from . import text
-from .measure import PeakMemory, Stopwatch
 from .results import Record
 from .setup import Setup
 
 CURVE_WINDOWS = 256
-"""Windows of each share, evenly spread, behind a point of the curves; the final losses take all of them."""
-
+"""Evenly spread windows of each share behind a point of the curves; the final losses take all windows."""
 
 PARTS = ("model", "optimizer", "schedule", "callbacks")
-"""Of a run, what has a state."""
+"""Attributes of a run that have a state."""
 
 
 class Run:
-    """A model in training: a fresh copy, its optimizer and what accompanies it, as a contender wants them.
+    """A model in training: a fresh copy, its optimizer and the callbacks of a contender.
 
     Args:
-        contender: What to train with.
+        contender: Edits the setup of the run.
         task: Model and text.
         args: The arguments of `fastreg compare`, `device` being a `torch.device`.
         seed: Of weights, batches and noise.
@@ -44,7 +44,7 @@ class Run:
     callbacks: Callbacks
 
     def __init__(self, contender: Any, task: text.Task, args: argparse.Namespace, seed: int) -> None:
-        self.model = task.initial(seed).to(args.device)
+        self.model = task.build_model(seed).to(args.device)
         torch.manual_seed(seed)
         windows = len(task.train) // task.block_size
         setup = Setup(
@@ -58,17 +58,22 @@ class Run:
         self._devices = [args.device] if args.device.type == "cuda" else []
 
     def step(self, batch: Tensor, watch: Stopwatch) -> None:
-        """One training step; what runs under `watch` counts as the optimizer's share of it."""
+        """Takes one training step on a batch.
+
+        Args:
+            batch: Windows of tokens.
+            watch: Measures the optimizer's share of the step.
+        """
         self.callbacks.training_step(partial(text.loss, self.model, batch), self.optimizer, watch=watch)
 
     def after_step(self) -> None:
-        """Set learning rate and rates of the next step."""
+        """Sets learning rate and other rates of the next step."""
         self.schedule.step()
         self.callbacks.step()
 
     @property
     def budget(self) -> str:
-        """What private training has spent, and who says so; empty where it is not private."""
+        """The privacy that was spent, and who computed it; empty for training that is not private."""
         if getattr(self.optimizer, "accountant", None) is None:
             return ""
         return (
@@ -76,14 +81,14 @@ class Run:
             "windows that do not overlap"
         )
 
-    def state(self) -> dict[str, Any]:
-        """All that the next steps depend on."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that the next steps depend on."""
         state = {name: getattr(self, name).state_dict() for name in PARTS}
         on_devices = [torch.cuda.get_rng_state(device) for device in self._devices]
         return {**state, "random": [torch.get_rng_state(), *on_devices]}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, so that training continues from there."""
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"][0])
@@ -92,26 +97,22 @@ class Run:
 
 
 def train(
-    contender: Any,
-    task: text.Task,
-    args: argparse.Namespace,
-    record: Record,
-    progress: Callable[[Record, int], None],
-    save: Callable[[dict[str, Any]], None],
+    contender: Any, task: text.Task, args: argparse.Namespace, record: Record,
+    progress: Callable[[Record, int], None], save: Callable[[dict[str, Any]], None],
     state: dict[str, Any] | None = None,
-) -> None:
-    """Train a contender and fill its record on the way, so that an interruption keeps what there is.
+) -> None:  # fmt: skip
+    """Trains a contender and fills its record on the way, which an interruption leaves as it is.
 
     Args:
-        contender: What to train with.
+        contender: Edits the setup of the run.
         task: Model and text.
         args: The arguments of `fastreg compare`, `device` being a `torch.device`.
         record: Filled in place; its seed is that of the run.
-        progress: Called after every step with the record and the steps done.
+        progress: Called after every step with the record and the number of steps done.
         save: Called with the state after every evaluation but the last.
-        state: What an interrupted run has saved, with its record: goes on from there.
+        state: The state that an interrupted run saved with its record, to continue from.
     """
-    began, before = time.perf_counter(), (record.seconds, record.peak_memory or 0)
+    begin, before = time.perf_counter(), (record.seconds, record.peak_memory or 0)
     memory = PeakMemory(args.device)
     memory.reset()
     run = Run(contender, task, args, record.seed)
@@ -133,12 +134,12 @@ def train(
         record.validation.append(point[1])
         if step < args.steps and not record.diverged:
             note()
-            save(run.state())
+            save(run.state_dict())
 
     def note() -> None:
         peak = memory.bytes()
         record.peak_memory = None if peak is None else max(peak, before[1])
-        record.seconds = before[0] + time.perf_counter() - began
+        record.seconds = before[0] + time.perf_counter() - begin
 
     step = 0
     whole, part = Stopwatch(args.device), Stopwatch(args.device)
@@ -146,7 +147,7 @@ def train(
         if state is None:
             evaluate()
         else:
-            run.load(state)
+            run.load_state_dict(state)
         run.model.train()
         starts = task.batches(args.steps, args.batch_size, record.seed).to(args.device)
         for step in range(record.steps[-1] + 1, args.steps + 1):
@@ -173,8 +174,6 @@ def train(
 def _mean_loss(model: torch.nn.Module, windows: Tensor, batch_size: int, limit: int | None) -> float:
     if limit is not None:
         windows = windows[:: math.ceil(len(windows) / limit)]
-    training = model.training
-    model.eval()
-    total = sum(float(text.loss(model, batch)) * len(batch) for batch in windows.split(batch_size))
-    model.train(training)
+    with preserve_modes(model, training=False):
+        total = sum(float(text.loss(model, batch)) * len(batch) for batch in windows.split(batch_size))
     return total / len(windows)

@@ -1,4 +1,4 @@
-"""What `fastreg compare` trains: a causal language model of transformers, and text cut into tokens."""
+"""The task of `fastreg compare`: a causal language model of transformers, and text cut into tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .usage import UsageError
+from ..usage import UsageError
 
 WIDTH, LAYERS, HEADS = 128, 2, 4
 
@@ -29,8 +29,8 @@ class Task:
     block_size: int
     build: Callable[[int], torch.nn.Module] | None = None  # with weights of a seed; none if pre-trained
 
-    def initial(self, seed: int) -> torch.nn.Module:
-        """A fresh model, the same for all contenders."""
+    def build_model(self, seed: int) -> torch.nn.Module:
+        """Returns a fresh model, the same for all contenders."""
         return copy.deepcopy(self.model) if self.build is None else self.build(seed)
 
     @property
@@ -39,13 +39,13 @@ class Task:
         return _windows(self.train, self.block_size)
 
     def batches(self, steps: int, batch_size: int, seed: int) -> Tensor:
-        """The start of every training window: steps x batch size, the same for every contender."""
+        """Returns the start of every training window, steps x batch size, the same for every contender."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(len(self.train) - self.block_size + 1, (steps, batch_size), generator=generator)
 
 
 def load(args: argparse.Namespace) -> Task:
-    """The task that the arguments describe.
+    """Loads the model and the text that the arguments describe.
 
     Raises:
         UsageError: If the text or the model cannot be read, or do not go together.
@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> Task:
 
 
 def loss(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross entropy of every token but the first of each window, in nats."""
+    """Returns the mean cross entropy of all tokens but the first of each window, in nats."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -142,7 +142,7 @@ def _check(model: torch.nn.Module, tokens: Tensor, args: argparse.Namespace) -> 
 
 
 def _split(tokens: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The beginning to train, what follows to validate."""
+    """Returns the beginning of the text for training, and what follows it for validation."""
     train = args.train_tokens or (8_000 if not args.text else len(tokens) * 9 // 10)
     validation = args.val_tokens or (12_000 if not args.text else max(len(tokens) - train, 0))
     if train + validation > len(tokens):

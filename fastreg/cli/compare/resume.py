@@ -1,4 +1,4 @@
-"""What an interrupted `fastreg compare` needs to go on: one file in its folder, gone when the run is done."""
+"""Keeps the file with which an interrupted `fastreg compare` goes on; it is removed when the run is done."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from typing import Any
 
 import torch
 
+from ..usage import UsageError
+from .choice import Contender
 from .results import Record
 from .text import Task
-from .usage import UsageError
 
 NAME = "resume.pt"
-APART = ("run", "list", "resume", "given", "out")
+NOT_SAVED = ("run", "list", "resume", "explicit", "out")
 """Arguments that do not say what is trained."""
 
 
 class RunFile:
-    """Records and, of the run that is not finished, the state at its latest evaluation.
+    """The records of all runs, and the state of the unfinished run at its latest evaluation.
 
-    The file is written anew as a whole: whatever interrupts, the former or the new one is there.  It holds
+    The file is replaced as a whole: whatever interrupts, the previous or the new one exists. It holds
     tensors, numbers, strings, lists and dicts, so that it loads with `weights_only=True`.
 
     Args:
-        folder: Of the results.
-        arguments: What is trained, see `arguments`.
+        folder: The folder of the results.
+        arguments: What is trained, see `saved_arguments`.
 
     Attributes:
-        records: Those of the runs that were begun; only the last may be unfinished.
-        state: Of that one, see `training.train`.
+        records: The records of all runs that were started; only the last may be unfinished.
+        state: The state of the unfinished run, see `runner.train`.
     """
 
     def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
@@ -43,8 +44,8 @@ class RunFile:
         self.state: dict[str, Any] | None = None
 
     @classmethod
-    def begun(cls, folder: Path, arguments: dict[str, Any]) -> RunFile:
-        """That of a new run.
+    def create(cls, folder: Path, arguments: dict[str, Any]) -> RunFile:
+        """Returns the file of a new run; nothing is written yet.
 
         Raises:
             UsageError: If the folder holds an interrupted run, which would be lost.
@@ -58,26 +59,26 @@ class RunFile:
 
     @classmethod
     def read(cls, folder: str) -> RunFile:
-        """That of an interrupted run.
+        """Returns the file of an interrupted run.
 
         Raises:
-            UsageError: If there is none.
+            UsageError: If the folder has none, or it cannot be read.
         """
         path = Path(folder) / NAME
         if not path.exists():
             raise UsageError(f"--resume {folder}: holds no interrupted run (there is no {NAME})")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            found = cls(Path(folder), saved["arguments"])
-            found.records = [Record(**record) for record in saved["records"]]
-            found.state = saved["state"]
+            run_file = cls(Path(folder), saved["arguments"])
+            run_file.records = [Record(**record) for record in saved["records"]]
+            run_file.state = saved["state"]
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"--resume {folder}: {NAME} cannot be read: {first}") from None
-        return found
+        return run_file
 
     def write(self, records: Sequence[Record], state: dict[str, Any] | None = None) -> None:
-        """Keep what there is, in the place of what was kept."""
+        """Replaces the file by one with these records and this state."""
         contents = {
             "arguments": self.arguments,
             "records": [dataclasses.asdict(record) for record in records],
@@ -91,33 +92,33 @@ class RunFile:
             new.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The run is done."""
+        """Removes the file, when the comparison is done."""
         self.path.unlink(missing_ok=True)
 
-    def restore(self, args: argparse.Namespace) -> None:
-        """Set the arguments to those of the interrupted run.
+    def restore_arguments(self, args: argparse.Namespace) -> None:
+        """Sets the arguments to those of the interrupted run.
 
         Raises:
-            UsageError: If others were given.
+            UsageError: If the command line has others.
         """
-        for name in args.given:
+        for name in args.explicit:
             flag = "--" + {"contenders": "with"}.get(name, name).replace("_", "-")
             if name == "out":
                 raise UsageError(f"--out goes without --resume, which writes into {args.resume}")
-            if name != "resume" and plain(getattr(args, name)) != self.arguments[name]:
+            if name != "resume" and _plain(getattr(args, name)) != self.arguments[name]:
                 raise UsageError(
-                    f"--resume {args.resume}: that run has {flag} {told(self.arguments[name])}, got {flag} "
-                    f"{told(getattr(args, name))}; leave {flag} out, or start another run"
+                    f"--resume {args.resume}: that run has {flag} {format_value(self.arguments[name])}, "
+                    f"got {flag} {format_value(getattr(args, name))}; leave {flag} out, or start another run"
                 )
         for name, value in self.arguments.items():
             if hasattr(args, name):
                 setattr(args, name, value)
 
     def check(self, arguments: dict[str, Any]) -> None:
-        """Compare with what would be trained now.
+        """Checks that the same would be trained now.
 
         Raises:
-            UsageError: If a file or the model is another than it was.
+            UsageError: If a recipe, the text or the model has changed.
         """
         for name, value in arguments.items():
             if self.arguments.get(name) != value:
@@ -127,22 +128,21 @@ class RunFile:
                 )
 
 
-def arguments(args: argparse.Namespace, task: Task, chosen: Sequence[Any]) -> dict[str, Any]:
-    """What is trained: the arguments, and what the files they name hold."""
-    recipes = {c.label: c.recipe.to_dict() for c in chosen if hasattr(c, "recipe")}
+def saved_arguments(args: argparse.Namespace, task: Task, chosen: Sequence[Contender]) -> dict[str, Any]:
+    """Returns what is trained: the arguments, and the contents of the files that they name."""
+    recipes = {c.label: c.recipe.to_dict() for c in chosen if c.recipe is not None}
     digest = hashlib.sha256()
     for tensor in (*task.model.parameters(), *task.model.buffers()):
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     tokens = hashlib.sha256(torch.cat([task.train, task.validation.flatten()]).numpy().data).hexdigest()
-    given = {name: plain(value) for name, value in vars(args).items() if name not in APART}
-    return {**given, "recipes": recipes, "tokens": tokens, "weights": digest.hexdigest()}
+    settings = {name: _plain(value) for name, value in vars(args).items() if name not in NOT_SAVED}
+    return {**settings, "recipes": recipes, "tokens": tokens, "weights": digest.hexdigest()}
 
 
-def plain(value: Any) -> Any:
-    """An argument as it is saved."""
+def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device) else value
 
 
-def told(value: Any) -> str:
-    """An argument as it is given."""
+def format_value(value: Any) -> str:
+    """Returns an argument as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""What `fastreg compare` says before and after: a heading, a table, and everything as JSON."""
+"""Reports what `fastreg compare` does: a heading, a table, verdicts, and everything as JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..runtime import backend
-from . import document
-from .measure import PeakMemory
+from ...runtime import backend
+from .. import document
+from ..measure import PeakMemory
 from .results import QUANTILE, Record, Result, quantile
 from .text import Task
 from .verdicts import baseline, headline, verdicts
 
 
 def heading(task: Task, args: argparse.Namespace) -> str:
-    """What is about to be trained, on what and how."""
+    """Returns lines that say which model is trained on which text, and how."""
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     shares = f"{len(task.train):,} tokens to train, {task.validation.numel():,} to validate"
     batch = f"{args.batch_size} x {args.block_size} tokens"
@@ -40,7 +40,7 @@ def heading(task: Task, args: argparse.Namespace) -> str:
 
 
 def show(console: Console, results: list[Result], memory: str) -> None:
-    """Print the table and the verdicts."""
+    """Prints the table and the verdicts."""
     if not results:
         return
     table = _table(results)
@@ -95,8 +95,8 @@ def _table(results: list[Result]) -> Table:
 def write_json(
     path: Path, results: list[Result], task: Task, args: argparse.Namespace, interrupted: bool
 ) -> None:
-    """Write configuration, versions, device, curves, table and verdicts."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "list", "given")}
+    """Writes configuration, versions, device, curves, table and verdicts."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "list", "explicit")}
     contents = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "interrupted": interrupted,
@@ -130,7 +130,7 @@ def write_json(
 
 
 def _entry(result: Result) -> dict[str, Any]:
-    """A contender: means over its runs, then each of them."""
+    """Returns the JSON of a contender: means over its runs, then each run."""
     train, validation = result.deviations or (None, None)
     return {
         "label": result.label,
@@ -170,10 +170,10 @@ def _run(record: Record) -> dict[str, Any]:
 
 
 def backend_name(task: Task, args: argparse.Namespace) -> str:
-    """What runs fastreg's steps.
+    """Returns the name of the backend that runs the steps of fastreg's optimizers.
 
     Raises:
-        RuntimeError: If the backend that is asked for cannot run there.
+        RuntimeError: If the backend in FASTREG_BACKEND cannot run on the device.
     """
     return backend.resolve(args.device, sum(parameter.numel() for parameter in task.model.parameters()))
 

@@ -1,4 +1,4 @@
-"""What a contender has given: a record of each run, and all its runs as one result."""
+"""The results of contenders: a record of each run, and the mean over the runs of a contender."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 QUANTILE = 0.1
-"""Times are told as this quantile over the steps, not as their median: on a CPU shared with other programs
-medians of the same optimizer, minutes apart, differed by 20 %, this quantile by 4 %."""
+"""Times are reported as this quantile over the steps, not as their median: on a CPU shared with other
+programs, medians of the same optimizer, minutes apart, differed by 20 %, this quantile by 4 %."""
 
 
 @dataclass
 class Record:
-    """What a run has given so far; losses in nats per token, times in seconds."""
+    """The measurements of a run so far; losses in nats per token, times in seconds."""
 
     label: str
     summary: str
@@ -43,9 +43,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Result:
-    """Runs of a contender that differ in the seed; with one run, that run.
+    """The runs of a contender, which differ in the seed.
 
-    Means and bands are over the runs that are finished, over all where none is.
+    Means and bands are over the finished runs, or over all if none is finished.
     """
 
     label: str
@@ -54,17 +54,17 @@ class Result:
 
     @property
     def runs(self) -> tuple[Record, ...]:
-        """The runs that count."""
+        """The finished runs, or all if none is finished."""
         return tuple(record for record in self.records if record.finished) or self.records
 
     @property
     def finished(self) -> bool:
-        """Whether one is."""
+        """Whether at least one run is finished."""
         return any(record.finished for record in self.records)
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss of one is no longer a number."""
+        """Whether the loss of a run is no longer a number."""
         return any(record.diverged for record in self.runs)
 
     @property
@@ -74,23 +74,23 @@ class Result:
 
     @property
     def train(self) -> list[float]:
-        """The mean curve."""
+        """The mean curve of the training loss."""
         return _mean_curve([record.train for record in self.runs])
 
     @property
     def validation(self) -> list[float]:
-        """The mean curve."""
+        """The mean curve of the validation loss."""
         return _mean_curve([record.validation for record in self.runs])
 
     @property
     def losses(self) -> tuple[float, float]:
-        """Training and validation loss at the end, or at the latest evaluation; means."""
+        """Means of `Record.losses` over the runs."""
         trains, validations = zip(*(record.losses for record in self.runs), strict=True)
         return _mean(trains), _mean(validations)
 
     @property
     def deviations(self) -> tuple[float, float] | None:
-        """Standard deviations of both over the seeds; `None` of one run."""
+        """Standard deviations of both losses over the seeds; `None` for one run."""
         if len(self.runs) < 2:
             return None
         trains, validations = zip(*(record.losses for record in self.runs), strict=True)
@@ -119,28 +119,28 @@ class Result:
 
     @property
     def peak_memory(self) -> int | None:
-        """The largest peak."""
+        """The largest peak of all runs, in bytes."""
         return max((record.peak_memory for record in self.runs if record.peak_memory), default=None)
 
     def times(self, name: str) -> list[float]:
-        """Those of all runs."""
+        """Returns the times of all runs, by the name of the record's list."""
         return [time for record in self.runs for time in getattr(record, name)]
 
 
 def by_label(records: Sequence[Record]) -> list[Result]:
-    """Results, in the order of the first record of each."""
+    """Returns a result for each label, in the order of their first records."""
     labels = dict.fromkeys(record.label for record in records)
     groups = [tuple(record for record in records if record.label == label) for label in labels]
     return [Result(group[0].label, group[0].summary, group) for group in groups]
 
 
 def quantile(times: Sequence[float], q: float = QUANTILE) -> float:
-    """The quantile of some times; NaN of none."""
+    """Returns a quantile of times; NaN if there are none."""
     return sorted(times)[int(q * (len(times) - 1))] if times else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of at least two values; NaN where one is not finite."""
+    """Returns the standard deviation of at least two values; NaN if one is not finite."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Whether a contender helped: a verdict for each, and the finding in two lines."""
+"""Judges whether each contender helped, and sums it up in two lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SLIGHT = 0.005
 """Differences below this share of the baseline's loss are never called one."""
 
 POINTS = 7
-"""Of a curve, below which nobody knows how much it scatters."""
+"""Fewest points of a curve from which its scatter is estimated."""
 
 NAMED = 6
-"""Contenders that the headline names: those that helped most."""
+"""Most contenders that the headline names."""
 
 SLIGHT_TIME = 0.05
 """Differences below this share of the baseline's step time are within what a busy machine adds."""
@@ -35,13 +35,13 @@ class Verdict:
 
 
 def baseline(results: list[Result]) -> Result:
-    """What the others are compared with: plain, else torch, else the first."""
+    """Returns the result that others are compared with: plain, else torch, else the first."""
     named = {result.label: result for result in results}
     return named.get("plain") or named.get("torch") or results[0]
 
 
 def verdicts(results: list[Result]) -> list[Verdict]:
-    """One for each contender but the baseline."""
+    """Returns a verdict for each contender but the baseline."""
     if not results:
         return []
     base = baseline(results)
@@ -85,10 +85,10 @@ def _verdict(result: Result, base: Result) -> Verdict:
 
 
 def _chance(result: Result, base: Result) -> tuple[float, int]:
-    """By how much final losses may differ by chance, and over how many seeds this is known.
+    """Returns by how much final losses may differ by chance, and from how many seeds this is known.
 
-    Seeds that both have trained with give differences of pairs, whose mean has a confidence interval of 95 %;
-    of one seed, the scatter of the curves has to do; infinite where it is not known.
+    Seeds that both were trained with give differences of pairs, whose mean has a confidence interval of 95 %.
+    With one seed, the scatter of the curves serves instead. The result is infinite if neither is known.
     """
     there = {record.seed: record.losses[1] for record in base.runs}
     gains = [there[record.seed] - record.losses[1] for record in result.runs if record.seed in there]
@@ -100,9 +100,10 @@ def _chance(result: Result, base: Result) -> tuple[float, int]:
 
 
 def scatter(result: Result) -> float:
-    """Standard deviation of the second half of the validation curve around a smooth one.
+    """Returns the standard deviation of the second half of the validation curve around a smooth one.
 
-    From second differences, which a linear trend leaves at zero and independent noise at √6 times its own.
+    It is estimated from second differences: those of a linear trend are 0, and those of independent noise
+    have √6 times its standard deviation.
     """
     curve = result.validation
     tail = curve[len(curve) // 2 :]
@@ -118,7 +119,7 @@ def _cost(result: Result, base: Result) -> str:
 
 
 def headline(results: list[Result]) -> tuple[str, str]:
-    """The finding in two lines: what happens to the baseline, and what helps."""
+    """Returns two lines: what happens to the baseline, and which contenders help."""
     if not results:
         return "", ""
     base = baseline(results)

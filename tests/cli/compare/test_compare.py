@@ -16,8 +16,9 @@ tokenizers = pytest.importorskip("tokenizers")
 import torch  # noqa: E402
 
 import fastreg  # noqa: E402
-from fastreg.cli import choice, contenders, main, training  # noqa: E402
-from fastreg.cli.setup import Setup  # noqa: E402
+from fastreg.cli import main  # noqa: E402
+from fastreg.cli.compare import choice, contenders, runner  # noqa: E402
+from fastreg.cli.compare.setup import Setup  # noqa: E402
 from fastreg.recipe.callbacks import Callback  # noqa: E402
 from fastreg.training.evaluation import evaluate_with_averages  # noqa: E402
 
@@ -142,8 +143,10 @@ def made(label, **options):
         "batch_size": 2,
         "device": torch.device("cpu"),
     } | options
-    task = SimpleNamespace(initial=lambda seed: torch.nn.Linear(3, 1), train=torch.zeros(32), block_size=8)
-    return training.Run(choice.parse(label)[0], task, SimpleNamespace(**settings), 0)
+    task = SimpleNamespace(
+        build_model=lambda seed: torch.nn.Linear(3, 1), train=torch.zeros(32), block_size=8
+    )
+    return runner.Run(choice.parse(label)[0], task, SimpleNamespace(**settings), 0)
 
 
 def test_msam_is_evaluated_at_the_weights_themselves():
@@ -162,7 +165,7 @@ def test_msam_is_evaluated_at_the_weights_themselves():
 
 
 def test_every_contender_has_a_colour_of_its_own():
-    from fastreg.cli import figure
+    from fastreg.cli.compare import figure
 
     labels = [*contenders.DEFAULT.split(","), "swa", "lookahead", "sam", "asam", "msam"]
     assert len({colour for colour, _ in figure._styles(labels)}) == len(labels)
@@ -203,7 +206,7 @@ class Stop(Callback):
 def entry(monkeypatch, name, change):
     """A contender that changes what the others make."""
 
-    def apply(setup):
+    def apply(setup, strength):
         make = setup.make
 
         def changed(setup):
@@ -213,7 +216,7 @@ def entry(monkeypatch, name, change):
 
         setup.make = changed
 
-    monkeypatch.setitem(contenders.ENTRIES, name, contenders.Entry(name, "for a test", None, apply))
+    monkeypatch.setitem(contenders.ENTRIES, name, contenders.Entry(name, "for a test", edit=apply))
 
 
 def test_a_contender_may_change_model_and_training_step(monkeypatch, tmp_path):
@@ -254,7 +257,7 @@ def test_ctrl_c_before_the_first_evaluation_writes_an_empty_result(monkeypatch, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_mean_loss", interrupt)
+    monkeypatch.setattr(runner, "_mean_loss", interrupt)
     code, results = compare(tmp_path, "--with", "clip,plain")
     assert code == 130 and results["contenders"] == []
 
@@ -277,7 +280,7 @@ def test_text_files_are_split_in_order(tmp_path):
 
 
 def test_final_losses_take_all_windows_and_curves_a_sample(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "CURVE_WINDOWS", 3)
+    monkeypatch.setattr(runner, "CURVE_WINDOWS", 3)
     _, results = compare(tmp_path, "--with", "plain")
     _, whole = compare(tmp_path, "--with", "plain", "--eval-every", "4")
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The curves of `fastreg compare` as a picture."""
+"""Draws the curves of `fastreg compare` as a picture."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from .results import Result
 
-# Okabe & Ito, then Tol's muted, then in between: told apart with any colour vision as far as so many can be.
-# What the others are measured against is black and grey.
+# Okabe & Ito, then Tol's muted, then colours between: distinct with any colour vision as far as possible.
+# The baselines are black and grey.
 COLOURS = {
     "torch": "#9a9a9a", "plain": "#000000", "clip": "#56b4e9", "noise": "#e69f00",
     "ema": "#009e73", "decay": "#cc79a7", "all": "#d55e00",
@@ -24,16 +24,16 @@ SPARE = (
     "#b8860b", "#7b5ea7", "#8c564b", "#6b8e23", "#ee3377", "#4477aa", "#5d4037",
 )  # fmt: skip
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
-"""Of the first, second and third curve of one colour."""
+"""Line styles of the first, second and third curve of one colour."""
 INK, FAINT = "#222222", "#dddddd"
 LINE = 0.205
-"""Height of a name, in inches."""
+"""Height of a curve's name, in inches."""
 ABOVE, BELOW = 1.25, 0.55
-"""Room for headline and axis, in inches."""
+"""Height of headline and axis, in inches."""
 
 
 def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
-    """Draw validation and training curves, each named where it ends; of several seeds their means and range.
+    """Draws validation and training curves, each named at its end; for several seeds, means and ranges.
 
     Args:
         path: The PNG to write.
@@ -62,7 +62,7 @@ def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
 
 
 def _styles(labels: list[str]) -> list[tuple[str, Any]]:
-    """Colour and dashes of each, no two alike as far as there are so many."""
+    """Returns colour and dashes of each label, all different as long as there are enough."""
     named = {COLOURS[label] for label in labels if label in COLOURS}
     free = [colour for colour in dict.fromkeys((*SPARE, *COLOURS.values())) if colour not in named]
     spare = itertools.cycle(free or SPARE)
@@ -78,7 +78,7 @@ def _styles(labels: list[str]) -> list[tuple[str, Any]]:
 def _panel(
     axes: Any, title: str, results: list[Result], which: str, styles: list[tuple[str, Any]], line: float
 ) -> None:  # fmt: skip
-    """Draw the curves called `which`; names need a share `line` of the height each."""
+    """Draws the curves called `which`; each name takes a share `line` of the height."""
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
@@ -114,16 +114,16 @@ def _panel(
     _name_ends(axes, ends, last, low, high, line)
     if which == "validation":
         seeds = max(len(result.runs) for result in results)
-        told = f"mean and range of {seeds} seeds    " if seeds > 1 else ""
+        note = f"mean and range of {seeds} seeds    " if seeds > 1 else ""
         axes.set_title(
-            f"{told}\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10
+            f"{note}\N{BLACK CIRCLE} lowest point", loc="right", fontsize=9, color="#777777", pad=10
         )
 
 
 def _range(steps: list[list[int]], curves: list[list[float]], last: int) -> tuple[float, float]:
-    """Where most of it happens after the first fall of the loss, and where curves end.
+    """Returns the range of losses that holds most of the curves after their first fall, and their ends.
 
-    Curves far above the others leave the picture: else these would be one line at its bottom.
+    Curves far above the others leave the picture, or the others would be one line at its bottom.
     """
     late = []
     for at, curve in zip(steps, curves, strict=True):
@@ -135,8 +135,8 @@ def _range(steps: list[list[int]], curves: list[list[float]], last: int) -> tupl
     low = min(map(min, late))
     usual = sorted(ys[-1] for ys in late)[math.ceil(0.75 * len(late)) - 1]
     inside = [ys for ys in late if ys[-1] <= usual + 2 * (usual - low)]
-    every = sorted(y for ys in inside for y in ys)
-    high = max(every[int(0.9 * (len(every) - 1))], *(ys[-1] for ys in inside))
+    values = sorted(y for ys in inside for y in ys)
+    high = max(values[int(0.9 * (len(values) - 1))], *(ys[-1] for ys in inside))
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
@@ -144,28 +144,28 @@ def _range(steps: list[list[int]], curves: list[list[float]], last: int) -> tupl
 def _name_ends(
     axes: Any, ends: list[tuple[float, int, str, str]], last: int, low: float, high: float, line: float
 ) -> None:
-    """Write each name beside the end of its curve, moved apart where they would overlap."""
+    """Writes each name beside the end of its curve, and moves names apart that would overlap."""
     apart = line * (high - low)
     ends = sorted(ends)
     highest = max(high - apart * (len(ends) - 0.5), low + apart / 2)
     levels = _rising([min(max(y, low), high) - i * apart for i, (y, *_) in enumerate(ends)])
-    places = [min(max(level, low + apart / 2), highest) + i * apart for i, level in enumerate(levels)]
-    for (y, step, name, colour), place in zip(ends, places, strict=True):
+    heights = [min(max(level, low + apart / 2), highest) + i * apart for i, level in enumerate(levels)]
+    for (y, step, name, colour), height in zip(ends, heights, strict=True):
         if step < last:  # stopped early
             beside: Any = {"xytext": (6, 0), "textcoords": "offset points"}
             axes.annotate(name, (step, y), va="center", fontsize=11, color=colour, **beside)
             continue
         across = {"transform": axes.get_yaxis_transform(), "clip_on": False}
         if y <= high:
-            axes.plot((1, 1.035), (y, place), color=colour, linewidth=0.8, **across)
+            axes.plot((1, 1.035), (y, height), color=colour, linewidth=0.8, **across)
         else:
             name += " \N{UPWARDS ARROW}"
-        axes.text(1.045, place, name, va="center", fontsize=11, color=colour, **across)
+        axes.text(1.045, height, name, va="center", fontsize=11, color=colour, **across)
 
 
 def _rising(values: list[float]) -> list[float]:
-    """The values nearest to these, in squares, of which none is below the one before."""
-    blocks: list[tuple[float, int]] = []  # mean, how many
+    """Returns the nearest values, in least squares, of which none is below the one before it."""
+    blocks: list[tuple[float, int]] = []  # mean, count
     for value in values:
         blocks.append((value, 1))
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:

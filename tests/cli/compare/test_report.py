@@ -9,9 +9,9 @@ pytest.importorskip("rich")
 
 import torch  # noqa: E402
 
-from fastreg.cli import figure, verdicts  # noqa: E402
+from fastreg.cli.compare import figure, verdicts  # noqa: E402
+from fastreg.cli.compare.results import Record, Result, by_label, quantile  # noqa: E402
 from fastreg.cli.measure import PeakMemory, Stopwatch  # noqa: E402
-from fastreg.cli.results import Record, Result, by_label, quantile  # noqa: E402
 
 
 def run(label, validation, step_time=0.01, finished=True, seed=0):

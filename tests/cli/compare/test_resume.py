@@ -13,7 +13,8 @@ pytest.importorskip("yaml")
 
 import torch  # noqa: E402
 
-from fastreg.cli import choice, contenders, figure, main, resume, text, training  # noqa: E402
+from fastreg.cli import main  # noqa: E402
+from fastreg.cli.compare import choice, contenders, figure, resume, runner, text  # noqa: E402
 from fastreg.cli.measure import PeakMemory, Stopwatch  # noqa: E402
 
 SMALL = [
@@ -67,14 +68,14 @@ def curves(found):
 
 def interrupt(monkeypatch, at):
     """Press Ctrl-C in some training step, counted over all runs."""
-    step, count = training.Run.step, iter(range(1, 1000))
+    step, count = runner.Run.step, iter(range(1, 1000))
 
     def stopping(self, batch, watch):
         if next(count) == at:
             raise KeyboardInterrupt
         step(self, batch, watch)
 
-    monkeypatch.setattr(training.Run, "step", stopping)
+    monkeypatch.setattr(runner.Run, "step", stopping)
 
 
 def test_training_is_not_lost_where_results_cannot_be_written(tmp_path, monkeypatch, capsys):
@@ -85,7 +86,7 @@ def test_training_is_not_lost_where_results_cannot_be_written(tmp_path, monkeypa
         patch.setattr(figure, "draw", full)
         with pytest.raises(OSError):
             main(["compare", *SMALL, "--with", "plain", "--out", str(tmp_path)])
-        patch.setattr(training.Run, "step", full)
+        patch.setattr(runner.Run, "step", full)
         patch.setattr(figure, "draw", lambda *_: None)
         assert main(["compare", "--resume", str(tmp_path)]) == 0  # nothing is trained again
     assert results(tmp_path)["contenders"][0]["finished"]
@@ -156,8 +157,8 @@ def test_what_is_finished_is_kept_and_only_the_rest_is_trained(tmp_path, monkeyp
     assert [len(c["runs"]) for c in partly["contenders"]] == [2, 2, 1]
     assert [c["finished"] for c in partly["contenders"]] == [True] * 3
     trained = []
-    step = training.Run.step
-    monkeypatch.setattr(training.Run, "step", lambda self, *a: (trained.append(1), step(self, *a))[1])
+    step = runner.Run.step
+    monkeypatch.setattr(runner.Run, "step", lambda self, *a: (trained.append(1), step(self, *a))[1])
     assert main(["compare", "--resume", str(tmp_path / "x")]) == 0
     assert len(trained) == 12
     assert curves(results(tmp_path / "x")) == curves(results(tmp_path / "whole"))
@@ -242,12 +243,14 @@ def test_every_contender_has_a_default_that_works():
     config = GPT2Config(
         n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8, bos_token_id=None, eos_token_id=None
     )
-    task = SimpleNamespace(initial=lambda seed: GPT2LMHeadModel(config), train=torch.zeros(32), block_size=8)
+    task = SimpleNamespace(
+        build_model=lambda seed: GPT2LMHeadModel(config), train=torch.zeros(32), block_size=8
+    )
     args = SimpleNamespace(
         lr=0.01, weight_decay=0.01, steps=400, warmup=1, batch_size=2, device=torch.device("cpu")
     )
     for name in [*contenders.ENTRIES, *contenders.ALIASES]:
-        run = training.Run(choice.parse(name)[0], task, args, 0)
+        run = runner.Run(choice.parse(name)[0], task, args, 0)
         run.model.train()
         tokens = torch.randint(16, (2, 8))
         before = [p.clone() for p in run.model.parameters()]
