@@ -1,15 +1,17 @@
-"""Adversarial training of language models: their embeddings move, for tokens cannot."""
+"""Moves the embeddings of language models by their gradients, for adversarial training."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_range
+from ..common.unwrap import unwrap_model
+from ..common.validation import check_choice, check_range
 from ..optim.perturb import Ascent
 
 
@@ -25,24 +27,24 @@ class FGM:
     optimizer.step()
     ```
 
-    What is tied to the embeddings, such as the weight of a head, moves with them. The norm is that of all of
-    a weight's gradient, computed on the device without waiting for it. A gradient that is 0 or not finite
-    moves nothing. Weights come back bit for bit. A loss that is scaled by a `torch.amp.GradScaler` moves them
-    just as far: do not unscale before.
+    Parameters tied to the embeddings, such as the weight of a head, move with them. The norm is that of the
+    whole gradient of a weight, computed on the device without synchronization. A gradient that is 0 or not
+    finite moves nothing. Weights are restored bit for bit. A loss scaled by a `torch.amp.GradScaler` moves
+    them as far as an unscaled one: do not unscale before.
 
     Args:
-        model: The model. Its `get_input_embeddings()` is perturbed by default.
-        epsilon: ε ≥ 0, how far, in units of the weights; may be set between attacks.
-        modules: What to perturb instead: modules, or a pattern that is searched in the names of parameters
-            (`re.search`), such as `"word_embeddings"`. A norm is taken of each parameter.
-        rounding: Of perturbed 16-bit weights, `"stochastic"` or `"nearest"`: see `SAM`.
+        model: The model, which may be wrapped. Its `get_input_embeddings()` is perturbed by default.
+        epsilon: ε ≥ 0, the distance in units of the weights; may be set between attacks.
+        modules: Modules to perturb instead, or a pattern searched in the names of parameters (`re.search`),
+            such as `"word_embeddings"`. Each parameter is moved by its own norm.
+        rounding: Rounding of perturbed 16-bit weights, `"stochastic"` or `"nearest"`: see `SAM`.
 
     Raises:
-        ValueError: If epsilon is out of range, or nothing is found to perturb.
+        ValueError: If epsilon is out of range, or there are no parameters to perturb.
 
     Reference:
         Miyato, Dai, Goodfellow 2017, "Adversarial training methods for semi-supervised text classification",
-        whose perturbation is that of each word in a text; on weights, as here, it is widespread practice.
+        which perturbs each word in a text; perturbing the weights, as here, is widespread practice.
     """
 
     def __init__(
@@ -50,10 +52,9 @@ class FGM:
         modules: nn.Module | list[nn.Module] | str | None = None, rounding: str = "stochastic",
     ) -> None:  # fmt: skip
         self.parameters = _perturbed(model, modules)
-        if rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
+        check_choice("rounding", rounding, ("stochastic", "nearest"))
         self.epsilon = epsilon
-        # One for each: a pass takes one norm over all of its parameters.
+        # One pass for each parameter: a pass takes the norm over all of its parameters.
         self._passes = [
             Ascent([{"params": [p], "rho": 0.0, "adaptive": False, "eta": 0.0}], rounding)
             for p in self.parameters
@@ -62,7 +63,7 @@ class FGM:
 
     @property
     def epsilon(self) -> float:
-        """How far weights move, ≥ 0."""
+        """The distance that weights move, ≥ 0."""
         return self._epsilon
 
     @epsilon.setter
@@ -71,7 +72,7 @@ class FGM:
 
     @torch.no_grad()
     def attack(self) -> None:
-        """Move the embeddings by their gradients; from where they were, if they are moved already.
+        """Moves the embeddings by their gradients; embeddings moved before are restored first.
 
         Raises:
             RuntimeError: If there is no gradient.
@@ -87,14 +88,14 @@ class FGM:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the embeddings back; nothing happens if they are where they were."""
+        """Restores the embeddings, if they are moved."""
         for climber, moved in self._attacked:
             climber.restore(moved)
         self._attacked = []
 
     @contextlib.contextmanager
     def attacked(self) -> Iterator[None]:
-        """Within the block the embeddings are moved."""
+        """Moves the embeddings for the block and restores them after it."""
         self.attack()
         try:
             yield
@@ -102,31 +103,28 @@ class FGM:
             self.restore()
 
 
-def _perturbed(model: nn.Module, modules: nn.Module | list[nn.Module] | str | None) -> list[nn.Parameter]:
-    """The parameters to perturb, each once.
+def _perturbed(model: nn.Module, modules: Any) -> list[nn.Parameter]:
+    """Returns the parameters to perturb, each once.
 
     Raises:
         ValueError: If there are none.
     """
+    model = unwrap_model(model)
     if isinstance(modules, str):
-        found = [p for name, p in model.named_parameters() if re.search(modules, name)]
-        if not found:
-            names = ", ".join(name for name, _ in model.named_parameters())
-            raise ValueError(f"no parameter has {modules!r} in its name; there are {names:.500}")
-        return found
+        named = dict(model.named_parameters())
+        if not (parameters := [p for name, p in named.items() if re.search(modules, name)]):
+            raise ValueError(f"no parameter has {modules!r} in its name; there are {', '.join(named):.500}")
+        return parameters
     if modules is None:
-        find = getattr(model, "get_input_embeddings", None)
-        try:
-            modules = find() if find is not None else None
-        except NotImplementedError:
-            modules = None
+        base: Any = unwrap_model(model, peft=True)
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            modules = base.get_input_embeddings()
         if modules is None:
             raise ValueError(
                 f"{type(model).__name__} has no get_input_embeddings(): name what to perturb, such as "
                 "FGM(model, modules=model.embedding)"
             )
-    every = [modules] if isinstance(modules, nn.Module) else list(modules)
-    found = list(dict.fromkeys(p for module in every for p in module.parameters()))
-    if not found:
-        raise ValueError(f"modules must have parameters to perturb, got {every!r:.200}")
-    return found
+    chosen: list[nn.Module] = [modules] if isinstance(modules, nn.Module) else list(modules)
+    if not (parameters := list(dict.fromkeys(p for module in chosen for p in module.parameters()))):
+        raise ValueError(f"modules must have parameters to perturb, got {chosen!r:.200}")
+    return parameters
