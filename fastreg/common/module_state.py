@@ -44,6 +44,27 @@ def preserve_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def preserve_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives modules copies of their buffers for the block; the buffers themselves may be part of a graph.
+
+    Args:
+        modules: The modules, without those inside them.
+    """
+    originals = [(module, dict(module._buffers)) for module in modules]
+    copies: dict[int, torch.Tensor | None] = {id(None): None}
+    try:
+        for module, buffers in originals:
+            for name, buffer in buffers.items():
+                if id(buffer) not in copies and buffer is not None:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for module, buffers in originals:
+            module._buffers.update(buffers)
+
+
 def devices_of(model: nn.Module | None) -> set[torch.device]:
     """Returns the devices of the parameters and buffers of a model."""
     return set() if model is None else {t.device for t in (*model.parameters(), *model.buffers())}

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from ..common.module_state import devices_of, preserve_buffers, preserve_modes, preserve_rng
 from .inputs import candidates
 from .knobs import Knob, knobs, unwrapped
 from .recorder import Recorder
@@ -96,7 +97,7 @@ def _run(model: nn.Module, found: list[Knob], args: Any, kwargs: Any) -> Recorde
     by_rate = {(i + 1) * UNIT: knob for i, knob in enumerate(found)}
     recorder = Recorder(model, by_rate)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(_training(model))
         for rate, knob in by_rate.items():
             stack.enter_context(_sentinel(knob, rate))
         stack.callback(register_module_forward_pre_hook(recorder.entering).remove)
@@ -106,32 +107,22 @@ def _run(model: nn.Module, found: list[Knob], args: Any, kwargs: Any) -> Recorde
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
-        model.train()
         model(*args, **kwargs)
     return recorder
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Random states, training flags and buffers are as before afterwards."""
-    training = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _training(model: nn.Module) -> Iterator[None]:
+    """Sets training mode for the block; modes, buffers and random states are restored after it."""
     numpy = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
     try:
-        with torch.random.fork_rng(devices, device_type=kind):
+        with preserve_rng(devices_of(model)), preserve_modes(model, True), preserve_buffers(model.modules()):
             yield
     finally:
         random.setstate(states[0])
         if numpy is not None:
             numpy.random.set_state(states[1])
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, flag in training.items():
-            module.training = flag
 
 
 @contextlib.contextmanager
