@@ -81,9 +81,9 @@ class AttackCase(Case):
     def _ours(self, workload: Workload) -> Callable[[], Tensor]:
         ball = Ball(workload.clean, workload.epsilon, self.norm, (0.0, 1.0))
         if self.attack == "FGSM":
-            return lambda: ball.layout.whole(ball.step(None, workload.gradient, ball.epsilon)[0])
-        point, size = ball.layout.rows(workload.point), ball.sizes("size", workload.size)
-        return lambda: ball.layout.whole(ball.step(point, workload.gradient, size)[0])
+            return lambda: ball.layout.unflatten(ball.step(None, workload.gradient, ball.epsilon)[0])
+        point, size = ball.layout.flatten(workload.point), ball.per_sample("size", workload.size)
+        return lambda: ball.layout.unflatten(ball.step(point, workload.gradient, size)[0])
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """Against the same in float64; 16 bits may be rounded to either side."""

@@ -91,11 +91,15 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
     """Types, constants and alignments as Triton's compiler takes them; pointers are aligned to 16 bytes."""
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
+    pointers: list[tuple[int, ...]] = []  # within tuples
 
     def leaves(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
             inner = tuple(leaves(item, (*path, i)) for i, item in enumerate(value))
             return type(value)(*inner) if hasattr(value, "_fields") else inner
+        if isinstance(value, str):
+            pointers.append(path)
+            return value
         constants[path] = value.value if isinstance(value, tl.constexpr) else value
         return "constexpr"
 
@@ -104,11 +108,11 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
         value = given[name]
         types[name] = value if isinstance(value, str) else leaves(value, (position,))
     aligned = [
-        i
+        (i,)
         for i, (name, value) in enumerate(types.items())
         if isinstance(value, str) and (value[0] == "*" or name in entry.multiples)
     ]
-    return types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    return types, constants, {path: [["tt.divisibility", 16]] for path in (*aligned, *pointers)}
 
 
 def compile_entry(entry: Entry, target: str) -> Any:

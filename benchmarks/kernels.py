@@ -352,9 +352,8 @@ def adversarial_entries(target: Architecture) -> list[Entry]:
         for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
             dtype, pointer, noise = STORAGES[storage][0], f"*{storage}", kind in reference.NOISES
             own, wide = dtype.itemsize, "*fp32" if behind else pointer
-            given = adversarial.Given(torch.zeros(2, 2), None, None, torch.zeros(2, 3), kind)
             chosen = launch_parameters(f"adversarial_{'norm' if name in SIZES else 'step'}", target)
-            constants: dict[str, Any] = adversarial.constants(given, dtype, chosen, target.lanes)
+            constants: dict[str, Any] = adversarial.constants(kind, chosen, target.lanes)
             seed, gradient, clean = ("*i64", None, None) if noise else (None, pointer, None)
             if kind == "none":
                 gradient = None
@@ -364,8 +363,9 @@ def adversarial_entries(target: Architecture) -> list[Entry]:
             if name in SIZES:
                 kernel = adversarial_kernels.adversarial_norm_kernel
                 arguments = {
-                    "x": wide, "gradient": gradient, "clean": clean, "partial": "*fp64", "numbers": "*fp32",
-                    "seed": seed, "row_numbers": "i32", "inner": "i32", "blocks": "i32",
+                    "x": wide, "gradient": gradient, "clean": clean, "partial": "*fp64",
+                    "step_scalars": "*fp32", "seed": seed, "row_stride": "i32", "inner": "i32",
+                    "blocks": "i32",
                 }  # fmt: skip
                 constants["SQUARES"] = kind != "laplace"
                 gathers = 0
@@ -375,11 +375,10 @@ def adversarial_entries(target: Architecture) -> list[Entry]:
                 limit = None if constants["BOUNDS"] == "none" else pointer
                 kept = storage == "bf16" and (behind or noise)
                 arguments = {
-                    "x": wide, "gradient": gradient, "clean": clean, "out": pointer,
-                    "master": "*fp32" if kept else None, "numbers": "*fp32",
-                    "peaks": "*i64" if kind == "peak" else None, "lower": limit, "upper": limit, "seed": seed,
-                    "row_numbers": "i32", "inner": "i32", "blocks": "i32", "spatial": "i32",
-                    "channels": "i32",
+                    "tensors": (wide, gradient, clean, pointer, "*fp32" if kept else None),
+                    "step_scalars": "*fp32", "peaks": "*i64" if kind == "peak" else None, "lower": limit,
+                    "upper": limit, "seed": seed, "row_stride": "i32", "inner": "i32", "blocks": "i32",
+                    "spatial": "i32", "channels": "i32",
                 }  # fmt: skip
                 gathers = 2 * (constants["BOUNDS"] == "table")
                 reads, writes = reads + own * (not behind), own + 4 * kept

@@ -160,8 +160,12 @@ def _name(module: Any) -> str:
 def _parameters(kernel: Any, arguments: tuple[Any, ...]) -> dict[str, tuple[int, bool]]:
     """What Triton's launcher hands to the driver: addresses and integers, and whether these have 32 bits."""
     found = {}
-    for name, value in zip(kernel.arg_names, arguments, strict=False):
-        if isinstance(value, torch.Tensor):
+    named = list(zip(kernel.arg_names, arguments, strict=False))
+    while named:
+        name, value = named.pop(0)
+        if isinstance(value, tuple):
+            named[:0] = ((f"{name}[{i}]", item) for i, item in enumerate(value))
+        elif isinstance(value, torch.Tensor):
             found[name] = value.data_ptr(), False
         elif isinstance(value, int):
             found[name] = value, abs(value) < 2**31

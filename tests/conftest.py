@@ -162,20 +162,20 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     launch_step, launch_norm = adversarial_ops.launch_step, adversarial_ops.launch_norm
 
-    def step_there(given, ball, bounds, out, master):
+    def step_there(inputs, ball, bounds, out, master):
         if out.device.type != "cpu":
-            return launch_step(given, ball, bounds, out, master)
+            return launch_step(inputs, ball, bounds, out, master)
         results = [None if t is None else there(t) for t in (out, master)]
-        launch_step(each_there(given), ball, None if bounds is None else each_there(bounds), *results)
+        launch_step(each_there(inputs), ball, None if bounds is None else each_there(bounds), *results)
         for mine, theirs in zip((out, master), results, strict=True):
             if mine is not None:
                 mine.copy_(theirs)
 
-    def norm_there(given, order, partial):
+    def norm_there(inputs, order, partial):
         if partial.device.type != "cpu":
-            return launch_norm(given, order, partial)
+            return launch_norm(inputs, order, partial)
         result = there(partial)
-        launch_norm(each_there(given), order, result)
+        launch_norm(each_there(inputs), order, result)
         partial.copy_(result)
 
     monkeypatch.setattr(adversarial_ops, "launch_step", step_there)

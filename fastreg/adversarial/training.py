@@ -1,26 +1,27 @@
-"""A training step on clean and adversarial inputs."""
+"""Takes training steps on clean and adversarial inputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..common.module_state import preserve_modes
+from ..common.validation import check_range
 from .attacks import fgsm
 from .ball import Limit
 from .objective import Losses, Objective, model_of
 
 
 class Step(NamedTuple):
-    """What a step has seen: losses as means over samples, 0-d, detached, still on the device."""
+    """The losses of a step as means over samples, 0-d, detached, on the device; and its inputs."""
 
-    loss: Tensor  # their sum, weighted
-    clean: Tensor | None  # `None` where it has no weight
-    adversarial: Tensor | None  # likewise
-    inputs: Tensor  # the adversarial ones; x where they have no weight
+    loss: Tensor  # the weighted sum
+    clean: Tensor | None  # `None` if its weight is 0
+    adversarial: Tensor | None  # `None` if its weight is 0
+    inputs: Tensor  # the adversarial inputs; x if their weight is 0
 
 
 def adversarial_training(
@@ -28,32 +29,32 @@ def adversarial_training(
     alpha: float = 0.5, attack: Callable[..., Tensor] = fgsm, scaler: Any = None, zero_grad: bool = True,
     model: nn.Module | None = None, **options: Any,
 ) -> Step:  # fmt: skip
-    """One training step on alpha · loss(x) + (1 - alpha) · loss(x adversarial).
+    """Takes one training step on alpha · loss(x) + (1 - alpha) · loss(x adversarial).
 
     ```python
     for x, y in loader:
         losses = adversarial_training(model, x, y, optimizer, epsilon=8 / 255, alpha=0.0, attack=pgd, steps=7)
     ```
 
-    The attack sees the model in eval mode (or in `mode`), the training passes see it in training mode: every
-    module in the one that it is in, or all if the model itself is in eval mode, to which it returns.  Each
-    loss has a backward pass of its own, so that one graph is held at a time.  BatchNorm's statistics follow
-    both passes.
+    The attack runs the model in eval mode (or in `mode`).  The training passes run it as it is if the model
+    is in training mode; a model in eval mode is in training mode for them, with all of its modules.  Each
+    loss has its own backward pass, so that one graph is held at a time.  BatchNorm's statistics follow both
+    passes.
 
     Args:
-        model_or_loss: As in `fgsm`.
-        x: Likewise.
-        y: Likewise.
-        optimizer: What steps; `None` leaves the gradients there, on top of those that were, for another call
-            or for a step of your own.
-        epsilon: As in `fgsm`.
-        alpha: The weight of the clean loss, in [0, 1]; one that is 0 or 1 leaves out a pass.
-        attack: `fgsm`, `ffgsm`, `pgd` or a function called in the same way; a step's length, which has the
-            name of that weight, goes in by `functools.partial(pgd, alpha=2 / 255)`.
+        model_or_loss: See `fgsm`.
+        x: See `fgsm`.
+        y: See `fgsm`.
+        optimizer: Takes the step; with `None` the gradients are added to `p.grad`, for another call or a step
+            of your own.
+        epsilon: See `fgsm`.
+        alpha: The weight of the clean loss, in [0, 1]; 0 and 1 leave out one pass.
+        attack: `fgsm`, `ffgsm`, `pgd` or a function with the same arguments; set the attack's own `alpha` by
+            `functools.partial(pgd, alpha=2 / 255)`.
         scaler: A `torch.amp.GradScaler`: scales the losses, steps and updates.
-        zero_grad: Whether to clear gradients before; they are not where there is no optimizer.
-        model: As in `fgsm`.
-        options: For the attack, such as `norm`, `bounds`, `steps`.
+        zero_grad: Whether to clear gradients before the step; ignored without an optimizer.
+        model: See `fgsm`.
+        options: Options of the attack, such as `norm`, `bounds`, `steps`.
 
     Returns:
         The losses, and the adversarial inputs.
@@ -65,44 +66,30 @@ def adversarial_training(
         Goodfellow et al. 2015 (alpha = 0.5); Madry et al. 2018 (alpha = 0, `attack=pgd`); Wong et al. 2020
         (alpha = 0, `attack=ffgsm`).
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha=}")
-    whole = model_of(model_or_loss, model)
+    check_range("alpha", alpha, 0, 1)
+    trained = model_of(model_or_loss, model)
     adversarial = x
     if alpha < 1:
         adversarial = attack(model_or_loss, x, y, epsilon, model=model, **options)
     if optimizer is not None and zero_grad:
         optimizer.zero_grad()
     losses = Losses(model_or_loss, y)
-    found: list[Tensor | None] = []
-    with torch.enable_grad(), _training(whole):
+    means: list[Tensor | None] = []
+    in_eval = trained is not None and not trained.training
+    with torch.enable_grad(), preserve_modes(trained if in_eval else None, True):
         for inputs, weight in ((x, alpha), (adversarial, 1 - alpha)):
             if not weight:
-                found.append(None)
+                means.append(None)
                 continue
             loss = losses(inputs).mean()
             weighted = weight * loss
             (weighted if scaler is None else scaler.scale(weighted)).backward()
-            found.append(loss.detach())
+            means.append(loss.detach())
     if optimizer is not None:
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
             scaler.update()
-    parts = [w * loss for w, loss in zip((alpha, 1 - alpha), found, strict=True) if loss is not None]
-    return Step(torch.stack(parts).sum(), found[0], found[1], adversarial)
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module | None) -> Iterator[None]:
-    """Within the block a model that is in eval mode is in training mode."""
-    modules = [] if model is None or model.training else list(model.modules())
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
+    parts = [w * loss for w, loss in zip((alpha, 1 - alpha), means, strict=True) if loss is not None]
+    return Step(torch.stack(parts).sum(), means[0], means[1], adversarial)

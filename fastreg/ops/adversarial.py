@@ -1,6 +1,6 @@
-"""What moves adversarial inputs, by the backend's way: kernels, the compiled reference or the reference.
+"""Moves adversarial inputs by kernels, by the compiled reference or by the reference.
 
-`move` takes a step, `norms` measures what it needs to know of every sample before.
+`move` takes a step; `norms` computes the norms of samples that a step or a projection needs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ..reference import adversarial as reference
 from ..reference.step import compute_dtype
 from ..runtime import backend
 from ..runtime.compile_ahead import compile_ahead
-from ..runtime.device import aligned, architecture, launch, triton_dtype
+from ..runtime.device import aligned, architecture, launch
 from ..runtime.launch_parameters import LaunchParameters, launch_parameters
+from ._elementwise import known_seed
 
 EXAMPLE = 773, 1361
 """Samples and elements that the reference is compiled with: equal to no other size, and long enough for
@@ -26,28 +27,28 @@ Inductor to use all threads."""
 
 
 class Bounds(NamedTuple):
-    """What elements must lie between: element i of a sample between those at i / spatial % len(lower)."""
+    """The bounds of elements: element i of a sample has those at i / spatial % len(lower)."""
 
     lower: Tensor  # 0-d, or `[channels]`
-    upper: Tensor  # likewise
+    upper: Tensor  # of the same shape
     spatial: int  # elements that follow each other in a channel
 
-    def spread(self, elements: int) -> tuple[Tensor, Tensor]:
-        """Those of each element of a sample."""
+    def expand(self, elements: int) -> tuple[Tensor, Tensor]:
+        """Returns the bounds of each element of a sample."""
         if not self.lower.dim():
             return self.lower, self.upper
         index = torch.arange(elements, device=self.lower.device) // self.spatial % len(self.lower)
         return self.lower[index], self.upper[index]
 
 
-class Given(NamedTuple):
-    """What moves, where from, and along what; all contiguous.
+class StepInputs(NamedTuple):
+    """The inputs of a step or of a norm; all tensors are contiguous.
 
     Args:
-        x: `[samples, elements]`, where the samples are.
-        gradient: Of the same shape; `None` for noise, and where there is no step.
+        x: `[samples, elements]`, the present points.
+        gradient: Of the same shape; `None` for noise, and if there is no step.
         clean: Of the same shape, the centres of the balls; x by default.
-        numbers: `[samples or 1, 3]` in compute precision: radius, size of the step, what a projection keeps.
+        step_scalars: `[samples or 1, 3]` in compute precision: radius, step size, `keep` of the projection.
         kind: The direction, see `reference.adversarial.direction`; `"none"` for no step.
         peaks: int64 `[samples]`, for the direction `"peak"`.
         seed: int64, 0-d, for noise.
@@ -56,82 +57,75 @@ class Given(NamedTuple):
     x: Tensor
     gradient: Tensor | None
     clean: Tensor | None
-    numbers: Tensor | None
+    step_scalars: Tensor | None
     kind: str
     peaks: Tensor | None = None
     seed: Tensor | None = None
 
 
-def move(given: Given, ball: str, bounds: Bounds | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`reference.adversarial.step`.
+def move(inputs: StepInputs, ball: str, bounds: Bounds | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns points after a step, see `reference.adversarial.step`.
 
     Args:
-        given: What moves.
+        inputs: Inputs of the step.
         ball: See `reference.adversarial.project`.
-        bounds: Of the elements, if there are any.
+        bounds: Bounds of the elements, if there are any.
         dtype: Of the result.
 
     Returns:
-        The result `[samples, elements]`, and the same in compute precision: itself where that is its dtype.
+        The result `[samples, elements]`, and the same in compute precision: one tensor if that is its dtype.
     """
-    x = given.x
+    x = inputs.x
     name = backend.resolve(x.device, x.numel())
     if name == "triton":
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         compute = compute_dtype(dtype)
         master = out if compute == dtype else torch.empty(x.shape, dtype=compute, device=x.device)
-        launch_step(given, ball, bounds, out, None if master is out else master)
+        launch_step(inputs, ball, bounds, out, None if master is out else master)
         return out, master
-    lower, upper = (None, None) if bounds is None else bounds.spread(x.shape[1])
-    tensors = [*_tensors(given), lower, upper]
-    found = _by_reference(_step, tensors, (given.kind, ball, dtype), given.seed, name)
-    return (found[0], found[0]) if found[1].dtype == dtype else found
+    limits = (None, None) if bounds is None else bounds.expand(x.shape[1])
+    result = _by_reference(_step, inputs, limits, (inputs.kind, ball, dtype), name)
+    return (result[0], result[0]) if result[1].dtype == dtype else result
 
 
-def norms(given: Given, order: int) -> Tensor:
-    """`reference.adversarial.size`: `[samples, 1]`, in compute precision.
+def norms(inputs: StepInputs, order: int) -> Tensor:
+    """Returns norms of samples, `[samples, 1]` in compute precision, see `reference.adversarial.size`.
 
     Args:
-        given: What is measured: the direction, or with `clean` the perturbation.
+        inputs: Inputs of a step, whose direction is measured; with `clean` the perturbation after the step.
         order: 1 or 2.
     """
-    x = given.x
+    x = inputs.x
     name = backend.resolve(x.device, x.numel())
     if name == "triton":
         block = launch_parameters("adversarial_norm", architecture(x.device)).block
         partial = torch.empty(len(x), blocks_of(x, block), dtype=torch.float64, device=x.device)
-        launch_norm(given, order, partial)
-        found = partial.sum(1, keepdim=True)
-        return (found.sqrt() if order == 2 else found).to(compute_dtype(x.dtype))
-    return _by_reference(_size, _tensors(given), (given.kind, order), given.seed, name)
+        launch_norm(inputs, order, partial)
+        total = partial.sum(1, keepdim=True)
+        return (total.sqrt() if order == 2 else total).to(compute_dtype(x.dtype))
+    return _by_reference(_size, inputs, (), (inputs.kind, order), name)
 
 
 # The reference ----------------------------------------------------------------------------------------------
 
 
-def _tensors(given: Given) -> list[Tensor | None]:
-    numbers = given.numbers
-    if numbers is not None:
-        numbers = numbers.expand(len(given.x), -1)
-    return [given.x, given.gradient, given.clean, numbers, given.peaks]
-
-
 def _step(tensors: list[Any], seed: Any, kind: str, ball: str, dtype: torch.dtype) -> Any:
-    x, gradient, clean, numbers, peaks, lower, upper = tensors
-    return reference.step(x, gradient, clean, numbers, peaks, lower, upper, seed, kind, ball, dtype)
+    x, gradient, clean, step_scalars, peaks, lower, upper = tensors
+    return reference.step(x, gradient, clean, step_scalars, peaks, lower, upper, seed, kind, ball, dtype)
 
 
 def _size(tensors: list[Any], seed: Any, kind: str, order: int) -> Any:
-    x, gradient, clean, numbers, _ = tensors
-    return reference.size(x, gradient, clean, numbers, seed, kind, order)
+    x, gradient, clean, step_scalars, _ = tensors
+    return reference.size(x, gradient, clean, step_scalars, seed, kind, order)
 
 
 def _by_reference(
-    body: Callable[..., Any], tensors: list[Tensor | None], options: tuple[Any, ...], seed: Tensor | None,
-    name: str,
-) -> Any:  # fmt: skip
-    x = tensors[0]
-    assert x is not None
+    body: Callable[..., Any], inputs: StepInputs, limits: tuple[Any, ...], options: tuple[Any, ...], name: str
+) -> Any:
+    x, seed, step_scalars = inputs.x, inputs.seed, inputs.step_scalars
+    if step_scalars is not None:
+        step_scalars = step_scalars.expand(len(x), -1)
+    tensors = [x, inputs.gradient, inputs.clean, step_scalars, inputs.peaks, *limits]
     if seed is None:
         seed = torch.zeros((), dtype=torch.int64, device=x.device)
     if name == "compiled" and min(x.shape) > 1:
@@ -142,8 +136,7 @@ def _by_reference(
             backend.cannot_compile(error)
         else:
             return fused([t.contiguous() for t in tensors if t is not None], seed)
-    known = int(seed) if seed.device.type == "cpu" else seed  # integers are worked on faster
-    return body(tensors, known, *options)
+    return body(tensors, known_seed(seed), *options)
 
 
 @functools.cache
@@ -151,36 +144,38 @@ def _compiled(
     body: Callable[..., Any], kinds: tuple[Any, ...], options: tuple[Any, ...], device: torch.device,
     threads: int,
 ) -> Callable[..., Any]:  # fmt: skip
-    """`_step` or `_size` compiled for these tensors of any size.
+    """Returns `_step` or `_size` compiled for tensors of these dtypes, of any size.
 
     Args:
-        body: Which of both.
-        kinds: dtype and dimensions of each tensor; `None` for those that are not there.
-        options: What the body takes behind the seed.
-        device: Where all are.
+        body: `_step` or `_size`.
+        kinds: dtype and number of dimensions of each tensor; `None` for missing tensors.
+        options: Arguments of the body after the seed.
+        device: Device of all tensors.
         threads: `torch.get_num_threads()`, which Inductor builds in.
     """
 
-    def fused(held: list[Tensor], seed: Tensor) -> Any:
-        left = iter(held)
-        return body([kind if kind is None else next(left) for kind in kinds], seed, *options)
+    def fused(present: list[Tensor], seed: Tensor) -> Any:
+        remaining = iter(present)
+        return body([kind if kind is None else next(remaining) for kind in kinds], seed, *options)
 
     samples, elements = EXAMPLE
-    # Of x, gradient, clean, numbers, peaks, lower and upper.
+    # Of x, gradient, clean, step_scalars, peaks, lower and upper.
     sizes = [(samples, elements)] * 3 + [(samples, 3), (samples,), (elements,), (elements,)]
-    held = [
+    example = [
         torch.zeros(size if kind[1] else (), dtype=kind[0], device=device)
         for kind, size in zip(kinds, sizes, strict=False)
         if kind is not None
     ]
-    return compile_ahead(fused, (held, torch.zeros((), dtype=torch.int64, device=device)))
+    return compile_ahead(fused, (example, torch.zeros((), dtype=torch.int64, device=device)))
 
 
 # The kernels ------------------------------------------------------------------------------------------------
 
 
-def launch_step(given: Given, ball: str, bounds: Bounds | None, out: Tensor, master: Tensor | None) -> None:
-    """Fill `out`, and `master` if there is one, with the kernel; for arguments see `move`."""
+def launch_step(
+    inputs: StepInputs, ball: str, bounds: Bounds | None, out: Tensor, master: Tensor | None
+) -> None:
+    """Launches the kernel that fills `out`, and `master` if there is one; for arguments see `move`."""
     kernels = importlib.import_module("fastreg_kernels.adversarial")
     target = architecture(out.device)
     chosen = launch_parameters("adversarial_step", target)
@@ -188,46 +183,40 @@ def launch_step(given: Given, ball: str, bounds: Bounds | None, out: Tensor, mas
     lower, upper, spatial = (None, None, 1) if bounds is None else bounds
     launch(
         kernels.adversarial_step_kernel, samples * blocks, out.device,
-        *_inputs(given), out, master, given.numbers, given.peaks, lower, upper, given.seed,
-        _row_numbers(given), elements, blocks, spatial, 1 if lower is None else lower.numel(),
-        BALL=ball, BOUNDS="none" if lower is None else "table" if lower.dim() else "scalar",
-        **constants(given, out.dtype, chosen, target.lanes), **chosen.options,
+        (*_aligned(inputs), out, master), inputs.step_scalars, inputs.peaks, lower, upper, inputs.seed,
+        _row_stride(inputs), elements, blocks, spatial, 1 if lower is None else lower.numel(), BALL=ball,
+        BOUNDS="none" if lower is None else "table" if lower.dim() else "scalar",
+        **constants(inputs.kind, chosen, target.lanes), **chosen.options,
     )  # fmt: skip
 
 
-def launch_norm(given: Given, order: int, partial: Tensor) -> None:
-    """Fill `partial`, `[samples, programs a sample]` in double, with the kernel."""
+def launch_norm(inputs: StepInputs, order: int, partial: Tensor) -> None:
+    """Launches the kernel that fills `partial`, float64 `[samples, programs of a sample]`."""
     kernels = importlib.import_module("fastreg_kernels.adversarial")
     target = architecture(partial.device)
     chosen = launch_parameters("adversarial_norm", target)
-    (samples, elements), blocks = given.x.shape, partial.shape[1]
+    (samples, elements), blocks = inputs.x.shape, partial.shape[1]
     launch(
         kernels.adversarial_norm_kernel, samples * blocks, partial.device,
-        *_inputs(given), partial, given.numbers, given.seed, _row_numbers(given), elements, blocks,
-        SQUARES=order == 2, **constants(given, given.x.dtype, chosen, target.lanes), **chosen.options,
+        *_aligned(inputs), partial, inputs.step_scalars, inputs.seed, _row_stride(inputs), elements, blocks,
+        SQUARES=order == 2, **constants(inputs.kind, chosen, target.lanes), **chosen.options,
     )  # fmt: skip
 
 
 def blocks_of(x: Tensor, block: int) -> int:
-    """Programs for each sample of `[samples, elements]`, where a program works on so many elements."""
+    """Returns the number of programs for each sample of `[samples, elements]`, for a size of blocks."""
     return -(-(x.shape[1] + 15) // block)
 
 
-def _inputs(given: Given) -> list[Tensor | None]:
-    return [t if t is None else aligned(t) for t in (given.x, given.gradient, given.clean)]
+def _aligned(inputs: StepInputs) -> list[Tensor | None]:
+    return [t if t is None else aligned(t) for t in (inputs.x, inputs.gradient, inputs.clean)]
 
 
-def _row_numbers(given: Given) -> int:
-    """How far the numbers of two samples lie apart."""
-    return 3 if given.numbers is not None and len(given.numbers) > 1 else 0
+def _row_stride(inputs: StepInputs) -> int:
+    """Returns the distance between the step scalars of two samples, 0 if all share one row."""
+    return 3 if inputs.step_scalars is not None and len(inputs.step_scalars) > 1 else 0
 
 
-def constants(given: Given, dtype: torch.dtype, chosen: LaunchParameters, lanes: int) -> dict[str, Any]:
-    """The compile-time arguments of both kernels, for a result of a dtype and warps of so many lanes."""
-    return {
-        "KIND": given.kind,
-        "COMPUTE": triton_dtype(compute_dtype(dtype)),
-        "VECTOR": 8 if dtype.itemsize == 2 else 4,
-        "BLOCK": chosen.block,
-        "CHUNK": chosen.chunk(lanes),
-    }
+def constants(kind: str, chosen: LaunchParameters, lanes: int) -> dict[str, Any]:
+    """Returns the compile-time arguments that both kernels have, for warps of so many lanes."""
+    return {"KIND": kind, "BLOCK": chosen.block, "CHUNK": chosen.chunk(lanes)}

@@ -1,14 +1,41 @@
-"""Adversarial inputs: a step along the gradient, back into the ball, within the bounds, in one pass.
+"""Moves adversarial inputs: a step along the gradient, back into the ball, within the bounds, in one pass.
 
-A program works on a run of one sample, so that what a sample has of its own (its radius, the length of its
-step) is a scalar.  Runs start at multiples of 16 elements of the whole, where 128-bit accesses do; what a
-sample has before and behind them is done 16 elements at a time.
+A program works on a run of one sample, so that the radius and the step size of a sample are scalars.  Runs
+start at multiples of 16 elements of the whole tensor, as 128-bit accesses do; the elements of a sample before
+and after them are done 16 at a time.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .random import PhiloxPosition, laplace, normal, uniform
+
+
+class Bounds(NamedTuple):
+    """The bounds of elements: scalars, or tables where element i of a sample has i / spatial % channels."""
+
+    lower: Any
+    upper: Any
+    spatial: Any
+    channels: Any  # None for scalars
+
+
+class Sample(NamedTuple):
+    """One sample: addresses of its tensors (`None` where there is none) and its numbers."""
+
+    x: Any
+    gradient: Any
+    clean: Any
+    out: Any
+    master: Any
+    first: Any  # index of its first element
+    radius: Any
+    size: Any  # of the step
+    keep: Any  # for the projection
+    key: Any  # of the noise
+    peak: Any  # index of the one element that moves, for the direction "peak"
 
 
 @triton.jit
@@ -33,20 +60,17 @@ def noise(key, at, like, KIND: tl.constexpr):
 
 
 @triton.jit
-def direction(
-    gradient, key, peak, first, s, offsets, inside,
-    KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """What a sample moves along, of the KIND that `reference.direction` tells."""
-    if gradient is None:
+def direction(sample, s, offsets, inside, KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr):
+    """The direction that a sample moves along, see `reference.direction`."""
+    if sample.gradient is None:
         like = tl.zeros(offsets.shape, COMPUTE)
-        return noise(key, PhiloxPosition(s, 0, 0, VECTOR), like, KIND).to(COMPUTE)
+        return noise(sample.key, PhiloxPosition(s, 0, 0, VECTOR), like, KIND).to(COMPUTE)
     else:
-        g = tl.load(gradient + offsets, mask=inside, other=0).to(COMPUTE)
+        g = tl.load(sample.gradient + offsets, mask=inside, other=0).to(COMPUTE)
         if KIND == "sign":
             return sign(g)
         elif KIND == "peak":
-            return tl.where((offsets - first).to(tl.int32) == peak, sign(g), 0.0)
+            return tl.where((offsets - sample.first).to(tl.int32) == sample.peak, sign(g), 0.0)
         else:
             tl.static_assert(KIND == "scaled")
             return finite(g)
@@ -86,40 +110,41 @@ def towards(y, clean, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def bound(table, scalar, index, spatial, channels, inside, BOUNDS: tl.constexpr, COMPUTE: tl.constexpr):
-    if BOUNDS == "table":
-        return tl.load(table + index // spatial % channels, mask=inside, other=0).to(COMPUTE)
+def bound(limit, bounds, index, inside, COMPUTE: tl.constexpr):
+    """The bound of each element of a sample: a scalar, or a table's entry."""
+    if bounds.channels is None:
+        return limit
     else:
-        return scalar
+        channel = index // bounds.spatial % bounds.channels
+        return tl.load(limit + channel, mask=inside, other=0).to(COMPUTE)
 
 
 @triton.jit
 def step_block(
-    x, gradient, clean, out, master, lower, upper, low, high, key, radius, size, keep, peak, spatial,
-    channels, first, s, offsets, inside,
-    KIND: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr, COMPUTE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    sample, bounds, s, offsets, inside,
+    KIND: tl.constexpr, BALL: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    y = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
-    if clean is None:
+    y = tl.load(sample.x + offsets, mask=inside, other=0).to(COMPUTE)
+    if sample.clean is None:
         centre = y
     else:
-        centre = tl.load(clean + offsets, mask=inside, other=0).to(COMPUTE)
+        centre = tl.load(sample.clean + offsets, mask=inside, other=0).to(COMPUTE)
     if KIND != "none":
-        y += size * direction(gradient, key, peak, first, s, offsets, inside, KIND, COMPUTE, VECTOR)
-    y = projected(y, centre, radius, keep, BALL)
+        y += sample.size * direction(sample, s, offsets, inside, KIND, COMPUTE, VECTOR)
+    y = projected(y, centre, sample.radius, sample.keep, BALL)
     stored = y
-    if out.dtype.element_ty.primitive_bitwidth == 16:
-        stored = towards(y, centre, out.dtype.element_ty).to(COMPUTE)
-    if BOUNDS != "none":
-        index = (offsets - first).to(tl.int32)
-        low = bound(lower, low, index, spatial, channels, inside, BOUNDS, COMPUTE)
-        high = bound(upper, high, index, spatial, channels, inside, BOUNDS, COMPUTE)
+    narrow: tl.constexpr = sample.out.dtype.element_ty
+    if narrow.primitive_bitwidth == 16:
+        stored = towards(y, centre, narrow).to(COMPUTE)
+    if bounds is not None:
+        index = (offsets - sample.first).to(tl.int32)
+        low = bound(bounds.lower, bounds, index, inside, COMPUTE)
+        high = bound(bounds.upper, bounds, index, inside, COMPUTE)
         stored = within(stored, low, high)
         y = within(y, low, high)
-    tl.store(out + offsets, stored.to(out.dtype.element_ty), mask=inside)
-    if master is not None:
-        tl.store(master + offsets, y, mask=inside)
+    tl.store(sample.out + offsets, stored.to(narrow), mask=inside)
+    if sample.master is not None:
+        tl.store(sample.master + offsets, y, mask=inside)
 
 
 @triton.jit
@@ -135,73 +160,72 @@ def run_of(inner, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "numbers", "peaks", "lower", "upper", "seed", "row_numbers", "inner", "blocks", "spatial", "channels",
+        "step_scalars", "peaks", "lower", "upper", "seed", "row_stride", "inner", "blocks", "spatial",
+        "channels",
     ]
 )  # fmt: skip
 def adversarial_step_kernel(
-    x, gradient, clean, out, master, numbers, peaks, lower, upper, seed, row_numbers, inner, blocks, spatial,
-    channels,
-    KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr,
+    tensors, step_scalars, peaks, lower, upper, seed, row_stride, inner, blocks, spatial, channels,
+    KIND: tl.constexpr, BALL: tl.constexpr, BOUNDS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = what `reference.step` makes of samples of `inner` elements, in `blocks` programs each.
+    """out = `reference.step` of samples of `inner` elements, in `blocks` programs each.
 
-    gradient  [samples, inner] or None      None where KIND is that of a noise, or "none": no step
-    clean     [samples, inner] or None      the centre of the ball, x by default
-    out       [samples, inner]              rounded towards the centre, if it has 16 bits
-    master    COMPUTE [samples, inner]      the same, not rounded; or None
-    numbers   COMPUTE [samples, 3]          radius, size of the step, what the projection keeps
-    row_numbers                             3; or 0 where all samples share the first row of these
-    peaks     int64[samples] or None        KIND "peak": the one element that moves
-    lower, upper                            the bounds: none, a scalar, or a table, where element i of a
-                                            sample has that at i / spatial % channels
+    tensors       x, gradient, clean, out, master:
+      gradient      [samples, inner] or None    None where KIND is that of a noise, or "none": no step
+      clean         [samples, inner] or None    the centre of the ball, x by default
+      out           [samples, inner]            rounded towards the centre, if it has 16 bits
+      master        COMPUTE [samples, inner]    the same, not rounded; or None
+    step_scalars  COMPUTE [samples, 3]          radius, size of the step, `keep` of the projection
+    row_stride                                  3; or 0 where all samples share the first row of these
+    peaks         int64[samples] or None        KIND "peak": the one element that moves
+    lower, upper                                BOUNDS "scalar" or "table", see `Bounds`; or None for "none"
     """
+    x, gradient, clean, out, master = tensors
+    COMPUTE: tl.constexpr = tl.float64 if out.dtype.element_ty.primitive_bitwidth == 64 else tl.float32
+    VECTOR: tl.constexpr = 8 if out.dtype.element_ty.primitive_bitwidth == 16 else 4
     row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
-    own = numbers + row * row_numbers
-    radius, size, keep = tl.load(own), tl.load(own + 1), tl.load(own + 2)
+    scalars = step_scalars + row * row_stride
+    radius, size, keep = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     key, peak = 0, 0
     if seed is not None:
         key = tl.load(seed)
     if KIND == "peak":
         peak = tl.load(peaks + row).to(tl.int32)
-    low, high = 0.0, 0.0
-    if BOUNDS == "scalar":
-        low, high = tl.load(lower).to(COMPUTE), tl.load(upper).to(COMPUTE)
+    sample = Sample(x, gradient, clean, out, master, first, radius, size, keep, key, peak)
+    if BOUNDS == "none":
+        bounds = None
+    elif BOUNDS == "scalar":
+        bounds = Bounds(tl.load(lower).to(COMPUTE), tl.load(upper).to(COMPUTE), None, None)
+    else:
+        bounds = Bounds(lower, upper, spatial, channels)
     for s in range(wide, rest, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
-        step_block(
-            x, gradient, clean, out, master, lower, upper, low, high, key, radius, size, keep, peak, spatial,
-            channels, first, s, offsets, offsets < rest, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
-        )  # fmt: skip
+        step_block(sample, bounds, s, offsets, offsets < rest, KIND, BALL, COMPUTE, VECTOR)
     for end in range(2):
         s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
-        step_block(
-            x, gradient, clean, out, master, lower, upper, low, high, key, radius, size, keep, peak, spatial,
-            channels, first, s, offsets, inside, KIND, BALL, BOUNDS, COMPUTE, VECTOR,
-        )  # fmt: skip
+        step_block(sample, bounds, s, offsets, inside, KIND, BALL, COMPUTE, VECTOR)
 
 
 @triton.jit
 def size_block(
-    x, gradient, clean, key, size, first, s, offsets, inside,
+    sample, s, offsets, inside,
     KIND: tl.constexpr, SQUARES: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    w = direction(gradient, key, 0, first, s, offsets, inside, KIND, COMPUTE, VECTOR)
-    if clean is not None:
-        here = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
-        w = here + size * w - tl.load(clean + offsets, mask=inside, other=0).to(COMPUTE)
-    if gradient is None:  # the one thing that is not 0 where nothing is
+    w = direction(sample, s, offsets, inside, KIND, COMPUTE, VECTOR)
+    if sample.clean is not None:
+        x = tl.load(sample.x + offsets, mask=inside, other=0).to(COMPUTE)
+        w = x + sample.size * w - tl.load(sample.clean + offsets, mask=inside, other=0).to(COMPUTE)
+    if sample.gradient is None:  # noise is not 0 in masked lanes
         w = tl.where(inside, w, 0.0)
     return w * w if SQUARES else tl.abs(w)
 
 
-@triton.jit(do_not_specialize=["numbers", "seed", "row_numbers", "inner", "blocks"])
+@triton.jit(do_not_specialize=["step_scalars", "seed", "row_stride", "inner", "blocks"])
 def adversarial_norm_kernel(
-    x, gradient, clean, partial, numbers, seed, row_numbers, inner, blocks,
-    KIND: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, SQUARES: tl.constexpr,
+    x, gradient, clean, partial, step_scalars, seed, row_stride, inner, blocks,
+    KIND: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = Σ w², or Σ |w|, over a run of a sample: w is the direction.
 
@@ -209,25 +233,23 @@ def adversarial_norm_kernel(
 
     partial   float64[samples, blocks]
     """
+    COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty.primitive_bitwidth == 64 else tl.float32
+    VECTOR: tl.constexpr = 8 if x.dtype.element_ty.primitive_bitwidth == 16 else 4
     row, first, begin, stop, wide, rest = run_of(inner, blocks, BLOCK)
     key, size = 0, 0.0
     if seed is not None:
         key = tl.load(seed)
     if clean is not None:
-        size = tl.load(numbers + row * row_numbers + 1)
+        size = tl.load(step_scalars + row * row_stride + 1)
+    sample = Sample(x, gradient, clean, None, None, first, None, size, None, key, 0)
     total = tl.zeros([CHUNK], COMPUTE)
     for s in range(wide, rest, CHUNK):
         offsets = s + tl.arange(0, CHUNK)
-        inside = offsets < rest
-        total += size_block(
-            x, gradient, clean, key, size, first, s, offsets, inside, KIND, SQUARES, COMPUTE, VECTOR
-        )
+        total += size_block(sample, s, offsets, offsets < rest, KIND, SQUARES, COMPUTE, VECTOR)
     ends = tl.zeros([16], COMPUTE)
     for end in range(2):
         s = tl.where(end == 0, wide - 16, tl.maximum(wide, rest))
         offsets = s + tl.arange(0, 16)
         inside = (offsets >= begin) & (offsets < stop)
-        ends += size_block(
-            x, gradient, clean, key, size, first, s, offsets, inside, KIND, SQUARES, COMPUTE, VECTOR
-        )
+        ends += size_block(sample, s, offsets, inside, KIND, SQUARES, COMPUTE, VECTOR)
     tl.store(partial + tl.program_id(0), tl.sum(total).to(tl.float64) + tl.sum(ends).to(tl.float64))

@@ -38,7 +38,7 @@ def limits(kind, dtype):
     return adversarial_ops.Bounds(lower, lower + 0.5, 4)
 
 
-def given(kind, dtype, shape, at_clean=False, skip=0):
+def step_inputs(kind, dtype, shape, at_clean=False, skip=0):
     """Inputs off their clean ones, and gradients with NaN and infinity."""
     generator = torch.Generator().manual_seed(0)
 
@@ -49,13 +49,13 @@ def given(kind, dtype, shape, at_clean=False, skip=0):
     clean = draw().sigmoid()
     x = clean if at_clean else clean.to(compute_dtype(dtype)) + 0.1 * draw(compute_dtype(dtype))
     gradient = draw()
-    for place, value in enumerate((math.nan, math.inf, -math.inf, 0.0)):
-        gradient.view(-1)[place::11] = value
-    own = torch.rand(shape[0], 3, generator=generator, dtype=compute_dtype(dtype)) / 8
+    for first, value in enumerate((math.nan, math.inf, -math.inf, 0.0)):
+        gradient.view(-1)[first::11] = value
+    step_scalars = torch.rand(shape[0], 3, generator=generator, dtype=compute_dtype(dtype)) / 8
     peaks = torch.randint(shape[1], shape[:1], generator=generator)
     with_gradient = kind not in (*reference.NOISES, "none")
-    return adversarial_ops.Given(
-        x, gradient if with_gradient else None, None if at_clean else clean, own, kind,
+    return adversarial_ops.StepInputs(
+        x, gradient if with_gradient else None, None if at_clean else clean, step_scalars, kind,
         peaks if kind == "peak" else None, torch.tensor(2**40 + 3) if kind in reference.NOISES else None,
     )  # fmt: skip
 
@@ -65,11 +65,11 @@ def on(backend, run, *arguments):
         return run(*arguments)
 
 
-def compare(same, given, ball, bounds, dtype):
-    found, expected = (
-        on(name, adversarial_ops.move, given, ball, bounds, dtype) for name in ("triton", "reference")
+def compare(same, inputs, ball, bounds, dtype):
+    actual, expected = (
+        on(name, adversarial_ops.move, inputs, ball, bounds, dtype) for name in ("triton", "reference")
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and b.isfinite().all()
         assert same(a, b) or within_a_unit(a, b)
 
@@ -93,24 +93,28 @@ STEPS = [
 @pytest.mark.parametrize("kind, ball, bounds", STEPS, ids=map("-".join, STEPS))
 def test_steps(same, kind, ball, bounds, dtype):
     for shape in SHAPES:
-        compare(same, given(kind, dtype, shape), ball, limits(bounds, dtype), dtype)
+        compare(same, step_inputs(kind, dtype, shape), ball, limits(bounds, dtype), dtype)
 
 
 @DTYPES
 def test_steps_from_the_clean_input(same, dtype):
     for kind in ("sign", "scaled"):
-        compare(same, given(kind, dtype, (3, 1500), at_clean=True), "none", limits("scalar", dtype), dtype)
+        compare(
+            same, step_inputs(kind, dtype, (3, 1500), at_clean=True), "none", limits("scalar", dtype), dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_misaligned(same, dtype):
     """Views into an allocation, one element off."""
-    compare(same, given("sign", dtype, (3, 700), skip=1), "linf", limits("scalar", dtype), dtype)
+    compare(same, step_inputs("sign", dtype, (3, 700), skip=1), "linf", limits("scalar", dtype), dtype)
 
 
 def test_one_row_of_numbers_for_all(same):
-    made = given("sign", torch.float32, (3, 700))
-    compare(same, made._replace(numbers=made.numbers[:1].contiguous()), "linf", None, torch.float32)
+    inputs = step_inputs("sign", torch.float32, (3, 700))
+    compare(
+        same, inputs._replace(step_scalars=inputs.step_scalars[:1].contiguous()), "linf", None, torch.float32
+    )
 
 
 @DTYPES
@@ -126,13 +130,15 @@ def test_one_row_of_numbers_for_all(same):
 )
 def test_norms(kind, order, moved, dtype):
     for shape in ((3, 1500), (2, 37), (4, 1)):
-        made = given(kind, dtype, shape)
+        inputs = step_inputs(kind, dtype, shape)
         if not moved:
-            made = made._replace(clean=None, x=torch.zeros(shape, dtype=dtype), numbers=None)
-        found, expected = (on(name, adversarial_ops.norms, made, order) for name in ("triton", "reference"))
-        assert found.shape == (shape[0], 1) and found.dtype == expected.dtype == compute_dtype(dtype)
+            inputs = inputs._replace(clean=None, x=torch.zeros(shape, dtype=dtype), step_scalars=None)
+        actual, expected = (
+            on(name, adversarial_ops.norms, inputs, order) for name in ("triton", "reference")
+        )
+        assert actual.shape == (shape[0], 1) and actual.dtype == expected.dtype == compute_dtype(dtype)
         bound = 1e-12 if dtype == torch.float64 and kind == "scaled" else 1e-6
-        torch.testing.assert_close(found, expected, rtol=bound, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -140,12 +146,12 @@ def test_norms(kind, order, moved, dtype):
 )
 def test_compiled_equals_the_reference(dtype, kind, ball):
     """Inductor keeps what has 16 bits in 32: rounding must not be lost."""
-    made = given(kind, dtype, (5, 737))
-    found, expected = (
-        on(name, adversarial_ops.move, made, ball, limits("table", dtype), dtype)
+    inputs = step_inputs(kind, dtype, (5, 737))
+    actual, expected = (
+        on(name, adversarial_ops.move, inputs, ball, limits("table", dtype), dtype)
         for name in ("compiled", "reference")
     )
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, actual, expected))
 
 
 # The reference against definitions ------------------------------------------------------------------------
@@ -159,10 +165,10 @@ def test_rounding_towards_the_clean_input(dtype):
     y = torch.cat([y, torch.tensor([0.0, -0.0, 65510.0, -65510.0, 65535.0, 1e-45, 3.4e38, -3.4e38])])
     clean = (y * (1 + 0.3 * torch.randn(y.shape, generator=generator))).to(dtype)
     clean[::7] *= -1
-    found = reference.towards(y, clean.float(), dtype)
+    rounded = reference.towards(y, clean.float(), dtype)
     low, high = (torch.where(clean.float() > y, *pair) for pair in ((y, clean.float()), (clean.float(), y)))
-    assert ((found.double() >= low.double()) & (found.double() <= high.double())).all()
-    units = found.view(torch.int16).int() - y.to(dtype).view(torch.int16).int()
+    assert ((rounded.double() >= low.double()) & (rounded.double() <= high.double())).all()
+    units = rounded.view(torch.int16).int() - y.to(dtype).view(torch.int16).int()
     assert (units.abs() <= 1).all()
 
 
