@@ -1,4 +1,4 @@
-"""Functions of tensors through `torch.compile`: compiled ahead of time, for any length, and kept on disk."""
+"""Compiles functions of tensors ahead of time for all sizes, and keeps them on disk."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ LENGTH = 2**20 + 7
 
 
 def compile_ahead(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callable[..., Any]:
-    """A function of tensors, compiled for those of other sizes too; what a former process compiled is used.
+    """Returns a function compiled for tensors of all sizes, from disk if another process has compiled it.
 
-    No guard is checked: the caller sees to it that dtypes, devices, dimensions and the number of threads are
+    No guard is checked.  The caller ensures that dtypes, devices, dimensions and the number of threads are
     those of the examples, that no size is 0 or 1, and that no plain number is among the arguments.
 
     Args:
         function: It takes tensors and lists of tensors.
-        examples: Arguments whose sizes are equal only where they always are; contiguous.
+        examples: Contiguous arguments; sizes are equal only where they always are.
     """
     key = programs.key(function, examples)
     if key is None:
-        return _compiled(function, examples)
-    found = programs.load(key)
-    if found is not None:
-        return found
+        return compile_unguarded(function, examples)
+    program = programs.load(key)
+    if program is not None:
+        return program
     before = programs.modules()
-    compiled = _compiled(function, examples)
+    compiled = compile_unguarded(function, examples)
     try:
         program = programs.capture(compiled, examples, programs.modules()[len(before) :])
     except programs.Unexpected:
@@ -41,7 +41,8 @@ def compile_ahead(function: Callable[..., Any], examples: tuple[Any, ...]) -> Ca
     return program
 
 
-def _compiled(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callable[..., Any]:
+def compile_unguarded(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callable[..., Any]:
+    """Compiles a function by `torch.compile` ahead of time, without guards; see `compile_ahead`."""
     options: dict[str, Any] = {
         "size_asserts": False,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
@@ -55,10 +56,10 @@ def _compiled(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callab
 
 
 def _ahead_of_time() -> contextlib.AbstractContextManager[Any]:
-    """Within the block torch compiles ahead of time, which torch 2.11 does only where it is told to.
+    """Makes torch 2.11 compile ahead of time in the block; later versions do it by default.
 
-    Numbers stay numbers: torch 2.11 would start anew where it cannot make tensors of them, which fails there.
+    Numbers stay numbers: torch 2.11 would start again where it cannot make tensors of them, and fail.
     """
     config = importlib.import_module("torch._dynamo.config")
-    wanted = {"enable_aot_compile": True, "specialize_float": True}
-    return config.patch({name: value for name, value in wanted.items() if hasattr(config, name)})
+    settings = {"enable_aot_compile": True, "specialize_float": True}
+    return config.patch({name: value for name, value in settings.items() if hasattr(config, name)})

@@ -94,7 +94,7 @@ def _programs() -> str:
     place = programs.folder()
     if place is None:
         return "no compiled steps: FASTREG_CACHE_DIR is off"
-    count, size = programs.kept()
+    count, size = programs.disk_usage()
     if not count and not programs.writable():
         return f"no compiled steps: {place} cannot be written, FASTREG_CACHE_DIR names another folder"
     return f"{count} compiled steps, {size / 1e6:.1f} MB in {place}"

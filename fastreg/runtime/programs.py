@@ -1,12 +1,12 @@
-"""What Inductor has made of a function for CPUs: as a small program of its own that can be kept on disk.
+"""Stores functions that Inductor compiled for CPUs on disk, so that later processes load them at once.
 
-    torch.compile ──▶ a Python function `call(args)` that allocates and launches, and a library of C++ kernels
-    capture       ──▶ the same two, and which of its arguments is which tensor or size of the caller's
-    save, load    ──▶ both from a folder, in a later process, without Dynamo or Inductor
+    torch.compile   makes a Python function `call(args)` that allocates and launches, and C++ kernels
+    capture         takes both, and notes which argument of `call` is which tensor or size of the caller's
+    save, load      write both to a folder, and read them in a later process, without Dynamo or Inductor
 
-Compiling takes seconds in every process, and loading what torch itself can save takes one, most of it for
-importing Inductor; a program loads in milliseconds.  What does not look as expected is not captured: the
-caller keeps what torch has compiled.
+Compiling takes seconds in every process.  Loading the artifacts that torch itself can save takes one second,
+mostly for importing Inductor; a program loads in milliseconds.  If the compiled code has an unexpected form,
+`capture` raises `Unexpected`, and the caller keeps torch's function.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from .fingerprint import Unknown, fingerprint
 
 FORMAT = 2
 _ALLOCATING = ("empty_strided_cpu", "reinterpret_tensor", "assert_size_stride")
-"""What `call` may name besides torch and its kernels, and where torch keeps it."""
+"""Functions of torch that `call` may use besides its kernels."""
 
 
 class Program:
-    """A compiled function of tensors.
+    """A compiled function of tensors, which can be saved.
 
     Args:
-        source: Of `call`, a function of a list that it empties.
-        libraries: The file of each kernel that `call` names.
-        order: For each argument of `call`, which tensor of the caller's it is, and which of its dimensions
-            where it is a size.
-        written: Which tensors of the caller's are changed in place.
-        results: Which of the results of `call` to give back: the place of one, a list of such, or `None`.
+        source: The source of `call`, a function of a list of arguments, which it empties.
+        libraries: The shared library of each kernel that `call` names.
+        order: For each argument of `call`: the index of the caller's tensor, and a dimension of it if the
+            argument is its size, else `None`.
+        written: Indices of the caller's tensors that are changed in place.
+        results: The index of the result among those of `call`, a list of such, or `None`.
     """
 
     def __init__(
@@ -62,28 +62,26 @@ class Program:
         self._call: Callable[[list[Any]], Sequence[Tensor]] = names["call"]
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it on tensors, and lists of tensors, of the dtypes and dimensions that it was compiled for."""
-        given = _flat(arguments)
-        found = self._call([given[i] if dim is None else given[i].shape[dim] for i, dim in self.order])
+        """Runs on tensors and lists of tensors with the dtypes and dimensions of the examples."""
+        tensors = _flat(arguments)
+        outputs = self._call([tensors[i] if dim is None else tensors[i].shape[dim] for i, dim in self.order])
         if self.written:
-            torch.autograd.graph.increment_version([given[i] for i in self.written])
-        return _arranged(self.results, found)
+            torch.autograd.graph.increment_version([tensors[i] for i in self.written])
+        return _select(outputs, self.results)
 
 
-def _arranged(results: Any, found: Sequence[Tensor]) -> Any:
-    if isinstance(results, int):
-        return found[results]
-    return None if results is None else tuple(_arranged(each, found) for each in results)
+def _select(outputs: Sequence[Tensor], indices: Any) -> Any:
+    if isinstance(indices, int):
+        return outputs[indices]
+    return None if indices is None else tuple(_select(outputs, index) for index in indices)
 
 
 def _flat(arguments: Sequence[Any]) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            flat.append(argument)
-        else:
-            flat += argument
-    return flat
+    return [
+        tensor
+        for argument in arguments
+        for tensor in ([argument] if isinstance(argument, Tensor) else argument)
+    ]
 
 
 def _allocator(name: str) -> Any:
@@ -92,8 +90,8 @@ def _allocator(name: str) -> Any:
 
 
 def _kernel(file: str) -> Any:
-    """The function that a library of Inductor's exports to Python."""
-    # Where its code finds out how to get at the memory of a tensor; Inductor hands it over in the same way.
+    """Returns the function that a library of Inductor's exports to Python."""
+    # The library reads from this variable how to get at the memory of a tensor, as with Inductor itself.
     address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     spec = importlib.util.spec_from_file_location(f"{Path(file).stem}.kernel", file)
@@ -103,44 +101,44 @@ def _kernel(file: str) -> Any:
     return module.kernel
 
 
-# From what torch has compiled ------------------------------------------------------------------------------
+# Capturing -----------------------------------------------------------------------------------------------
 
 
 class Unexpected(Exception):
-    """What torch has compiled does not look as a program must; the message says what is different."""
+    """Compiled code has an unexpected form; the message says what is different."""
 
 
 def modules() -> list[Any]:
-    """The Python modules that Inductor has written and loaded so far."""
+    """Returns the Python modules that Inductor has written and loaded so far."""
     return list(importlib.import_module("torch._inductor.codecache").PyCodeCache.modules)
 
 
 def capture(compiled: Callable[..., Any], examples: Sequence[Any], written_by: Sequence[Any]) -> Program:
-    """The program behind a compiled function.
+    """Returns the program behind a compiled function.
 
     Args:
         compiled: The function; it is run once.
         examples: Arguments for it, which it may change.
-        written_by: The modules that Inductor wrote while it was compiled.
+        written_by: The modules that Inductor wrote while it compiled the function.
 
     Raises:
-        Unexpected: If there is no such program.
+        Unexpected: If the function does not have the form of a program.
     """
     if len(written_by) != 1:
         raise Unexpected(f"{len(written_by)} modules instead of one")
     (module,) = written_by
-    given = _flat(examples)
-    versions = [tensor._version for tensor in given]
+    tensors = _flat(examples)
+    versions = [tensor._version for tensor in tensors]
     arguments, returned, result = _run(compiled, examples, module.call.__code__)
     source, kernels = _source(module)
     libraries = {name: _file(getattr(module, name)) for name in kernels}
-    order = [_origin(argument, given) for argument in arguments]
-    written = [i for i, tensor in enumerate(given) if tensor._version != versions[i]]
+    order = [_origin(argument, tensors) for argument in arguments]
+    written = [i for i, tensor in enumerate(tensors) if tensor._version != versions[i]]
     return Program(source, libraries, order, written, _results(result, returned))
 
 
 def _run(compiled: Callable[..., Any], examples: Sequence[Any], code: Any) -> tuple[Any, Any, Any]:
-    """What Inductor's function is called with, what it returns, and what the compiled function does."""
+    """Returns the arguments and outputs of Inductor's `call`, and the result of the compiled function."""
     seen: dict[str, Any] = {}
 
     def watch(frame: Any, event: str, value: Any) -> None:
@@ -162,20 +160,16 @@ def _run(compiled: Callable[..., Any], examples: Sequence[Any], code: Any) -> tu
 
 
 def _source(module: Any) -> tuple[str, list[str]]:
-    """The source of `call`, and the kernels that it names."""
+    """Returns the source of `call`, and the names of the kernels in it."""
     tree = ast.parse(inspect.getsource(module))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
-    if len(found) != 1:
-        raise Unexpected(f"{len(found)} functions named call")
-    (function,) = found
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
+    if len(calls) != 1:
+        raise Unexpected(f"{len(calls)} functions named call")
+    (function,) = calls
     function.args.args = [argument for argument in function.args.args if argument.arg != "self"]
-    bound = {
-        node.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    bound |= {argument.arg for argument in function.args.args}
-    named = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - bound
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    bound = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    named = {name.id for name in names} - bound - {argument.arg for argument in function.args.args}
     kernels = [
         name for name in named if inspect.isbuiltin(getattr(module, name, None)) and name not in _ALLOCATING
     ]
@@ -191,40 +185,41 @@ def _file(kernel: Any) -> str:
     return str(file)
 
 
-def _origin(argument: Any, given: Sequence[Tensor]) -> tuple[int, int | None]:
-    """Which of the given tensors an argument is, or a size of which."""
-    for i, tensor in enumerate(given):
+def _origin(argument: Any, tensors: Sequence[Tensor]) -> tuple[int, int | None]:
+    """Returns the index of the tensor that an argument is, or of one and the dimension whose size it is."""
+    for i, tensor in enumerate(tensors):
         if argument is tensor:
             return i, None
-    if isinstance(argument, int):
-        for i, tensor in enumerate(given):
-            if argument in tensor.shape:
-                return i, list(tensor.shape).index(argument)
+        if isinstance(argument, int) and argument in tensor.shape:
+            return i, list(tensor.shape).index(argument)
     raise Unexpected(f"an argument is neither a tensor nor a size of one: {argument!r}")
 
 
-def _results(result: Any, returned: Sequence[Any]) -> Any:
-    """Where the results of the compiled function are among those of `call`."""
+def _results(result: Any, outputs: Sequence[Any]) -> Any:
+    """Returns the indices of the results of the compiled function among the outputs of `call`."""
     if result is None:
         return None
     if isinstance(result, (tuple, list)):
-        return [_results(each, returned) for each in result]
-    place = next((i for i, each in enumerate(returned) if each is result), None)
-    if place is None:
-        raise Unexpected("a result is made behind it")
-    return place
+        return [_results(item, outputs) for item in result]
+    for i, output in enumerate(outputs):
+        if output is result:
+            return i
+    raise Unexpected("a result is made after it")
 
 
 # On disk ----------------------------------------------------------------------------------------------------
 
 
 def folder() -> Path | None:
-    """Where programs are kept: `FASTREG_CACHE_DIR`, "off" for nowhere; by default in the user's cache."""
-    given = os.environ.get("FASTREG_CACHE_DIR", "")
-    if given.lower() == "off":
+    """Returns the folder of programs; `None` if `FASTREG_CACHE_DIR` is "off".
+
+    `FASTREG_CACHE_DIR` names its parent; by default it is in the user's cache.
+    """
+    setting = os.environ.get("FASTREG_CACHE_DIR", "")
+    if setting.lower() == "off":
         return None
-    if given:
-        return Path(os.path.expanduser(given)) / "programs"
+    if setting:
+        return Path(os.path.expanduser(setting)) / "programs"
     base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     try:
         return (Path(base) if base else Path.home() / ".cache") / "fastreg" / "programs"
@@ -233,36 +228,35 @@ def folder() -> Path | None:
 
 
 def key(function: Callable[..., Any], examples: Sequence[Any]) -> str | None:
-    """What a program is known by: all code that runs, the kind of its arguments, this machine, all versions.
+    """Returns the name that a program is saved under, which changes with all that the program depends on.
 
-    `None` for a function that cannot be known again, because it holds something else than code and numbers.
+    These are: all code that runs, dtypes, shapes and strides of the arguments, machine, versions, settings.
+    `None` for a function that holds something else than code and numbers, and for tensors on a GPU.
     """
-    kinds = [(str(t.dtype), str(t.device), list(t.shape), list(t.stride())) for t in _flat(examples)]
-    if any(tensor.device.type != "cpu" for tensor in _flat(examples)):
+    tensors = _flat(examples)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
+    layouts = [(str(t.dtype), str(t.device), list(t.shape), list(t.stride())) for t in tensors]
     try:
         code = fingerprint(function)
     except Unknown:
         return None
-    known = [FORMAT, code, kinds, torch.get_num_threads(), _machine(), _settings()]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    parts = [FORMAT, code, layouts, torch.get_num_threads(), _machine(), _settings()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _machine() -> list[Any]:
-    """The processor, down to its features (Inductor compiles for the one that it finds), and versions."""
+    """Returns the processor with its features, for which Inductor compiles, and versions."""
     features = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = [line for line in file if line.startswith(("model name", "flags", "Features"))]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        lines = [line for line in file if line.startswith(("model name", "flags", "Features"))]
         features = " ".join(dict.fromkeys(lines))
-    except OSError:
-        pass
     versions = sys.version, torch.__version__, torch.version.git_version, torch.__file__
     return [platform.machine(), features, torch.backends.cpu.get_cpu_capability(), *versions]
 
 
 def _settings() -> list[Any]:
-    """What is set for all of torch, and what of Inductor's settings is not its default."""
+    """Returns global settings of torch, and those of Inductor that differ from their defaults."""
     state = [str(torch.get_default_dtype()), str(torch.get_default_device())]
     state.append(str(torch.are_deterministic_algorithms_enabled()))
     chosen = {
@@ -272,49 +266,49 @@ def _settings() -> list[Any]:
     }
     config: Any = sys.modules.get("torch._inductor.config")  # importing it would take a second
     lines = config.codegen_config().splitlines() if config else []
-    return [state, sorted(chosen.items()), sorted(line for line in lines if not _at_default(config, line))]
+    return [state, sorted(chosen.items()), sorted(line for line in lines if not _is_default(config, line))]
 
 
-def _at_default(config: Any, line: str) -> bool:
-    """Whether a line of `codegen_config` tells of a default, after a setting was patched and restored."""
+def _is_default(config: Any, line: str) -> bool:
+    """Returns whether a line of `codegen_config` names a default: patched and restored settings are listed."""
     name = line.partition(" = ")[0].removeprefix(f"{config.__name__}.")
     entry = config._config.get(name)
     return entry is not None and getattr(config, name) == entry.default
 
 
 def load(key: str) -> Program | None:
-    """The program that is kept under a key; `None` if there is none that is whole and to be trusted."""
-    place = folder()
-    if place is None:
+    """Returns the program saved under a key; `None` if there is none, or it is damaged or not trusted."""
+    parent = folder()
+    if parent is None:
         return None
     try:
-        kept = _intact(place / key)
-        libraries = {name: str(place / key / file) for name, (file, _) in kept["libraries"].items()}
-        order = [(i, dim) for i, dim in kept["order"]]
-        return Program(kept["source"], libraries, order, kept["written"], kept["results"])
-    except Exception:  # whatever is wrong with it, it is compiled anew, and replaced
+        saved = _read(parent / key)
+        libraries = {name: str(parent / key / file) for name, (file, _) in saved["libraries"].items()}
+        order = [(i, dim) for i, dim in saved["order"]]
+        return Program(saved["source"], libraries, order, saved["written"], saved["results"])
+    except Exception:  # whatever is wrong with it, it is compiled again and replaced
         return None
 
 
-def _intact(made: Path) -> dict[str, Any]:
-    """What the file of a program tells, once its libraries are known to be as they were written.
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the contents of a program's file, after checking its libraries.
 
     Raises:
         OSError: If a file is missing or cannot be read.
-        ValueError: If a file is damaged, or somebody else may have written it.
+        ValueError: If a file is damaged, or another user may have written it.
     """
-    _check_owner(made)
-    _check_owner(made / "program.json")
-    kept: dict[str, Any] = json.loads((made / "program.json").read_text())
-    for file, digest in kept["libraries"].values():
-        _check_owner(made / file)
-        if _digest(made / file) != digest:
-            raise ValueError(f"{made / file} is damaged")
-    return kept
+    _check_owner(path)
+    _check_owner(path / "program.json")
+    saved: dict[str, Any] = json.loads((path / "program.json").read_text())
+    for file, digest in saved["libraries"].values():
+        _check_owner(path / file)
+        if _digest(path / file) != digest:
+            raise ValueError(f"{path / file} is damaged")
+    return saved
 
 
 def _check_owner(path: Path) -> None:
-    """Raise `ValueError` where somebody else than this user and the system could have written what is run."""
+    """Raises `ValueError` if another user than this one and root may have written a file that is run."""
     if os.name == "nt":
         return
     status = path.lstat()
@@ -327,57 +321,49 @@ def _digest(file: Path) -> str:
 
 
 def save(key: str, program: Program) -> None:
-    """Keep a program under a key, instead of a damaged one; nothing where the folder cannot be written.
+    """Saves a program under a key, or nothing if the folder cannot be written.
 
-    Whole or not at all: it is written beside its place and moved there, so that no process sees half of it.
+    The files are written to a folder beside, which is then renamed: no process sees half a program.
     """
-    place, made = folder(), None
-    if place is None:
+    parent, new = folder(), None
+    if parent is None:
         return
     try:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            _intact(place / key)
+            _read(parent / key)
             return  # another process was faster
-        place.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=place, prefix="."))
+        parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=parent, prefix="."))
         libraries = {}
         for i, (name, file) in enumerate(program.libraries.items()):
-            shutil.copyfile(file, made / f"{i}.so")
-            libraries[name] = (f"{i}.so", _digest(made / f"{i}.so"))
-        kept = {
-            "source": program.source, "libraries": libraries, "order": program.order,
-            "written": program.written, "results": program.results,
-        }  # fmt: skip
-        (made / "program.json").write_text(json.dumps(kept))
-        for path in made.iterdir():
+            shutil.copyfile(file, new / f"{i}.so")
+            libraries[name] = (f"{i}.so", _digest(new / f"{i}.so"))
+        saved = {name: getattr(program, name) for name in ("source", "order", "written", "results")}
+        (new / "program.json").write_text(json.dumps({**saved, "libraries": libraries}))
+        for path in new.iterdir():
             path.chmod(0o644)
-        made.chmod(0o755)  # an image may be filled by root and used by others
+        new.chmod(0o755)  # an image may be filled by root and used by others
         with contextlib.suppress(FileNotFoundError):
-            (place / key).rename(made / "damaged")
-        made.rename(place / key)
-        shutil.rmtree(place / key / "damaged", ignore_errors=True)
+            (parent / key).rename(new / "damaged")
+        new.rename(parent / key)
+        shutil.rmtree(parent / key / "damaged", ignore_errors=True)
     except OSError:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def writable() -> bool:
-    """Whether programs can be kept in the folder, or the folder be made."""
-    place = folder()
-    if place is None:
-        return False
-    try:
-        there = next(path for path in (place, *place.parents) if path.exists())
-    except OSError:
-        return False
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    """Returns whether programs can be saved: the folder is writable, or can be made."""
+    with contextlib.suppress(OSError):
+        if (path := folder()) is not None:
+            existing = next(parent for parent in (path, *path.parents) if parent.exists())
+            return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return False
 
 
-def kept() -> tuple[int, int]:
-    """How many programs are kept, and their bytes."""
-    place = folder()
-    try:
-        files = [file for file in place.glob("*/*") if file.is_file()] if place else []
+def disk_usage() -> tuple[int, int]:
+    """Returns the number of saved programs, and their bytes."""
+    with contextlib.suppress(OSError):
+        files = [file for file in path.glob("*/*") if file.is_file()] if (path := folder()) else []
         return sum(file.name == "program.json" for file in files), sum(file.stat().st_size for file in files)
-    except OSError:
-        return 0, 0
+    return 0, 0

@@ -15,15 +15,21 @@ import fastreg
 from fastreg.engine.launch import compiled
 from fastreg.reference import rules
 from fastreg.runtime import programs
-from fastreg.runtime.compile_ahead import compile_ahead
+from fastreg.runtime.compile_ahead import compile_ahead, compile_unguarded
 
 N = 1009
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTREG_CACHE_DIR", str(tmp_path))
     return tmp_path / "programs"
+
+
+def replace_compiler(monkeypatch, compiler):
+    """The module is named as its function, which `import` would give."""
+    module = importlib.import_module("fastreg.runtime.compile_ahead")
+    monkeypatch.setattr(module, "compile_unguarded", compiler)
 
 
 def body(tensors, scale):
@@ -41,18 +47,17 @@ def check(program):
     (p, g), scale = [torch.randn(77), torch.randn(77)], torch.tensor(2.0)
     mine, theirs = [p.clone(), g.clone()], [p.clone(), g.clone()]
     version = mine[0]._version
-    found, expected = program(mine, scale), body(theirs, scale)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(program(mine, scale), body(theirs, scale))
     torch.testing.assert_close(mine, theirs)
     assert mine[0]._version > version and mine[1]._version == 0
 
 
-def test_is_captured_saved_and_loaded(place, monkeypatch):
+def test_is_captured_saved_and_loaded(folder, monkeypatch):
     made = compile_ahead(body, examples())
     assert isinstance(made, programs.Program)
     check(made)
-    assert programs.kept()[0] == 1 and programs.kept()[1] > 1000
-    monkeypatch.setattr(compiled, "_compiled", lambda *_: pytest.fail("compiled again"))
+    assert programs.disk_usage()[0] == 1 and programs.disk_usage()[1] > 1000
+    replace_compiler(monkeypatch, lambda *_: pytest.fail("compiled again"))
     loaded = compile_ahead(body, examples())
     assert loaded is not made
     check(loaded)
@@ -60,9 +65,9 @@ def test_is_captured_saved_and_loaded(place, monkeypatch):
     assert loaded.written == [0] and loaded.results == [0, [1, 2]]
 
 
-def test_what_is_damaged_is_compiled_again(place, monkeypatch):
+def test_what_is_damaged_is_compiled_again(folder, monkeypatch):
     program = compile_ahead(body, examples())
-    (file,) = place.glob("*/program.json")
+    (file,) = folder.glob("*/program.json")
     whole = json.loads(file.read_text())
     for damaged in ("{", "{}", json.dumps({**whole, "libraries": {"call": "missing.so"}})):
         file.write_text(damaged)
@@ -75,25 +80,25 @@ def test_what_is_damaged_is_compiled_again(place, monkeypatch):
         library.unlink()  # it is mapped into this process
         library.write_bytes(damaged)
         assert programs.load(file.parent.name) is None
-    monkeypatch.setattr(compiled, "_compiled", lambda *_: program)
+    replace_compiler(monkeypatch, lambda *_: program)
     monkeypatch.setattr(programs, "capture", lambda *_: program)
-    monkeypatch.setattr(program, "libraries", {name: str(place / "whole.so") for name in program.libraries})
-    (place / "whole.so").write_bytes(content)
+    monkeypatch.setattr(program, "libraries", {name: str(folder / "whole.so") for name in program.libraries})
+    (folder / "whole.so").write_bytes(content)
     assert compile_ahead(body, examples()) is program
     check(programs.load(file.parent.name))  # it is kept instead of the damaged one
-    assert [path.name for path in place.iterdir() if path.is_dir()] == [file.parent.name]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [file.parent.name]
 
 
-def test_what_others_may_have_written_is_not_run(place, monkeypatch):
+def test_what_others_may_have_written_is_not_run(folder, monkeypatch):
     compile_ahead(body, examples())
-    (file,) = place.glob("*/program.json")
+    (file,) = folder.glob("*/program.json")
     key, made = file.parent.name, file.parent
     for path in (made, file, made / "0.so"):
         mode = path.stat().st_mode
         path.chmod(0o666 | mode)
         assert programs.load(key) is None, path
         path.chmod(mode)
-        moved = path.rename(place / "moved")
+        moved = path.rename(folder / "moved")
         path.symlink_to(moved)
         assert programs.load(key) is None, path
         path.unlink()
@@ -111,7 +116,7 @@ def test_what_others_may_have_written_is_not_run(place, monkeypatch):
             assert (programs.load(key) is not None) == trusted, owner
 
 
-def test_a_folder_that_cannot_be_read_keeps_nothing(place, monkeypatch):
+def test_a_folder_that_cannot_be_read_keeps_nothing(folder, monkeypatch):
     """Such as that of another user: what is needed is compiled, and no error is made of it."""
     program = compile_ahead(body, examples())
 
@@ -119,16 +124,16 @@ def test_a_folder_that_cannot_be_read_keeps_nothing(place, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     for name in ("lstat", "is_file", "exists"):
-        monkeypatch.setattr(type(place), name, refused)
-    monkeypatch.setattr(compiled, "_compiled", lambda *_: program)
+        monkeypatch.setattr(type(folder), name, refused)
+    replace_compiler(monkeypatch, lambda *_: program)
     monkeypatch.setattr(programs, "capture", lambda *_: program)
     assert compile_ahead(body, examples()) is program
-    assert programs.kept() == (0, 0)
+    assert programs.disk_usage() == (0, 0)
 
 
 def test_where_they_are(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTREG_CACHE_DIR", "off")
-    assert programs.folder() is None and programs.kept() == (0, 0)
+    assert programs.folder() is None and programs.disk_usage() == (0, 0)
     monkeypatch.setenv("FASTREG_CACHE_DIR", "OFF")
     assert programs.folder() is None
     monkeypatch.setenv("FASTREG_CACHE_DIR", "~/kept")
@@ -142,9 +147,9 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTREG_CACHE_DIR", str(tmp_path / "file"))
     programs.save("key", programs.Program("def call(args):\n    return ()", {}, [], [], None))
-    assert programs.kept() == (0, 0) and not programs.writable()
-    told = f"no compiled steps: {tmp_path}/file/programs cannot be written, FASTREG_CACHE_DIR names another"
-    assert told in str(fastreg.info())
+    assert programs.disk_usage() == (0, 0) and not programs.writable()
+    message = f"no compiled steps: {tmp_path}/file/programs cannot be written, FASTREG_CACHE_DIR names another"
+    assert message in str(fastreg.info())
 
 
 def test_a_key_for_every_difference(monkeypatch):
@@ -174,38 +179,38 @@ def test_a_key_for_every_difference(monkeypatch):
     assert None not in keys and len(set(keys)) == len(keys)
 
 
-def test_what_torch_compiles_otherwise_is_used_as_it_is(place, monkeypatch):
+def test_what_torch_compiles_otherwise_is_used_as_it_is(folder, monkeypatch):
     """Two modules, another name in the function, an argument of unknown origin: nothing is kept."""
-    given = examples()
-    function = compiled._compiled(body, given)
+    arguments = examples()
+    function = compile_unguarded(body, arguments)
     written = programs.modules()[-1:]
-    assert isinstance(programs.capture(function, given, written), programs.Program)
+    assert isinstance(programs.capture(function, arguments, written), programs.Program)
     for wrong in ([], [*written, *written]):
         with pytest.raises(programs.Unexpected, match="modules instead of one"):
-            programs.capture(function, given, wrong)
+            programs.capture(function, arguments, wrong)
     with pytest.raises(programs.Unexpected, match="neither a tensor nor a size"):
-        programs.capture(lambda *_: function(*examples()), given, written)
+        programs.capture(lambda *_: function(*examples()), arguments, written)
     with pytest.raises(programs.Unexpected, match="was not called"):
-        programs.capture(lambda *_: None, given, written)
-    with pytest.raises(programs.Unexpected, match="made behind it"):
-        programs.capture(lambda *a: function(*a)[0] + 1, given, written)
+        programs.capture(lambda *_: None, arguments, written)
+    with pytest.raises(programs.Unexpected, match="made after it"):
+        programs.capture(lambda *a: function(*a)[0] + 1, arguments, written)
     monkeypatch.setattr(programs, "_ALLOCATING", ())
     with pytest.raises(programs.Unexpected, match="empty_strided_cpu> has no library"):
-        programs.capture(function, given, written)
-    found = compile_ahead(body, given)
-    assert not isinstance(found, programs.Program) and programs.kept() == (0, 0)
+        programs.capture(function, arguments, written)
+    function = compile_ahead(body, arguments)
+    assert not isinstance(function, programs.Program) and programs.disk_usage() == (0, 0)
 
 
-def test_what_cannot_be_known_again_is_not_kept(place):
-    held = torch.ones(())
-    found = compile_ahead(lambda tensors, scale: tensors[0] * scale + held, examples())
-    assert not isinstance(found, programs.Program) and programs.kept() == (0, 0)
+def test_what_cannot_be_known_again_is_not_kept(folder):
+    outer = torch.ones(())
+    function = compile_ahead(lambda tensors, scale: tensors[0] * scale + outer, examples())
+    assert not isinstance(function, programs.Program) and programs.disk_usage() == (0, 0)
 
 
 def test_an_edited_stage_has_another_key(monkeypatch):
     """Whatever a chain's reference reaches counts, by the code that is loaded, not by its file."""
     keys = []
-    monkeypatch.setattr(compiled, "compile_ahead", lambda *given: keys.append(programs.key(*given)))
+    monkeypatch.setattr(compiled, "compile_ahead", lambda *arguments: keys.append(programs.key(*arguments)))
 
     def noted():
         compiled.compiled_step.cache_clear()
@@ -236,14 +241,14 @@ STEP = """
     from fastreg.engine.stage import Chain, Stage
     from fastreg.engine.batch import Batch
     from fastreg.engine.launch import run
-    from fastreg.engine.launch import compiled
 
     sys.path.insert(0, sys.argv[1])
     from stages import halved
 
     compiles = []
-    inner = compiled._compiled
-    compiled._compiled = lambda *given: compiles.append(1) or inner(*given)
+    ahead = sys.modules["fastreg.runtime.compile_ahead"]
+    inner = ahead.compile_unguarded
+    ahead.compile_unguarded = lambda *arguments: compiles.append(1) or inner(*arguments)
     ones = [torch.ones(100), torch.ones(33)]
     batch = Batch(
         Chain((Stage(None, halved),)), [t.clone() for t in ones], ones, [], [], [],
@@ -258,11 +263,11 @@ STEP = """
 @pytest.mark.slow
 def test_a_stale_program_is_never_used(tmp_path):
     """A stage is edited between two processes, and back again."""
-    found = []
+    outputs = []
     for factor in ("0.5", "0.25", "0.5"):
         (tmp_path / "stages.py").write_text(STAGES.format(factor=factor))
-        found.append(process(STEP, tmp_path, str(tmp_path)))
-    assert found == ["1 0.5", "1 0.75", "0 0.5"]
+        outputs.append(process(STEP, tmp_path, str(tmp_path)))
+    assert outputs == ["1 0.5", "1 0.75", "0 0.5"]
 
 
 FIRST = """
