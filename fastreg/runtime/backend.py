@@ -1,4 +1,4 @@
-"""The one place that decides what runs a step.
+"""Decides which backend runs a step, for the whole package.
 
 | backend     | where                                            | what runs                             |
 |-------------|--------------------------------------------------|---------------------------------------|
@@ -22,17 +22,17 @@ import torch
 Backend = Literal["triton", "compiled", "reference"]
 
 COMPILE_FROM = 1_000_000
-"""Elements in a step from which compiling the reference pays on a CPU."""
+"""Fewest elements in a step for which compiling the reference pays on a CPU."""
 
 _forced: str | None = None
 _compiles = True
 
 
 class use_backend:  # noqa: N801  (used like a function)
-    """Force a backend, from now on or for a `with` block.
+    """Forces a backend, from now on or for a `with` block.
 
     `fastreg.use_backend("reference")` holds until the next call; `with fastreg.use_backend("reference"):`
-    restores the former choice at the end.  The environment variable `FASTREG_BACKEND` sets the first one.
+    restores the previous choice at the end.  The environment variable `FASTREG_BACKEND` sets the first one.
 
     Args:
         name: `"auto"`, `"triton"`, `"compiled"` or `"reference"`.
@@ -43,7 +43,7 @@ class use_backend:  # noqa: N801  (used like a function)
 
     def __init__(self, name: str) -> None:
         global _forced
-        self._former, _forced = _forced, _checked(name)
+        self._previous, _forced = _forced, _checked(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -52,7 +52,7 @@ class use_backend:  # noqa: N801  (used like a function)
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         global _forced
-        _forced = self._former
+        _forced = self._previous
 
 
 def _checked(name: str, source: str = "backend") -> str:
@@ -62,14 +62,14 @@ def _checked(name: str, source: str = "backend") -> str:
 
 
 def forced() -> str:
-    """What `use_backend` or `FASTREG_BACKEND` ask for; `"auto"` when neither does."""
+    """Returns the backend that `use_backend` or `FASTREG_BACKEND` asks for, `"auto"` by default."""
     if _forced is not None:
         return _forced
     return _checked(os.environ.get("FASTREG_BACKEND") or "auto", "FASTREG_BACKEND")
 
 
 def resolve(device: torch.device, elements: int) -> Backend:
-    """The backend for a step over `elements` elements on `device`.
+    """Returns the backend for a step over `elements` elements on `device`.
 
     Raises:
         RuntimeError: If the forced backend cannot run there; the message says why.
@@ -95,7 +95,7 @@ def resolve(device: torch.device, elements: int) -> Backend:
 
 
 def why_reference(device: torch.device) -> str:
-    """Why `auto` takes the reference for any step on a device."""
+    """Returns why `auto` chooses the reference for every step on a device."""
     if device.type != "cpu":
         return _no_triton(device) or "only CUDA and ROCm devices run the kernels"
     if not has_compiler():
@@ -104,10 +104,10 @@ def why_reference(device: torch.device) -> str:
 
 
 def cannot_compile(error: Exception) -> None:
-    """Note that compiling failed: `auto` takes the reference from now on, a forced backend raises.
+    """Records that compiling failed: `auto` takes the reference from now on, a forced backend raises.
 
     Args:
-        error: What the compiler said.
+        error: The error of the compiler.
     """
     global _compiles
     if forced() == "compiled":
@@ -133,23 +133,23 @@ def _no_triton(device: torch.device) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
+    """Returns whether kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton can be imported."""
+    """Returns whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether a C++ compiler is on the path."""
+    """Returns whether a C++ compiler is on the path."""
     return compiler() is not None
 
 
 def compiler() -> str | None:
-    """The C++ compiler on the path, if there is one."""
+    """Returns the name of a C++ compiler on the path, if there is one."""
     names = os.environ.get("CXX", ""), "g++", "clang++", "c++"
     return next((name for name in names if name and shutil.which(name)), None)

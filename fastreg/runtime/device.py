@@ -1,4 +1,4 @@
-"""What launching kernels needs of a device: its architecture, uploads, streams and limits."""
+"""Helpers to launch kernels on a device: architecture, uploads, streams and limits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from .launch_parameters import Architecture
 
 MOST_PROGRAMS = 2**31 - 1
-"""Programs of a launch. CUDA allows as many in the first dimension of a grid, 65 535 in the others."""
+"""Most programs in a launch: CUDA's limit for the first dimension of a grid; the others allow 65 535."""
 H200 = Architecture("sm_90", 32, 132)
-"""What CPU tensors stand for, in Triton's interpreter and where kernels are only compiled."""
+"""Architecture assumed for CPU tensors, in Triton's interpreter and where kernels are only compiled."""
 
 _captured: list[Tensor] = []
 _assumed: Architecture | None = None
 
 
 def architecture(device: torch.device) -> Architecture:
-    """What kernels on a device are compiled for."""
+    """Returns the architecture that kernels on a device are compiled for."""
     if device.type != "cuda":
         return _assumed or H200
     return _architecture(device)
@@ -31,15 +31,15 @@ def architecture(device: torch.device) -> Architecture:
 
 @functools.cache
 def _architecture(device: torch.device) -> Architecture:
-    found = torch.cuda.get_device_properties(device)
+    gpu = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Architecture(found.gcnArchName.split(":")[0], found.warp_size, found.multi_processor_count)
-    return Architecture(f"sm_{found.major}{found.minor}", 32, found.multi_processor_count)
+        return Architecture(gpu.gcnArchName.split(":")[0], gpu.warp_size, gpu.multi_processor_count)
+    return Architecture(f"sm_{gpu.major}{gpu.minor}", 32, gpu.multi_processor_count)
 
 
 @contextlib.contextmanager
 def assumed(target: Architecture) -> Iterator[None]:
-    """Within the block, CPU tensors stand for tensors of this architecture."""
+    """Assumes another architecture for CPU tensors in the block."""
     global _assumed
     before, _assumed = _assumed, target
     try:
@@ -49,9 +49,9 @@ def assumed(target: Architecture) -> Iterator[None]:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch so many programs of a kernel on the current stream of a device.
+    """Launches a number of programs of a kernel on the current stream of a device.
 
-    Nothing is launched for no programs.
+    Zero programs are not launched.
 
     Raises:
         ValueError: For more programs than a GPU can launch at a time.
@@ -68,22 +68,22 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within the block it is the current device, on which kernels are launched."""
+    """Makes a device the current one in the block, because kernels are launched on that."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it does not start at a multiple of 16 bytes.
+    """Returns the tensor, or a copy if it does not start at a multiple of 16 bytes.
 
-    For kernels that take addresses as arguments: Triton would compile them anew for other alignments.
+    For kernels that take addresses as arguments: Triton would compile them again for other alignments.
     """
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting: the allocator of pinned memory keeps it while it is in use."""
+    """Copies to a device without waiting: the allocator of pinned memory keeps it while it is in use."""
     if device.type == "cpu":
         return host
     pinned = host.pin_memory()
@@ -93,14 +93,15 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def keep(*tensors: Tensor) -> None:
-    """Keep tensors for good, because every replay of the graph that is being captured reads them again."""
+    """Keeps tensors forever, because every replay of the graph that is being captured reads them again."""
     _captured.extend(tensors)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of a device.
+    """Returns whether a CUDA graph is being captured on the current stream of a device.
 
-    What is written to the device then is there only once the graph is replayed, and serves nobody else.
+    Values written to the device during a capture exist only once the graph is replayed, so they must not be
+    cached.
     """
     if device.type != "cuda":
         return False
@@ -109,12 +110,12 @@ def capturing(device: torch.device) -> bool:
 
 
 def stream(device: torch.device) -> Any:
-    """The current stream of a device; `None` where it has none."""
+    """Returns the current stream of a CUDA device, `None` for other devices."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """What Triton calls a dtype."""
+    """Returns Triton's dtype for one of torch."""
     tl = importlib.import_module("triton.language")
     name = str(dtype).removeprefix("torch.")
     return getattr(tl, {"double": "float64", "half": "float16"}.get(name, name))

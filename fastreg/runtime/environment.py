@@ -1,4 +1,4 @@
-"""What fastreg finds on a machine: versions, devices, and which backend runs where and why."""
+"""Reports versions, devices, and which backend runs on each of them and why."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from . import backend, kernel_cache, programs
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device, and what runs a step there.
+    """A device, and the backend that runs a step there.
 
     Attributes:
-        name: As torch calls it, such as "cuda:0".
-        hardware: What it is.
-        backend: What runs a step, and why.
+        name: Torch's name, such as "cuda:0".
+        hardware: A description of the hardware.
+        backend: The backend that runs a step, and why.
     """
 
     name: str
@@ -28,15 +28,15 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What `fastreg.info()` tells; printed, it can be pasted into a bug report.
+    """The result of `fastreg.info()`; printed, it can be pasted into a bug report.
 
     Attributes:
-        versions: Of fastreg and what it runs on; "not installed" where that is so.
+        versions: Of fastreg and the packages it uses, or "not installed".
         platform: Operating system and processor.
-        forced: What `use_backend` or `FASTREG_BACKEND` ask for, "auto" by default.
+        forced: The backend that `use_backend` or `FASTREG_BACKEND` asks for, "auto" by default.
         devices: The CPU, then accelerators.
-        kernels: What `fastreg precompile` has compiled into Triton's cache, and where that is.
-        programs: Compiled steps for CPUs that are kept for later processes, and where.
+        kernels: Kernels that `fastreg precompile` has compiled into Triton's cache, and its folder.
+        programs: Compiled steps for CPUs that are kept for later processes, and their folder.
     """
 
     versions: dict[str, str]
@@ -47,7 +47,7 @@ class Info:
     programs: str
 
     def __str__(self) -> str:
-        """Readable lines."""
+        """Returns one line for each fact."""
         lines = [f"{name:<14}{number}" for name, number in self.versions.items()]
         lines += [f"{'platform':<14}{self.platform}", f"{'backend':<14}{self.forced}"]
         for device in self.devices:
@@ -58,7 +58,7 @@ class Info:
 
 
 def info() -> Info:
-    """Versions, devices, and which backend runs a step on each and why; see `fastreg.use_backend`."""
+    """Returns versions, devices, and which backend runs a step on each; see `fastreg.use_backend`."""
     versions = {name: _version(name) for name in ("fastreg", "torch", "triton", "transformers")}
     versions["python"] = platform.python_version()
     if torch.version.cuda or torch.version.hip:
@@ -68,8 +68,8 @@ def info() -> Info:
     cpu = f"{torch.get_num_threads()} threads, {capability}, {compiler}"
     devices = [Device("cpu", cpu, _why(torch.device("cpu")))]
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
-        hardware = f"{found.name}, {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+        gpu = torch.cuda.get_device_properties(i)
+        hardware = f"{gpu.name}, {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         devices.append(Device(f"cuda:{i}", hardware, _why(torch.device("cuda", i))))
     if torch.backends.mps.is_available():
         devices.append(Device("mps", platform.processor() or "Apple GPU", _why(torch.device("mps"))))
@@ -79,29 +79,29 @@ def info() -> Info:
 
 
 def _kernels() -> list[str]:
-    """What was compiled ahead of time for GPUs, in words."""
-    place = kernel_cache.folder()
-    found = [
-        f"{cached.kernels} kernels for {cached.target} in {place}"
+    """Describes the kernels compiled ahead of time for GPUs."""
+    folder = kernel_cache.folder()
+    lines = [
+        f"{cached.kernels} kernels for {cached.target} in {folder}"
         + ("" if cached.current else f", of another version: run fastreg precompile --target {cached.target}")
-        for cached in kernel_cache.read(place)
+        for cached in kernel_cache.read(folder)
     ]
-    return found or [f"no kernels ahead of time; `fastreg precompile` compiles them into {place}"]
+    return lines or [f"no kernels ahead of time; `fastreg precompile` compiles them into {folder}"]
 
 
 def _programs() -> str:
-    """Which steps of the `compiled` backend are kept, in words."""
-    place = programs.folder()
-    if place is None:
+    """Describes the steps of the `compiled` backend that are saved."""
+    folder = programs.folder()
+    if folder is None:
         return "no compiled steps: FASTREG_CACHE_DIR is off"
     count, size = programs.disk_usage()
     if not count and not programs.writable():
-        return f"no compiled steps: {place} cannot be written, FASTREG_CACHE_DIR names another folder"
-    return f"{count} compiled steps, {size / 1e6:.1f} MB in {place}"
+        return f"no compiled steps: {folder} cannot be written, FASTREG_CACHE_DIR names another folder"
+    return f"{count} compiled steps, {size / 1e6:.1f} MB in {folder}"
 
 
 def _why(device: torch.device) -> str:
-    """What runs a step on a device, small or large, in words."""
+    """Describes which backend runs small and large steps on a device."""
     try:
         small, large = (backend.resolve(device, count) for count in (1, backend.COMPILE_FROM))
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""A digest of everything that a function would run, so that what was compiled of it can be known again.
+"""Computes digests of all code that a function runs, to recognise functions that were compiled before.
 
-It is taken of code and values as they are in this process, not of files: editing a file under a running
-process, or replacing a function, changes or keeps it as it should.
+Digests depend on the code and values in this process, not on files: a function that is replaced has another
+digest, and a file that is edited under a running process changes none.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FOREIGN = (
     "torch", "builtins", "math", "functools", "operator", "collections", "typing", "itertools", "abc",
     "dataclasses", "reprlib", "types",
 )  # fmt: skip
-"""Modules whose code does not change with ours: they count by name, and by their version elsewhere."""
+"""Modules whose code counts by name only; their versions belong to the key of a program."""
 
 _BY_REPR = (
     type(None), bool, int, float, complex, str, bytes, range, type(...), type(NotImplemented),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-"""What is told by its `repr`."""
+"""Types whose values are described by their `repr`."""
 
 _BY_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     slice: ("start", "stop", "step"),
@@ -56,13 +56,13 @@ _BY_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     types.GetSetDescriptorType: ("__name__", "__objclass__"),
     types.MemberDescriptorType: ("__name__", "__objclass__"),
 }  # fmt: skip
-"""What is told by its attributes; a missing one, of another version of Python, counts as `None`."""
+"""Types whose values are described by these attributes; a missing one counts as `None`."""
 
 _NAMEDTUPLE_FIELD = type(vars(collections.namedtuple("_Of", "one"))["one"])
 _C_METHODS = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
 _SENTINELS = (dataclasses.MISSING, getattr(dataclasses, "_HAS_DEFAULT_FACTORY", dataclasses.MISSING))
 _STATELESS = (object, abc.ABC, typing.Generic, typing.Protocol)
-"""Bases that keep nothing in an object besides its attributes."""
+"""Base classes whose objects have no state besides their attributes."""
 
 _UNPREDICTABLE = ("__import__", "eval", "exec", "globals", "input", "open")
 """Builtins whose effect depends on more than their arguments."""
@@ -74,22 +74,22 @@ _IGNORED_MEMBERS = (
     "__dataclass_params__", "__doc__", "__firstlineno__", "__module__", "__orig_bases__", "__parameters__",
     "__static_attributes__", "__type_params__", "_abc_impl",
 )  # fmt: skip
-"""Attributes of a class that Python writes itself, for reading, or because of others."""
+"""Attributes of a class that Python writes itself, and that have no effect on what it does."""
 
 
 class Unknown(TypeError):
-    """Something whose effect on a function cannot be told; the message names it."""
+    """A value cannot be described, so that the function has no digest; the message names it."""
 
 
 def fingerprint(*values: Any) -> str:
-    """A hexadecimal digest of values and of all code that functions among them can reach.
+    """Returns a hexadecimal digest of values and of all code that functions among them can reach.
 
     Functions count with their code, defaults, closures, attributes and the globals they name; classes with
-    their bases and all members; dataclasses and collections with what they hold.
+    their bases and members; dataclasses and collections with their fields and items.
 
     Raises:
-        Unknown: For a value of another kind, such as a tensor or an object of a class in a closure, and for
-            code that imports or evaluates, or that uses a module otherwise than for what it takes of it.
+        Unknown: For a value of another type, such as a tensor or an object in a closure, and for code that
+            imports, evaluates, or uses a module for anything but its attributes.
     """
     try:
         return _digest(values, {})
@@ -104,7 +104,7 @@ def _digest(value: Any, seen: dict[int, int]) -> str:
 
 
 def _describe(value: Any, seen: dict[int, int], write: Callable[[str], None]) -> None:
-    """Write text that differs for what differs, given the functions and classes that were seen before."""
+    """Writes text that differs for different values; `seen` numbers functions and classes seen before."""
     write(type(value).__name__)
     if type(value) in _BY_REPR:
         write(repr(value))
@@ -123,7 +123,7 @@ def _describe(value: Any, seen: dict[int, int], write: Callable[[str], None]) ->
 
 
 def _parts(value: Any) -> Iterator[str | tuple[Any]]:
-    """Text as it is, and what is to be described in turn in tuples of one."""
+    """Yields text, and in tuples of one the values that are described next."""
     if isinstance(value, tuple):
         yield str(len(value))
         yield from ((item,) for item in value)
@@ -142,7 +142,7 @@ def _parts(value: Any) -> Iterator[str | tuple[Any]]:
     elif isinstance(value, _C_METHODS) and not _foreign(value.__objclass__):
         raise Unknown(f"{value!r} is not written in Python")
     elif type(value) in _BY_ATTRIBUTES:
-        yield from _held(value)
+        yield from _attributes(value)
     elif _foreign(value):
         yield _name(value)
     elif isinstance(value, type):
@@ -169,33 +169,36 @@ def _builtin(value: Any) -> Iterator[str | tuple[Any]]:
         raise Unknown(f"{value!r} of {module}")
 
 
-def _held(value: Any) -> Iterator[str | tuple[Any]]:
+def _attributes(value: Any) -> Iterator[str | tuple[Any]]:
     yield from ((getattr(value, name, None),) for name in _BY_ATTRIBUTES[type(value)])
     if isinstance(value, types.FunctionType):
         yield _name(value)
-        if not value.__code__.co_filename.startswith(_places()):  # names could be copied from another
+        if not value.__code__.co_filename.startswith(_foreign_files()):  # names could be copied from another
             yield from _named(value)
 
 
 def _named(function: Any) -> Iterator[str | tuple[Any]]:
-    """What a function takes of its module, of Python's builtins, and of modules that these hold."""
+    """Yields the globals and builtins that a function names, and the attributes it takes of modules."""
     builtins: Any = function.__builtins__
     for path in _globals(function.__code__):
         yield " ".join(path)
         name, *attributes = path
-        held = next((names for names in (function.__globals__, builtins) if name in names), None)
-        if held is None:
-            continue
-        found = held[name]
-        for attribute in attributes:
-            if isinstance(found, types.ModuleType):
-                found = getattr(found, attribute, dataclasses.MISSING)
-        yield (found,)
+        for namespace in (function.__globals__, builtins):
+            if name in namespace:
+                yield (_attribute(namespace[name], attributes),)
+                break
+
+
+def _attribute(value: Any, names: list[str]) -> Any:
+    for name in names:
+        if isinstance(value, types.ModuleType):
+            value = getattr(value, name, dataclasses.MISSING)
+    return value
 
 
 @functools.cache
 def _globals(code: types.CodeType) -> list[tuple[str, ...]]:
-    """The globals that code names, each with the attributes that are taken of it at once."""
+    """Returns the globals that code names, each with the chain of attributes that follows."""
     paths: set[tuple[str, ...]] = set()
     path: tuple[str, ...] = ()
     for instruction in dis.get_instructions(code):
@@ -213,7 +216,7 @@ def _globals(code: types.CodeType) -> list[tuple[str, ...]]:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """What an object holds in its slots and its dictionary."""
+    """Returns the values in the slots and the dictionary of an object."""
     kinds = type(value).__mro__
     if any(_foreign(kind) and kind not in _STATELESS for kind in kinds):
         raise Unknown(f"{value!r} of {type(value)}")
@@ -223,13 +226,13 @@ def _state(value: Any) -> dict[str, Any]:
         for name, item in vars(kind).items()
         if isinstance(item, types.MemberDescriptorType)
     ]
-    held = {name: getattr(value, name, dataclasses.MISSING) for name in slots}
-    return {**held, **getattr(value, "__dict__", {})}
+    values = {name: getattr(value, name, dataclasses.MISSING) for name in slots}
+    return {**values, **getattr(value, "__dict__", {})}
 
 
 @functools.cache
-def _places() -> tuple[str, ...]:
-    """Files of the modules of `FOREIGN`, and folders of its packages."""
+def _foreign_files() -> tuple[str, ...]:
+    """Returns the files of the modules of `FOREIGN`, and the folders of its packages."""
     files = [getattr(importlib.import_module(name), "__file__", None) for name in FOREIGN]
     return tuple(file.removesuffix("__init__.py") for file in files if file)
 
@@ -239,14 +242,14 @@ def _is_foreign(module: Any) -> bool:
 
 
 def _foreign(value: Any) -> bool:
-    """Whether a module of `FOREIGN` holds this under its own name."""
+    """Returns whether a module of `FOREIGN` has this value under its qualified name."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not _is_foreign(module) or not isinstance(name, str):
         return False
-    found: Any = sys.modules.get(str(module))
+    target: Any = sys.modules.get(str(module))
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is value
+        target = getattr(target, part, None)
+    return target is value
 
 
 def _name(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Triton's cache as `fastreg precompile` fills it: for which targets, and whether by this very version.
+"""Reads and writes the list of kernels that `fastreg precompile` compiled into Triton's cache.
 
-`fastreg.json` in the folder of the cache says what was compiled into it, by target.
+The list is `fastreg.json` in the folder of the cache: kernels and versions by target.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FILE = "fastreg.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Kernels that were compiled ahead of time.
+    """Kernels that were compiled ahead of time for a target.
 
     Attributes:
         target: Such as "sm_90".
-        kernels: How many.
-        current: Whether they are those of this version of fastreg and triton; others are never used.
+        kernels: The number of kernels.
+        current: Whether this version of fastreg and triton compiled them; others are never used.
     """
 
     target: str
@@ -33,32 +33,31 @@ class Cached:
 
 
 def folder() -> Path:
-    """Where Triton keeps what it compiles."""
-    given = os.environ.get("TRITON_CACHE_DIR")
-    if given:
-        return Path(given)
+    """Returns the folder of Triton's cache."""
+    if setting := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(setting)
     return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"
 
 
-def read(place: Path | None = None) -> list[Cached]:
-    """What was compiled ahead of time into a cache, by default Triton's own."""
-    known = _known((folder() if place is None else place) / FILE)
+def read(cache: Path | None = None) -> list[Cached]:
+    """Returns the kernels compiled ahead of time into a cache, by default Triton's own."""
+    known = _known((folder() if cache is None else cache) / FILE)
     return [Cached(target, len(hashes), version == identity()) for target, (hashes, version) in known.items()]
 
 
-def note(place: Path, target: str, hashes: set[str]) -> None:
-    """Write down that these kernels have been compiled into a cache for a target, beside earlier ones."""
-    known = _known(place / FILE)
+def note(cache: Path, target: str, hashes: set[str]) -> None:
+    """Adds kernels that were compiled for a target to the list of a cache."""
+    known = _known(cache / FILE)
     before, version = known.get(target, (set(), ""))
     known[target] = (hashes | before if version == identity() else hashes), identity()
-    rows = {name: {"version": version, "kernels": sorted(found)} for name, (found, version) in known.items()}
-    made = place / f".{FILE}.{os.getpid()}"
-    made.write_text(json.dumps(rows, indent=1) + "\n")
-    made.replace(place / FILE)
+    rows = {name: {"version": version, "kernels": sorted(keys)} for name, (keys, version) in known.items()}
+    new = cache / f".{FILE}.{os.getpid()}"
+    new.write_text(json.dumps(rows, indent=1) + "\n")
+    new.replace(cache / FILE)
 
 
 def _known(file: Path) -> dict[str, tuple[set[str], str]]:
-    """Hashes of kernels, and version, by target."""
+    """Returns hashes of kernels, and the version, by target."""
     try:
         rows = json.loads(file.read_text())
         return {target: (set(row["kernels"]), str(row["version"])) for target, row in rows.items()}
@@ -68,7 +67,7 @@ def _known(file: Path) -> dict[str, tuple[set[str], str]]:
 
 @functools.cache
 def identity() -> str:
-    """A digest of triton's version and of all sources that say what is compiled."""
+    """Returns a digest of triton's version and of all sources that determine the kernels."""
     digest = hashlib.sha256(_version("triton").encode())
     for package in ("fastreg_kernels", "fastreg"):
         spec = find_spec(package)

@@ -1,4 +1,4 @@
-"""How every kernel is launched: one table, with a line for each architecture that wants something else.
+"""Lists the launch parameters of all kernels, and what was measured to be better on an architecture.
 
 `python -m fastreg_benchmarks.gpu tune` measures alternatives on a GPU and prints the lines to change here.
 """
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 
 class Architecture(NamedTuple):
-    """What kernels are compiled for and launched on.
+    """A kind of GPU that kernels are compiled for and launched on.
 
     Attributes:
         name: Such as "sm_90" or "gfx942".
         lanes: Threads of a warp.
-        multiprocessors: How many of them run programs at the same time.
+        multiprocessors: Number of multiprocessors, which run programs at the same time.
     """
 
     name: str
@@ -26,14 +26,14 @@ class Architecture(NamedTuple):
 
 
 class LaunchParameters(NamedTuple):
-    """How a kernel is launched.
+    """The sizes with which a kernel is launched.
 
     Attributes:
-        block: What a program works on: elements, or what the comment in the table says.
-        warps: Of a program.
+        block: Elements of a program, or the unit in the comment of the table.
+        warps: Warps of a program.
         per_thread: Elements that a thread holds at a time.
-        least: What a program works on at least. Below `block`, small inputs are split among more programs.
-        depth: How much of the dimension that is summed over a program reads at a time.
+        least: Least elements of a program; below `block`, small inputs are split among more programs.
+        depth: Length that a program reads at a time of the dimension it sums over.
         stages: Triton's `num_stages`; 0 for Triton's default.
     """
 
@@ -45,11 +45,11 @@ class LaunchParameters(NamedTuple):
     stages: int = 0
 
     def chunk(self, lanes: int) -> int:
-        """Elements that a program works on at a time, with warps of so many lanes."""
+        """Returns the elements that a program works on at a time, for a number of lanes in a warp."""
         return self.per_thread * self.warps * lanes
 
     def block_for(self, elements: int, architecture: Architecture) -> int:
-        """Elements of a program for an input of so many, so that no multiprocessor is left without work."""
+        """Returns the elements of a program for an input, so that every multiprocessor has work."""
         block, wanted = self.block, PROGRAMS * architecture.multiprocessors
         least = max(self.least or self.block, self.chunk(architecture.lanes))
         while block // 2 >= least and block * wanted > elements:
@@ -58,13 +58,13 @@ class LaunchParameters(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the launch of a kernel is given; Triton 3.10 fuses multiply-adds only where it is told to."""
+        """Options for Triton's launch; Triton 3.10 fuses multiply-adds only with `enable_fp_fusion`."""
         stages = {"num_stages": self.stages} if self.stages else {}
         return {"num_warps": self.warps, "enable_fp_fusion": True, **stages}
 
 
 PROGRAMS = 16
-"""Programs for each multiprocessor that there must be before any works on more than `least`."""
+"""Fewest programs for each multiprocessor before a program works on more than `least`."""
 
 DEFAULTS: Mapping[str, LaunchParameters] = {
     # A thread holds one 128-bit access of 16-bit storage, or two of 32-bit storage.
@@ -78,32 +78,32 @@ DEFAULTS: Mapping[str, LaunchParameters] = {
     # block: positions, squared; depth: in float32. With fewer warps, registers do not suffice everywhere.
     "ghost_sums": LaunchParameters(64, warps=8, depth=32),
     "sample_sums": LaunchParameters(128, depth=16),  # block: features
-    # With a fourth of the elements, what a program does before the first costs each 1.3 instructions more.
+    # With a fourth of the elements, the start of a program costs each 1.3 instructions more.
     "dropout": LaunchParameters(16384, per_thread=16, least=2048),
     "noise": LaunchParameters(16384, per_thread=16, least=2048),
     "adversarial_step": LaunchParameters(8192, per_thread=16),
     "adversarial_norm": LaunchParameters(8192, per_thread=16),
 }
-"""By the name of the kernel, less `_kernel`. No GPU has measured them yet."""
+"""Parameters by the name of the kernel without `_kernel`. No GPU has measured them yet."""
 
 CHUNKED = ("step", "norm", "per_sample_norm", "dropout", "noise", "adversarial_step", "adversarial_norm")
 """Kernels whose programs work on a number of whole chunks."""
 
 MEASURED: dict[str, dict[str, LaunchParameters]] = {}
-"""What was measured to be faster than the defaults, by architecture and kernel."""
+"""Parameters measured to be faster than the defaults, by architecture and kernel."""
 
 _tried: dict[str, LaunchParameters] = {}
 
 
 def launch_parameters(kernel: str, architecture: Architecture) -> LaunchParameters:
-    """How a kernel is launched on an architecture."""
+    """Returns the parameters to launch a kernel with on an architecture."""
     chosen = _tried.get(kernel) or MEASURED.get(architecture.name, {}).get(kernel) or DEFAULTS[kernel]
     return _checked(kernel, chosen, architecture.lanes)
 
 
 @functools.cache
 def _checked(kernel: str, chosen: LaunchParameters, lanes: int) -> LaunchParameters:
-    """The parameters, if no element is left out with them.
+    """Returns the parameters if they cover all elements.
 
     Raises:
         ValueError: If they are not powers of two, or a program works on less than a chunk.
@@ -123,7 +123,7 @@ def _checked(kernel: str, chosen: LaunchParameters, lanes: int) -> LaunchParamet
 
 @contextlib.contextmanager
 def trying(kernel: str, parameters: LaunchParameters) -> Iterator[None]:
-    """Within the block, the kernel is launched with these parameters everywhere.
+    """Launches a kernel with other parameters in the block, on every architecture.
 
     Raises:
         KeyError: If there is no such kernel.
