@@ -1,11 +1,10 @@
-"""Rates as pure functions: of the training step, and of the layer.
+"""Defines rates as functions of the training step and of the layer.
 
-Nothing here has state, so that a schedule says the same after a resumed run as before it.  All are frozen,
-comparable and picklable.
+Schedules have no state: a resumed run gets the same rates.  All are frozen, comparable and picklable.
 
 | function of the step | rate                                             |
 |----------------------|--------------------------------------------------|
-| `Constant`           | always the same                                  |
+| `Constant`           | the same at all steps                            |
 | `Linear`             | from start to end in equal steps                 |
 | `Cosine`             | from start to end along half a cosine            |
 | `Early`, `Late`      | only before, only after a step                   |
@@ -25,21 +24,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .common.validation import check_choice, check_int, check_rate
+
 LayerRates = float | Sequence[float] | Callable[..., float]
 """A rate for all layers, one for each, or a function of (layer, number of layers) or of the layer."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base: a rate as a function of the step, `schedule(step)`."""
+    """Base of the rates that are functions of the step, `schedule(step)`."""
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The lowest and the highest rate there is."""
+        """The lowest and the highest rate of all steps."""
         raise NotImplementedError
 
     def __call__(self, step: int) -> float:
-        """The rate at a step; step 0 is the first.
+        """Returns the rate at a step; step 0 is the first.
 
         Raises:
             ValueError: For a negative step.
@@ -54,23 +55,23 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same rate always.
+    """The same rate at all steps.
 
     Args:
         rate: In [0, 1].
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the rate is out of range.
     """
 
     rate: float
 
     def __post_init__(self) -> None:
-        checked(self.rate, "rate")
+        check_rate("rate", self.rate)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The rate, twice."""
+        """The rate as lowest and highest."""
         return self.rate, self.rate
 
     def _rate(self, step: int) -> float:
@@ -84,13 +85,13 @@ class _Ramp(Schedule):
     steps: int = 0
 
     def __post_init__(self) -> None:
-        checked(self.start, "start")
-        checked(self.end, "end")
-        _positive(self.steps, "steps")
+        check_rate("start", self.start)
+        check_rate("end", self.end)
+        check_int("steps", self.steps)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Start and end, in order of size."""
+        """Start and end, the lower first."""
         return min(self.start, self.end), max(self.start, self.end)
 
     def _rate(self, step: int) -> float:
@@ -106,7 +107,7 @@ class _Ramp(Schedule):
 
 @dataclass(frozen=True)
 class Linear(_Ramp):
-    """From `start` to `end` in equal steps: start · (1 - t/T) + end · t/T, and `end` from step T on.
+    """A rate from `start` to `end` in equal steps: start · (1 - t/T) + end · t/T, and `end` from step T on.
 
     With the default end this is annealed dropout, start · (1 - t/T).
 
@@ -128,7 +129,7 @@ class Linear(_Ramp):
 
 @dataclass(frozen=True)
 class Cosine(_Ramp):
-    """From `start` to `end` along half a cosine: end + (start - end) · (1 + cos(π t/T)) / 2.
+    """A rate along half a cosine: end + (start - end) · (1 + cos(π t/T)) / 2.
 
     Args:
         start: Rate at step 0, in [0, 1].
@@ -149,7 +150,7 @@ class Cosine(_Ramp):
 
 @dataclass(frozen=True)
 class Early(Schedule):
-    """Dropout only before a step, so that an underfitting model fits better: gradients agree more early on.
+    """Dropout only before a step, for models that underfit: it makes early gradients agree more.
 
     Args:
         rate: In [0, 1].
@@ -168,13 +169,13 @@ class Early(Schedule):
     kind: str = "constant"
 
     def __post_init__(self) -> None:
-        checked(self.rate, "rate")
-        _positive(self.cutoff, "cutoff")
-        _one_of(self.kind, "kind", ("constant", "linear"))
+        check_rate("rate", self.rate)
+        check_int("cutoff", self.cutoff)
+        check_choice("kind", self.kind, ("constant", "linear"))
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """0 and the rate."""
+        """The pair of 0 and the rate."""
         return 0.0, self.rate
 
     def _rate(self, step: int) -> float:
@@ -204,12 +205,12 @@ class Late(Schedule):
     cutoff: int
 
     def __post_init__(self) -> None:
-        checked(self.rate, "rate")
-        _positive(self.cutoff, "cutoff")
+        check_rate("rate", self.rate)
+        check_int("cutoff", self.cutoff)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """0 and the rate."""
+        """The pair of 0 and the rate."""
         return 0.0, self.rate
 
     def _rate(self, step: int) -> float:
@@ -218,7 +219,7 @@ class Late(Schedule):
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
-    """Through given points: `Piecewise(((0, 0.0), (100, 0.3), (1000, 0.1)))`.
+    """A rate through several points: `Piecewise(((0, 0.0), (100, 0.3), (1000, 0.1)))`.
 
     Before the first point and after the last the rate stays.
 
@@ -235,12 +236,12 @@ class Piecewise(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", tuple((step, rate) for step, rate in self.points))
-        _one_of(self.kind, "kind", ("constant", "linear"))
+        check_choice("kind", self.kind, ("constant", "linear"))
         steps = [step for step, _ in self.points]
         if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"points must be (step, rate) with growing steps >= 0, got {self.points}")
         for step, rate in self.points:
-            checked(rate, f"rate at step {step}")
+            check_rate(f"rate at step {step}", rate)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -261,11 +262,11 @@ class Piecewise(Schedule):
 
 @dataclass(frozen=True)
 class LinearLayers:
-    """base + layer · increase; layer 0 is the first.
+    """A rate that changes linearly with the layer: base + layer · increase; layer 0 is the first.
 
     Args:
         base: Rate of the first layer, in [0, 1].
-        increase: What each layer adds; may be negative.
+        increase: Added by each layer; may be negative.
 
     Raises:
         ValueError: If a rate is not in [0, 1]: the base at once, the others where the number of layers is
@@ -276,10 +277,10 @@ class LinearLayers:
     increase: float = 0.0
 
     def __post_init__(self) -> None:
-        checked(self.base, "base")
+        check_rate("base", self.base)
 
     def __call__(self, layer: int, layers: int) -> float:
-        """The rate of a layer."""
+        """Returns the rate of a layer."""
         rate = self.base + layer * self.increase
         last = self.base + (layers - 1) * self.increase
         if not 0 <= last <= 1:
@@ -293,13 +294,13 @@ class LinearLayers:
 
 @dataclass(frozen=True)
 class DropPathLayers:
-    """rate · layer / (layers - 1): nothing is dropped at the first layer, `rate` at the last; timm's rule.
+    """Rates from 0 at the first layer to `rate` at the last, as in timm: rate · layer / (layers - 1).
 
     Args:
         rate: Of the last layer, in [0, 1].
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the rate is out of range.
 
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth".
@@ -308,20 +309,20 @@ class DropPathLayers:
     rate: float
 
     def __post_init__(self) -> None:
-        checked(self.rate, "rate")
+        check_rate("rate", self.rate)
 
     def __call__(self, layer: int, layers: int) -> float:
-        """The rate of a layer."""
+        """Returns the rate of a layer."""
         return self.rate * layer / (layers - 1) if layers > 1 else 0.0
 
 
 def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
-    """The rate of a layer.
+    """Returns the rate of a layer.
 
     Args:
         rates: See `LayerRates`.
         layer: 0 for the first.
-        layers: How many there are.
+        layers: The number of layers.
 
     Raises:
         TypeError: For a function of the step.
@@ -338,30 +339,8 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
         rate = rates[layer]
     else:
         rate = rates
-    return checked(
-        rate, f"rate of layer {layer}" if callable(rates) or isinstance(rates, Sequence) else "rate"
-    )
-
-
-def checked(rate: float, name: str) -> float:
-    """The rate.
-
-    Raises:
-        ValueError: If it is not in [0, 1].
-    """
-    if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {rate!r}")
-    return float(rate)
-
-
-def _positive(value: int, name: str) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value!r}; give the number of steps")
-
-
-def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    by_layer = callable(rates) or isinstance(rates, Sequence)
+    return check_rate(f"rate of layer {layer}" if by_layer else "rate", rate)
 
 
 def _takes_one(function: Callable[..., float]) -> bool:

@@ -33,8 +33,8 @@ FLOORS = (
     "ops",
     "engine",
     "runtime",
-    "common",
     "schedules",
+    "common",
 )
 
 

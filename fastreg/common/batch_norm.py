@@ -1,4 +1,4 @@
-"""The running statistics of batch normalization: estimated anew for averages, frozen for a second pass."""
+"""Estimates the running statistics of batch normalization again, or freezes them for a second pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import swa_utils
 
 from .batches import move_to_device
+from .module_state import preserve_modes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -24,29 +25,29 @@ def update_bn(
     loader: Iterable[Any], model: nn.Module, device: int | str | torch.device | None = None,
     forward_fn: ForwardFn | None = None,
 ) -> None:  # fmt: skip
-    """Estimate the running statistics of every BatchNorm anew, as averaged weights need it.
+    """Estimates the running statistics of every BatchNorm again, which averaged weights need.
 
     The running mean becomes the mean of the batches' means, the running variance that of their unbiased
-    variances.  As `torch.optim.swa_utils.update_bn`, for more kinds of batches; every module keeps its mode.
+    variances, as with `torch.optim.swa_utils.update_bn`.  More kinds of batches are accepted, and every
+    module keeps its mode.
 
     Args:
-        loader: Batches, all of the same size: a mapping is given to the model as keyword arguments, a tensor
-            as it is, and of a list or tuple the first element, likewise.
+        loader: Batches, all of the same size.  The model gets a mapping as keyword arguments, a tensor as the
+            only argument, and of a list or tuple the first element in the same way.
         model: The model, such as an `AveragedModel`.
         device: Where to move the tensors of a batch.
-        forward_fn: Runs the model on a batch of any kind instead: `forward_fn(model, batch)`.
+        forward_fn: Runs the model on batches of other kinds: `forward_fn(model, batch)`.
 
     Raises:
-        TypeError: For other batches without `forward_fn`; statistics then are those of the batches before.
-        ValueError: If there is no batch; statistics then are as they were.
+        TypeError: For other batches without `forward_fn`; statistics are then those of the batches before.
+        ValueError: If there is no batch; statistics are then unchanged.
 
     Reference:
         Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization".
     """
     if forward_fn is not None and not callable(forward_fn):
         raise TypeError(f"forward_fn must be callable as forward_fn(model, batch), got {forward_fn!r}")
-    modules = list(model.modules())
-    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return
     batches = iter(loader)
@@ -55,31 +56,28 @@ def update_bn(
         raise ValueError(
             f"loader must yield a batch, got none from {loader!r}; is it an iterator that is used up?"
         )
-    modes = [module.training for module in modules]
     momenta = [module.momentum for module in norms]
-    # The averages of a sharded model are in its place only for a while.
+    # A sharded model holds its averages only within this block.
     swapped_in = getattr(model, "swapped_in", contextlib.nullcontext)
     try:
-        with swapped_in():
+        with preserve_modes(model), swapped_in():
             swa_utils.update_bn(
                 map(_Batch, itertools.chain([first], batches)), _Runner(model, device, forward_fn)
             )
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
 class _Batch:
-    """Hides from torch what a batch is."""
+    """A batch of a kind that torch does not look into."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
 
 
 class _Runner(nn.Module):
-    """The model, called with whatever the loader yields."""
+    """A module that calls the model with the batches of the loader."""
 
     def __init__(self, model: nn.Module, device: Any, forward_fn: ForwardFn | None) -> None:
         super().__init__()
@@ -102,17 +100,17 @@ class _Runner(nn.Module):
 
 @contextlib.contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
-    """Within the block, normalization layers in training mode leave their running statistics alone.
+    """Leaves the running statistics of normalization layers in training mode unchanged in the block.
 
     For a second forward pass on the same batch, such as SAM's at the perturbed weights: outputs and gradients
     are those of training mode, but running mean, running variance and the number of batches stay as they are.
     The block may end before `backward()`, and may be nested.
 
     Args:
-        model: Its BatchNorm, SyncBatchNorm and InstanceNorm layers are meant, but not those in eval mode.
-            Until the block ends they have no running statistics: save no checkpoint within.
+        model: A model with BatchNorm, SyncBatchNorm or InstanceNorm layers; those in eval mode are left
+            alone. In the block the layers have no running statistics: save no checkpoint within.
     """
-    held = [
+    statistics = [
         (norm, name, norm._buffers[name])
         for norm in model.modules()
         if isinstance(norm, _NormBase) and norm.training
@@ -120,10 +118,10 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
         if name in norm._buffers
     ]
     try:
-        # Taken out, not copied back: an in-place copy would spoil what autograd may have saved of them.
-        for norm, name, _ in held:
+        # Removed, not copied back: an in-place copy would spoil tensors that autograd may have saved.
+        for norm, name, _ in statistics:
             norm._buffers[name] = None
         yield
     finally:
-        for norm, name, statistic in held:
+        for norm, name, statistic in statistics:
             norm._buffers[name] = statistic

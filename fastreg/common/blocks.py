@@ -1,8 +1,8 @@
-"""The repeated layers of a transformer, found by their form: no architecture is known by name.
+"""Finds the repeated layers of a transformer by their structure, not by the name of an architecture.
 
-Blocks stand in an `nn.ModuleList` or `nn.Sequential` whose children are of one class.  The outermost such
-list counts, unless its children are stages, which hold little but a list of blocks themselves.  Encoders and
-decoders have a stack each.
+Blocks are the children of an `nn.ModuleList` or `nn.Sequential`, all of one class.  The outermost such list
+counts, unless its children are stages, which consist mostly of a list of blocks.  An encoder and a decoder
+have a stack each.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def stacks(model: nn.Module, share: float = 0.1) -> list[list[Block]]:
-    """The stacks of a model: for each, names and modules of its blocks in order.
+    """Returns the stacks of a model: for each, names and modules of its blocks in order.
 
-    The stages of a hierarchical model make one stack.  What has less than a tenth of the parameters of the
-    largest stack is none, such as a list of small heads.
+    The stages of a hierarchical model make one stack.  Lists with less than a tenth of the parameters of the
+    largest stack, such as small heads, are left out.
 
     Args:
         model: Any model.
-        share: What counts as a stack: this share of the parameters of the largest, or more.
+        share: Least parameters of a stack, as a share of those of the largest.
 
     Returns:
-        The stacks in the order of registration; none if nothing is repeated.
+        The stacks in the order of registration; an empty list if nothing is repeated.
     """
-    found = _stacks(model, "")
-    sizes = [sum(map(_size, (block for _, block in stack))) for stack in found]
-    return [stack for stack, size in zip(found, sizes, strict=True) if size and size >= share * max(sizes)]
+    candidates = _stacks(model, "")
+    sizes = [sum(map(_size, (block for _, block in stack))) for stack in candidates]
+    least = share * max(sizes, default=0)
+    return [stack for stack, size in zip(candidates, sizes, strict=True) if size and size >= least]
 
 
 def _stacks(module: nn.Module, name: str) -> list[list[Block]]:
@@ -37,17 +38,17 @@ def _stacks(module: nn.Module, name: str) -> list[list[Block]]:
         stages = [_stage(child, key) for key, child in children]
         if all(stages):
             return [[block for stage in stages for block in stage]]
-        # A list of one counts as well: a model of one layer is none without layers.
+        # A list of one counts as well, for models of one layer.
         if len(children) > 1 or (isinstance(module, nn.ModuleList) and list(children[0][1].children())):
             return [children]
     return [stack for key, child in children for stack in _stacks(child, key)]
 
 
 def _stage(module: nn.Module, name: str) -> list[Block]:
-    """The blocks of a stage; none where the module is a block, whose own lists are something else."""
+    """Returns the blocks of a stage, none for other modules, such as a block with lists inside."""
     lists = {key: child for key, child in module.named_children() if isinstance(child, _LISTS) and len(child)}
     for key, child in lists.items():
-        # Beside its blocks a stage may change the resolution, but has no attention and no norm of its own.
+        # Besides its blocks a stage may change the resolution, but has no attention and no norm.
         beside = {name for name, _ in module.named_children()} - lists.keys()
         if (
             len({type(block) for block in child}) == 1

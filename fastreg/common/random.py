@@ -1,7 +1,7 @@
-"""Keys: where every random number of fastreg comes from.
+"""Derives the keys of all random numbers from a base seed.
 
-A key is a 64-bit seed derived from (base seed, purpose), so that gradient noise, rounding and the rest
-never share bits.  What is drawn from it depends on (stream, step, element index) alone: see
+A key is a 64-bit seed derived from (base seed, purpose), so that gradient noise, rounding and others never
+share bits.  The numbers drawn with a key depend on (stream, step, element index) alone: see
 `fastreg.reference.random`.
 """
 
@@ -19,7 +19,7 @@ _instances = itertools.count()
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; the values are part of every seed's meaning and never change."""
+    """The purpose of random numbers; the values are part of the keys and never change."""
 
     INSTANCE = 0
     GRADIENT_NOISE = 1
@@ -32,12 +32,12 @@ class Purpose(IntEnum):
 
 @functools.cache
 def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
-    """The 64-bit key, as a signed integer, for one purpose under a base seed.
+    """Returns the 64-bit key, as a signed integer, for one purpose under a base seed.
 
     Args:
         seed: Any integer of at most 64 bits; negative ones count as their two's complement.
-        purpose: What the numbers are for.
-        instance: Which of several users with the same purpose.
+        purpose: The purpose of the numbers.
+        instance: A number that tells several users with the same purpose apart.
 
     Raises:
         ValueError: If the seed has more than 64 bits.
@@ -54,5 +54,5 @@ def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
 
 
 def instance_seed() -> int:
-    """A base seed from `torch.initial_seed()` and a counter; torch's generator is left alone."""
+    """Returns a base seed from `torch.initial_seed()` and a counter, without using torch's generator."""
     return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))

@@ -71,6 +71,17 @@ def check_range(
     return float(value)
 
 
+def check_rate(name: str, value: float) -> float:
+    """Returns a value as a float if it is a number in [0, 1].
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
 def check_int(name: str, value: int, lowest: int = 1) -> int:
     """Returns a value as an int if it is a whole number, such as 3 or 3.0.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..schedules import Constant, LayerRates, Schedule, checked
+from ..common.validation import check_rate
+from ..schedules import Constant, LayerRates, Schedule
 from .apply import write
 from .audit import audit
 from .knobs import Knob, unwrapped
@@ -111,7 +112,7 @@ class DropoutScheduler:
         rates = {}
         for knob in self._knobs:
             schedule = self.schedules[knob.role]
-            rate = checked(schedule(step), f"rate at step {step}")
+            rate = check_rate(f"rate at step {step}", schedule(step))
             if knob.is_number and self.levels is not None:
                 rate = _rounded(rate, schedule, self.levels, knob)
             rates[knob.path] = rate if self.layers is None else rate * rate_of(self.layers[knob.role], knob)

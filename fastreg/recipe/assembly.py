@@ -249,9 +249,9 @@ def _rates(section: Mapping[str, Any], where: str, steps: int | None) -> dict[st
     elif layers == "path":
         rates = _told_where(where, schedules.DropPathLayers, 0.1 if rate is None else rate)
     elif layers is not None:
-        rates = [_told_where(where, schedules.checked, value, "rate") for value in layers]
+        rates = [_told_where(where, validation.check_rate, "rate", value) for value in layers]
     elif rate is not None or times is None:
-        rates = _told_where(where, schedules.checked, 0.1 if rate is None else rate, "rate")
+        rates = _told_where(where, validation.check_rate, "rate", 0.1 if rate is None else rate)
     roles = tuple(section.get("roles", ("hidden",)))
     _told_where(f"{where}.roles", by_role, 0.0, roles)
     result = {"layers": rates, "roles": roles, "inject": section.get("inject", False)}

@@ -270,7 +270,7 @@ def _settings() -> list[Any]:
 
 
 def _is_default(config: Any, line: str) -> bool:
-    """Returns whether a line of `codegen_config` names a default: patched and restored settings are listed."""
+    """Returns whether a line of `codegen_config` names a default, as after a patch was undone."""
     name = line.partition(" = ")[0].removeprefix(f"{config.__name__}.")
     entry = config._config.get(name)
     return entry is not None and getattr(config, name) == entry.default

@@ -148,7 +148,9 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTREG_CACHE_DIR", str(tmp_path / "file"))
     programs.save("key", programs.Program("def call(args):\n    return ()", {}, [], [], None))
     assert programs.disk_usage() == (0, 0) and not programs.writable()
-    message = f"no compiled steps: {tmp_path}/file/programs cannot be written, FASTREG_CACHE_DIR names another"
+    message = (
+        f"no compiled steps: {tmp_path}/file/programs cannot be written, FASTREG_CACHE_DIR names another"
+    )
     assert message in str(fastreg.info())
 
 
