@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 DESCRIPTION = """\
-Print a recipe in YAML with every setting and what it does: `fastreg recipe > my.yaml`. What is not to be on
-stays a comment. Use it in `fastreg compare --recipe my.yaml`, or with
+Print a recipe in YAML with every setting and what it does: `fastreg recipe > my.yaml`. Settings
+that are not to be on stay comments. Use it in `fastreg compare --recipe my.yaml`, or with
 `fastreg.Regularization.from_yaml("my.yaml").apply(model, lr=...)`."""
 
 ON = {
-    "optimizer": ("name",), "weight_decay": ("rate",), "dropout": ("rate", "inject"), "clip": ("max_norm",),
-    "ema": ("decay", "warmup"),
+    "optimizer": ("name",), "weight_decay": ("rate",), "dropout": ("rate",), "clip": ("max_norm",),
+    "ema": ("decay",),
 }  # fmt: skip
-"""What is no comment."""
+"""The settings that are printed without a comment sign."""
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand to the parser."""
     parser = commands.add_parser(
         "recipe", help="print a commented recipe in YAML, for compare --recipe",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -28,31 +27,30 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print it."""
+    """Prints a recipe with all settings."""
     print(template(), end="")
     return 0
 
 
 def template() -> str:
-    """A recipe in YAML with every setting and what it does; most of it is commented out."""
+    """Returns a recipe in YAML with all settings and what they do, most of them commented out."""
     from ..recipe.sections import SECTIONS
 
     lines = [
-        "# A recipe for fastreg: all that regularizes a training run. What is not named is off.",
+        "# A recipe for fastreg: all that regularizes a training run. Sections that are left out are off.",
         "# Remove the '# ' before a section and the settings you want. Shorter forms: clip: 1.0, ema: true.",
+        "# All values are the defaults.",
     ]
     for name, section in SECTIONS.items():
         on = ON.get(name, ())
         lines += ["", f"# {section.text}", f"{'' if on else '# '}{name}:"]
         for key, setting in section.keys.items():
-            given = f"{'' if key in on else '# '}  {key}: {_flow(setting.example)}"
-            lines.append(f"{given:<32} # {setting.text}")
+            line = f"{'' if key in on else '# '}  {key}: {_flow(setting.example)}"
+            lines.append(f"{line:<32} # {setting.text}")
     return "\n".join(lines) + "\n"
 
 
 def _flow(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

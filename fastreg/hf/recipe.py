@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..recipe import Regularization
-from ..recipe.callbacks import Callback, Callbacks, SharpnessAware
+from ..recipe.callbacks import Callback, Callbacks
+from ..recipe.model_callbacks import SharpnessAware
 
 Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
 """A recipe, its fields as a dictionary, or a YAML file of them."""

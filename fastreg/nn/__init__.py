@@ -11,11 +11,12 @@ from .noise import ActivationNoise, InputNoise, TokenNoise
 from .noise_scheduler import NoiseScheduler
 from .replace import replace_dropout
 from .spatial import Dropout1d, Dropout2d, Dropout3d
+from .token_noise import attach_token_noise
 from .transformer import TransformerWithDropout
 
 __all__ = [
     "ActivationNoise", "AdaptiveDropout", "BiasActDropout", "BiasActDropoutAdd", "BiasDropoutAdd", "DropPath",
     "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropoutAdd", "EmbeddingNoise", "InputNoise",
     "NoiseScheduler", "TokenNoise", "TransformerWithDropout", "attach_activation_noise",
-    "attach_embedding_noise", "drop_add_residual", "functional", "replace_dropout",
+    "attach_embedding_noise", "attach_token_noise", "drop_add_residual", "functional", "replace_dropout",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What accompanies an optimizer in training: passes over a batch, rates that change, noise that is attached.
+"""Callbacks beside an optimizer: passes over a batch, rates that change, noise that is attached.
 
 `Regularization.apply` makes them.  A loop needs two lines:
 
@@ -16,9 +16,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from ..common.batch_norm import frozen_running_stats
+from torch import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +31,7 @@ _IDLE: Watch = contextlib.nullcontext()
 
 
 class Callback:
-    """The protocol; what a callback has no use for does nothing.
+    """Base of the callbacks, whose methods do nothing.
 
     Attributes:
         name: Its key in the `state_dict` of `Callbacks`.
@@ -42,39 +40,39 @@ class Callback:
     name = "callback"
 
     def step(self, step: int | None = None) -> None:
-        """After every step of the optimizer.
+        """Sets what changes with the step, after every step of the optimizer.
 
         Args:
             step: How many steps there were; by default one more than at the latest call.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Returns what a checkpoint needs."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it over."""
+        """Restores the state that `state_dict` returned."""
 
     def remove(self) -> None:
-        """Leave the model as it was before; more than once is the same as once."""
+        """Leaves the model as it was before; may be called more than once."""
 
     def around_loss(self, loss: Evaluate) -> Evaluate:
-        """What to compute instead of the loss."""
+        """Returns what to compute instead of the loss."""
         return loss
 
     def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
-        """What to do instead of one forward and one backward pass."""
+        """Returns what to do instead of one forward and one backward pass."""
         return gradients
 
     def accumulate(self) -> None:
-        """The gradients of a micro-batch are there, and the step comes after those of others."""
+        """Prepares for another micro-batch of the same step."""
 
 
 class Callbacks(list[Callback]):
-    """Callbacks as one; passes of the later ones are around those of the earlier ones."""
+    """Several callbacks as one; the passes of later ones are around those of earlier ones."""
 
     def step(self, step: int | None = None) -> None:
-        """After every step of the optimizer.
+        """Sets what changes with the step, after every step of the optimizer.
 
         Args:
             step: How many steps there were; by default one more than at the latest call.
@@ -87,14 +85,14 @@ class Callbacks(list[Callback]):
             callback.step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs, by the names of callbacks."""
+        """Returns what a checkpoint needs, by the names of callbacks."""
         return {callback.name: callback.state_dict() for callback in self}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it over.
+        """Restores the state that `state_dict` returned.
 
         Raises:
-            ValueError: If it is of other callbacks.
+            ValueError: If the state is that of other callbacks.
         """
         names = [callback.name for callback in self]
         if sorted(names) != sorted(state_dict):
@@ -105,8 +103,8 @@ class Callbacks(list[Callback]):
         for callback in self:
             callback.load_state_dict(state_dict[callback.name])
 
-    def remove(self) -> None:  # type: ignore[override]  # what they do, not one of the list
-        """Leave the model as it was before."""
+    def remove(self) -> None:  # type: ignore[override]  # undoes all, while a list would drop one
+        """Leaves the model as it was before."""
         for callback in reversed(self):
             callback.remove()
 
@@ -114,7 +112,7 @@ class Callbacks(list[Callback]):
         self, loss: Evaluate, *, backward: Callable[[Tensor], Any] | None = None, accumulate: bool = False,
         watch: Watch | None = None,
     ) -> Tensor:  # fmt: skip
-        """Make all passes over a batch, and leave the gradients for `optimizer.step()`.
+        """Makes all passes over a batch, and leaves the gradients for `optimizer.step()`.
 
         Args:
             loss: Evaluates the model on the batch, with gradients; called once for each pass.
@@ -146,11 +144,11 @@ class Callbacks(list[Callback]):
     def training_step(
         self, loss: Evaluate, optimizer: torch.optim.Optimizer, *, watch: Watch | None = None
     ) -> Tensor:
-        """A whole step: all passes over the batch, the step of the optimizer, and gradients cleared.
+        """Makes a whole step: all passes over the batch, the optimizer's step, and cleared gradients.
 
         Args:
             loss: Evaluates the model on the batch, with gradients; called once for each pass.
-            optimizer: What steps.
+            optimizer: The optimizer.
             watch: Entered around all that the optimizer does; for timing.
 
         Returns:
@@ -165,14 +163,14 @@ class Callbacks(list[Callback]):
 
 
 class Passes(Callback):
-    """Base of those that make passes of their own: they tell when they are left out."""
+    """Base of callbacks that make passes of their own, and notice when these are left out."""
 
     def __init__(self, name: str) -> None:
         self.name, self._made = name, False
         self._last: int | None = None
 
     def step(self, step: int | None = None) -> None:
-        """Nothing but a check.
+        """Checks that the passes of this step have been made.
 
         Raises:
             RuntimeError: If the passes of this step have not been made.
@@ -185,37 +183,3 @@ class Passes(Callback):
                 "loss.backward()"
             )
         self._made, self._last = False, (self._last or 0) + 1 if step is None else step
-
-
-class SharpnessAware(Callback):
-    """A second pass where `fastreg.SAM` has taken the weights.
-
-    Args:
-        optimizer: A `fastreg.SAM`.
-        model: Its model, of which BatchNorm sees the first pass only.
-    """
-
-    name = "sam"
-
-    def __init__(self, optimizer: Any, model: nn.Module) -> None:
-        self._optimizer, self._model = optimizer, model
-
-    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
-        """Perturb by the first gradients, and leave the second ones; only one pass where none is due."""
-
-        def twice() -> Tensor:
-            value = gradients()
-            if self._optimizer.due:
-                with watch:
-                    self._optimizer.first_step()
-                self._optimizer.zero_grad()
-                with frozen_running_stats(self._model):
-                    gradients()
-            return value
-
-        return twice
-
-    def accumulate(self) -> None:
-        """Bring the weights back and keep the gradients."""
-        if self._optimizer.perturbed:
-            self._optimizer.accumulate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from . import assembly
+from ..common.validation import check_int
+from . import build
 from .callbacks import Callbacks
-from .fields import unknown, whole
+from .readers import unknown
 from .sections import SECTIONS
 
 Setting = float | str | bool | Mapping[str, Any] | Sequence[Any] | None
@@ -21,7 +23,7 @@ Setting = float | str | bool | Mapping[str, Any] | Sequence[Any] | None
 
 @dataclass(frozen=True)
 class Regularization:
-    """Everything that regularizes a training run, as data: what is not named is off.
+    """Everything that regularizes a training run, as data; fields that are left out are off.
 
     ```python
     recipe = fastreg.Regularization(
@@ -34,38 +36,15 @@ class Regularization:
         callbacks.step()
     ```
 
-    A field takes settings by name, a bare value for the most important one (named first below), `True` for
-    the defaults.  `fastreg recipe` prints all of them with comments, as YAML.  Durations are steps as
-    integers, or shares of the run as floats up to 1.0.
+    A field takes settings by name, a bare value for the most important one, or `True` for the defaults.
+    `fastreg recipe` prints all settings with their meaning and their defaults, as YAML.  `dropout` and `ema`
+    take a list, too.  Durations are steps as integers, or shares of the run as floats up to 1.0.
 
-    Values, names and combinations are checked here; what needs the model, in `apply`, before it changes
-    anything.
+    Values, names and combinations are checked when the recipe is made; what needs the model, in `apply`,
+    before the model is changed.
 
     Passes multiply: `sam` and `adversarial` double the backward passes of a step, `r_drop` the forward
     passes.  They are nested in this order, so that SAM minimizes the sharpness of the loss with both.
-
-    Args:
-        optimizer: `name` ("adamw", "adam", "sgd" or "lion") and its options, such as `betas`.
-        weight_decay: `rate`, `kind`, `exclude` (biases and norms, by default).
-        lr_decay: `rate` from each layer to the one before.
-        dropout: `rate`, or `layers` ("linear" with `base` and `increase`, "path" with `rate`, or a list);
-            `annealing`, `roles`, `inject`, `levels`.  A list of such sets several roles.
-        clip: `max_norm`, `norm_type`, `value`, `adaptive`.
-        gradient_noise: `std`, `gamma`, `relative`.
-        embedding_noise: `alpha` or `std`, `length`, `annealing`: NEFTune.
-        activation_noise: `std`, `pattern` of module names (by default behind attention and MLP), `kind`,
-            `annealing`.
-        token_noise: `rate`, `special_tokens`, `annealing`.
-        weight_noise: `std`, `relative`, `annealing`.
-        adversarial: `method` ("fgm"), `epsilon`, `modules`.
-        r_drop: `alpha`.
-        sam: `rho`, `adaptive`, `eta`, `interval`, `start_step`, `perturb`, `rounding`.
-        msam: `rho`.
-        lookahead: `k`, `alpha`, `pullback_momentum`.
-        ema: `decay`, `name`, `start`, `every`, `warmup`.  A list of such keeps several.
-        swa: `start`, `every`.
-        l1: `strength`.
-        l2sp: `strength`.
 
     Raises:
         ValueError: For unknown settings, values out of range, and what does not go together.
@@ -97,16 +76,16 @@ class Regularization:
             object.__setattr__(self, field.name, value)
         if self.optimizer is None:
             object.__setattr__(self, "optimizer", {"name": "adamw"})
-        assembly.check(self)
+        build.check(self)
 
     # As data --------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Regularization:
-        """A recipe from fields by name.
+        """Returns a recipe made of fields by name.
 
         Raises:
-            ValueError: For names that there are not, and as the class.
+            ValueError: For unknown names, and as the class.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"a recipe is a mapping of fields to settings, got {settings!r:.60}")
@@ -117,12 +96,12 @@ class Regularization:
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are on, with settings of plain types: `from_dict` makes the same recipe of it."""
-        return {name: _copied(value) for name, value in vars(self).items() if value is not None}
+        """Returns the fields that are on, as plain types from which `from_dict` makes the same recipe."""
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Regularization:
-        """A recipe from a file.
+        """Returns a recipe read from a file.
 
         Args:
             path: A YAML file of fields and settings, UTF-8.
@@ -130,8 +109,7 @@ class Regularization:
         Raises:
             ImportError: Without pyyaml.
             OSError: If it cannot be read.
-            ValueError: If it is no such file, with its name; for names that are there twice, and for sections
-                with nothing in them.
+            ValueError: If it is no such file, with its name; for repeated names and for empty sections.
         """
         yaml = _yaml()
         try:
@@ -141,7 +119,7 @@ class Regularization:
             raise ValueError(f"{path}: {error}") from None
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """The recipe as YAML, written to a file if one is named.
+        """Returns the recipe as YAML, and writes it to a file if one is named.
 
         Raises:
             ImportError: Without pyyaml.
@@ -153,10 +131,10 @@ class Regularization:
         return written
 
     def describe(self) -> str:
-        """A short table of what is on."""
-        rows = [(name, _told(value)) for name, value in vars(self).items() if value is not None]
+        """Returns a short table of the sections that are on."""
+        rows = [(name, _described(value)) for name, value in vars(self).items() if value is not None]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {told}" for name, told in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
     def __str__(self) -> str:
         return self.describe()
@@ -166,53 +144,47 @@ class Regularization:
     def apply(
         self, model: nn.Module, lr: float | None = None, steps: int | None = None, seed: int | None = None
     ) -> tuple[Any, Callbacks]:
-        """Make the optimizer, set the rates of the model, attach what acts on it.
+        """Makes the optimizer, sets the rates of the model, and attaches noise and passes to it.
 
         A model is left as it was where an error is raised.
 
         Args:
-            model: The model.
+            model: The model; what `DistributedDataParallel` and the like wrap is found in it.
             lr: Learning rate, ≥ 0; the optimizer's default by default.
             steps: Optimizer steps of the whole run, ≥ 1; needed for durations that are shares of it.
             seed: Base of the random numbers of optimizer and weight noise; from `torch.initial_seed()` by
                 default.
 
         Returns:
-            The optimizer, a fastreg optimizer or `fastreg.SAM` around one, and what accompanies it, see
+            The optimizer, a fastreg optimizer or `fastreg.SAM` around one, and its callbacks, see
             `fastreg.recipe.callbacks`.
 
         Raises:
-            TypeError: If the model is none, or does not tell its embeddings where these get noise.
-            ValueError: For values out of range, for shares of a run of unknown length, and for what the model
-                has no place for.
+            TypeError: If the model is no module, or has no `get_input_embeddings()` where these get noise.
+            ValueError: For values out of range, for shares of a run of unknown length, and for settings that
+                do not fit the model.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"apply() takes a model, got {type(model).__name__}")
-        if steps is not None and (steps := whole("steps", steps)) < 1:
-            raise ValueError(f"steps must be a whole number >= 1, got {steps=}")
-        return assembly.assemble(self, model, lr, steps, seed)
+        if steps is not None:
+            steps = check_int("steps", steps)
+        return build.build(self, model, lr, steps, seed)
 
 
-def _copied(value: Any) -> Any:
+def _described(value: Any) -> str:
+    """Returns settings in one line."""
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
-def _told(value: Any) -> str:
-    """Settings in a line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(item)}" for key, item in value.items()) or "defaults"
+        return ", ".join(f"{key} {_described(item)}" for key, item in value.items()) or "defaults"
     if isinstance(value, list):
         many = any(isinstance(item, Mapping) for item in value)
-        return ("; " if many else " ").join(map(_told, value))
+        return ("; " if many else " ").join(map(_described, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _read(yaml: Any, text: str) -> Any:
-    """YAML, where a name that is there twice and a section left empty are errors."""
+    """Returns the contents of YAML; repeated names and empty sections are errors."""
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

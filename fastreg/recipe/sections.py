@@ -1,227 +1,294 @@
-"""What a recipe may say: its sections and their settings."""
+"""The sections of a recipe, in one table: what each makes, from which its settings follow.
+
+The settings of a section are the parameters of its factory: their names, types and defaults are those of the
+signature, their help that of the docstring.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .fields import (  # fmt: skip
-    Key,
-    Section,
-    duration,
-    either,
-    flag,
-    ids,
-    names,
-    number,
-    numbers,
-    one_of,
-    pair,
-    text,
-    whole,
-)
+from .. import nn as fastreg_nn
+from .. import optim
+from ..adversarial import FGM
+from ..optim.registry import OPTIMIZERS
+from . import factories
+from .model_callbacks import RDropCallback
+from .readers import Reader, duration, either, flag, one_of, reader_of, unknown
+
+NOT_SETTINGS = frozenset(
+    {
+        "self", "params", "model", "lr", "seed", "regularizers", "base_optimizer", "buffers", "towards",
+        "weight_decay", "decay_kind", "maximize", "foreach", "differentiable", "decoupled_weight_decay",
+        "closure", "sync_perturbation", "generator", "error_if_nonfinite", "kwargs",
+    }
+)  # fmt: skip
+"""Parameters that are no data, or that other sections and `apply` set."""
+
+RENAMED: dict[str, str] = {}
+"""Settings by the names that they had before."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a section.
+
+    Args:
+        read: Makes a value of what a recipe says.
+        example: The default, as YAML holds it.
+        text: What it means.
+    """
+
+    read: Reader
+    example: Any
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One regularizer, as a recipe has it: on, with settings, or off.
+
+    Args:
+        text: What it does.
+        factory: Makes it; its parameters are the settings, the first of which a bare value stands for.
+        others: Further callables with parameters that are settings, and with help.
+        many: Whether a recipe may have a list of it.
+        first: Settings before those of the factory.
+        last: Settings that the factory lacks, or that take other values than it.
+        annealed: Whether the level may change with the step.
+        omitted: Parameters that are no settings.
+        printed: Defaults that depend on other settings: what they are where nothing else is set.
+        durations: Settings in steps, which may be shares of the run.
+        needs_model: Settings that only a model can check.
+    """
+
+    text: str
+    factory: Callable[..., Any]
+    others: Sequence[Callable[..., Any]] = ()
+    many: bool = False
+    first: Mapping[str, Key] = field(default_factory=dict)
+    last: Mapping[str, Key] = field(default_factory=dict)
+    annealed: bool = False
+    omitted: Sequence[str] = ()
+    printed: Mapping[str, Any] = field(default_factory=dict)
+    durations: Sequence[str] = ()
+    needs_model: Sequence[str] = ()
+
+    @functools.cached_property
+    def keys(self) -> dict[str, Key]:
+        """The settings of the section, by name."""
+        keys = dict(self.first)
+        for factory in (self.factory, *self.others):
+            hints, helps = _hints(factory), _helps(factory)
+            for name, parameter in inspect.signature(factory).parameters.items():
+                if name in NOT_SETTINGS or name in self.omitted:
+                    continue
+                reader = duration if name in self.durations else reader_of(hints.get(name))
+                if name in self.last:
+                    keys[name] = self.last[name]
+                elif reader is not None and (name not in keys or keys[name].text.startswith("See ")):
+                    default = self.printed.get(name, parameter.default)
+                    default = list(default) if isinstance(default, tuple) else default
+                    keys[name] = Key(reader, default, helps.get(name, ""))
+        last = dict(self.last) | ({"annealing": _ANNEALING_KEY} if self.annealed else {})
+        return keys | {name: key for name, key in last.items() if name not in keys}
+
+    @property
+    def short(self) -> str:
+        """The setting that a bare value stands for."""
+        return next(iter(self.keys))
+
+    def read(self, name: str, value: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
+        """Returns the settings in their own types; `None` where the section is off.
+
+        Args:
+            name: For errors.
+            value: Settings by name; a bare value for the most important one; `True` for the defaults;
+                `None` or `False` for off; a list of such where several are possible.
+
+        Raises:
+            ValueError: For unknown settings and values that cannot be read.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return {}
+        if isinstance(value, Mapping):
+            keys = {key: self._known(name, key) for key in value}
+            return {
+                keys[key]: self.keys[keys[key]].read(f"{name}.{key}", item)
+                for key, item in value.items()
+                if item is not None
+            }
+        if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
+            return [self._one(f"{name}[{i}]", item) for i, item in enumerate(value)]
+        return {self.short: self.keys[self.short].read(name, value)}
+
+    def _one(self, name: str, value: Any) -> dict[str, Any]:
+        """Returns the settings of one of several sections, which is on."""
+        settings = self.read(name, value)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{name} must be settings, or true for defaults, got {value!r}: leave it out")
+        return settings
+
+    def _known(self, section: str, key: Any) -> str:
+        name = key if key in self.keys else RENAMED.get(key)
+        if name not in self.keys:
+            raise ValueError(unknown(f"{section}: unknown setting", key, self.keys))
+        return name
+
+    def make(
+        self, where: str, settings: Mapping[str, Any], steps: int | None, *args: Any, **more: Any
+    ) -> Any:
+        """Calls the factory; errors begin with the section.
+
+        Args:
+            where: The name of the section, for errors.
+            settings: As `read` returns them.
+            steps: Steps of the whole run.
+            args: For the factory, before the settings.
+            more: For the factory, beside the settings.
+        """
+        arguments = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
+        for key in self.durations:
+            value = settings.get(key, self.keys[key].example)
+            arguments[key] = resolve_duration(f"{where}.{key}", value, steps)
+        if "annealing" in settings:
+            arguments["annealing"] = ANNEALING.make(f"{where}.annealing", settings["annealing"], steps)
+        return call(where, self.factory, *args, **arguments, **more)
+
+
+def call(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function; errors begin with the name of the section."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from error
+
+
+def resolve_duration(where: str, value: float, steps: int | None) -> int:
+    """Returns a duration in steps.
+
+    Raises:
+        ValueError: If it is a share of a run of unknown length.
+    """
+    if isinstance(value, int):
+        return value
+    if steps is None:
+        raise ValueError(f"{where} is {value:g} of the run: give apply() the number of its steps=")
+    return round(value * steps)
+
+
+def _hints(factory: Any) -> dict[str, Any]:
+    """Returns the annotated types of the parameters of a function or class."""
+    factory = getattr(factory, "func", factory)
+    as_class = isinstance(factory, type) and not hasattr(factory, "_fields")
+    return typing.get_type_hints(factory.__init__ if as_class else factory)
+
+
+def _helps(factory: Any) -> dict[str, str]:
+    """Returns the first sentence on each parameter in the docstring of a function or class."""
+    doc = inspect.getdoc(getattr(factory, "func", factory)) or ""
+    arguments = re.search(r"^Args:\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments[1] if arguments else "", re.MULTILINE)
+    sentences = {name: re.split(r"(?<=\.)\s", " ".join(entry.split()))[0] for name, entry in entries}
+    return {name: _as_yaml(sentence.rstrip(".")) for name, sentence in sentences.items()}
+
+
+def _as_yaml(sentence: str) -> str:
+    """Returns a sentence with constants as YAML writes them, and without quotes."""
+    constants = {"None": "null", "True": "true", "False": "false"}
+    return re.sub(r"[`\"]|\b(None|True|False)\b", lambda match: constants.get(match[0], ""), sentence)
+
 
 ANNEALING = Section(
-    "How the rate changes with the step: a factor of it, or the rate itself where none is given.",
-    {
-        "schedule": Key(one_of("linear", "cosine", "early", "late"), "linear",
-                        "linear, cosine: from start to end; early: only before, late: only after"),
-        "start": Key(number, 1.0, "at the first step, and all along for early and late"),
-        "end": Key(number, 0.0, "from the last of the steps on"),
-        "steps": Key(duration, 1.0, "how long: steps, or as 0.5 a share of the run"),
-    },
-    "schedule",
-)  # fmt: skip
+    "How a value changes with the step.", factories.annealing, printed={"end": 0.0}, durations=("steps",)
+)
 
 
-def annealing(name: str, value: Any) -> Any:
-    """A nested section."""
-    read = ANNEALING.read(name, value)
-    if not isinstance(read, dict):
+def _read_annealing(name: str, value: Any) -> Any:
+    settings = ANNEALING.read(name, value)
+    if not isinstance(settings, dict):
         raise ValueError(f"{name} must be settings such as {{schedule: linear, end: 0.0}}, got {value!r}")
-    return read
+    return settings
 
 
-FALLING = {"schedule": "linear", "start": 1.0, "end": 0.0, "steps": 1.0}
-
-OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
+_ANNEALING_KEY = Key(
+    _read_annealing, None,
+    "Factor that changes with the step, such as {schedule: cosine, start: 1.0, end: 0.1, steps: 0.5}",
+)  # fmt: skip
 
 SECTIONS: dict[str, Section] = {
     "optimizer": Section(
-        "The update rule, with options of its own.",
-        {
-            "name": Key(one_of(*OPTIMIZERS), "adamw", "adamw, adam, sgd or lion"),
-            "betas": Key(pair, [0.9, 0.999], "of adamw, adam and lion"),
-            "eps": Key(number, 1e-8, "of adamw and adam"),
-            "amsgrad": Key(flag, False, "of adamw and adam"),
-            "momentum": Key(number, 0.9, "of sgd"),
-            "dampening": Key(number, 0.0, "of sgd"),
-            "nesterov": Key(flag, False, "of sgd"),
-            "bf16": Key(one_of("stochastic", "remainder", "nearest"), "stochastic",
-                        "how 16-bit weights are rounded: stochastic, remainder or nearest"),
-            "state_dtype": Key(one_of("float32", "bfloat16", "float16"), "float32",
-                               "of the state; default: that of the weights"),
-            "nonfinite": Key(one_of("propagate", "skip", "raise"), "propagate",
-                             "what becomes of steps with NaN or Inf: propagate, skip or raise"),
-            "capturable": Key(flag, False, "for CUDA graphs"),
-            "fused": Key(flag, False, "leaves unscaling to the step under a GradScaler"),
-        },
-        "name",
+        "The update rule, with its options.", optim.AdamW,
+        [entry.optimizer for entry in OPTIMIZERS.values()],
+        first={"name": Key(one_of(*OPTIMIZERS), "adamw", ", ".join(OPTIMIZERS))}, omitted=("decay",),
     ),
-    "weight_decay": Section(
-        "Weights decay towards zero.",
-        {
-            "rate": Key(number, 0.01, ">= 0"),
-            "kind": Key(one_of("decoupled", "l2", "independent", "cautious"), "decoupled",
-                        "decoupled, l2, independent (of the learning rate) or cautious"),
-            "exclude": Key(flag, True, "biases, norms and all with one dimension do not decay"),
-        },
-        "rate",
-    ),
-    "lr_decay": Section(
-        "Earlier layers learn slower.",
-        {"rate": Key(number, 0.9, "of the learning rate, from each layer to the one before, in (0, 1]")},
-        "rate",
-    ),
+    "weight_decay": Section("Weights decay towards zero.", factories.WeightDecay),
+    "lr_decay": Section("Earlier layers learn slower.", factories.LayerDecay),
     "dropout": Section(
-        "Dropout by layer, role and step; a list of such sets several roles.",
-        {
-            "rate": Key(number, 0.1, "in [0, 1]; with layers: path, that of the last"),
-            "layers": Key(either(one_of("linear", "path"), numbers), "linear",
-                          "linear: base + layer * increase; path: from 0 to rate; or a list, one for each"),
-            "base": Key(number, 0.1, "of the first layer"),
-            "increase": Key(number, 0.02, "from layer to layer"),
-            "annealing": Key(annealing, FALLING, "a factor that changes with the step, or the rate itself"),
-            "roles": Key(names, ["hidden"],
-                         "hidden, attention, activation, embedding, head, path, layerdrop, adapter"),
-            "inject": Key(flag, True, "adds it behind attention and MLP of models that have none"),
-            "levels": Key(whole, 7, "of annealed rates that are Python floats in the model"),
-        },
-        "rate",
-        many=True,
+        "Dropout by layer, role and step; a list of such sets several roles.", factories.dropout, many=True,
+        annealed=True, printed={"rate": 0.1, "base": 0.1, "increase": 0.0, "levels": 7},
     ),
     "clip": Section(
-        "Gradients are clipped.",
-        {
-            "max_norm": Key(number, 1.0, "largest norm of all gradients together"),
-            "norm_type": Key(number, 2.0, "2 or .inf"),
-            "value": Key(number, 0.1, "largest absolute value of an element"),
-            "adaptive": Key(number, 0.01, "largest share of the norm of the weights, by rows"),
-        },
-        "max_norm",
+        "Gradients are clipped.", factories.clip, printed={"max_norm": 1.0, "norm_type": 2.0}
     ),
     "gradient_noise": Section(
-        "Gaussian noise on gradients.",
-        {
-            "std": Key(number, 1e-3, "standard deviation, or a share of the gradient norm"),
-            "gamma": Key(number, 0.55, "how fast it falls: std**2 / (1 + step)**gamma"),
-            "relative": Key(flag, True, "whether std is a share"),
-        },
-        "std",
+        "Gaussian noise on gradients.", functools.partial(optim.GradientNoise, std=1e-3)
     ),
     "embedding_noise": Section(
-        "Noise on token embeddings (NEFTune).",
-        {
-            "alpha": Key(number, 5.0, "size of the uniform noise; 5, 10 or 15"),
-            "std": Key(number, 0.01, "standard deviation of Gaussian noise instead"),
-            "length": Key(one_of("padded", "true"), "padded", "padded, as transformers; or true"),
-            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
-        },
-        "alpha",
+        "Noise on token embeddings (NEFTune).", fastreg_nn.attach_embedding_noise,
+        [fastreg_nn.EmbeddingNoise], annealed=True,
     ),
     "activation_noise": Section(
-        "Gaussian noise on activations.",
-        {
-            "std": Key(number, 0.05, "standard deviation, or a share of the activation"),
-            "pattern": Key(text, "'*.mlp'", "names of modules; default: attention and MLP of every layer"),
-            "kind": Key(one_of("additive", "multiplicative"), "additive", "additive or multiplicative"),
-            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
-        },
-        "std",
+        "Gaussian noise on activations.", factories.activation_noise, annealed=True, needs_model=("pattern",)
     ),
     "token_noise": Section(
-        "Input tokens are replaced by random ones; labels stay.",
-        {
-            "rate": Key(number, 0.05, "in [0, 1]"),
-            "special_tokens": Key(ids, [0], "that stay; default: those of the model's configuration"),
-            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
-        },
-        "rate",
+        "Input tokens are replaced by random ones; labels stay.", fastreg_nn.attach_token_noise,
+        annealed=True, needs_model=("special_tokens",),
     ),
     "weight_noise": Section(
         "Gaussian noise on weights while gradients are computed.",
-        {
-            "std": Key(number, 0.01, "standard deviation, or a share of the weight"),
-            "relative": Key(flag, True, "whether std is a share"),
-            "annealing": Key(annealing, FALLING, "a factor that changes with the step"),
-        },
-        "std",
+        functools.partial(optim.WeightNoise, std=0.01), annealed=True,
     ),
     "adversarial": Section(
-        "A second pass with embeddings moved to raise the loss.",
-        {
-            "method": Key(one_of("fgm"), "fgm", "fgm"),
-            "epsilon": Key(number, 1.0, "how far, in the L2 norm"),
-            "modules": Key(text, "wte", "a pattern in names of parameters; default: the input embeddings"),
-        },
-        "method",
+        "A second pass with embeddings moved to raise the loss.", FGM, needs_model=("modules",),
+        first={"method": Key(one_of("fgm"), "fgm", "fgm, the fast gradient method")},
     ),
-    "r_drop": Section(
-        "Two passes with different dropout that should agree.",
-        {"alpha": Key(number, 1.0, "weight of their divergence; 1 to 5")},
-        "alpha",
-    ),
+    "r_drop": Section("Two passes with different dropout that should agree.", RDropCallback),
     "sam": Section(
-        "Sharpness-aware minimization: a second backward pass, uphill.",
-        {
-            "rho": Key(number, 0.05, "radius"),
-            "adaptive": Key(one_of(False, True, "weights"), False,
-                            "true: in units of the weights (ASAM; rho 10 times as large); "
-                            "weights: without biases"),
-            "eta": Key(number, 0.01, "of adaptive"),
-            "interval": Key(whole, 1, "perturbs every so many steps"),
-            "start_step": Key(duration, 0, "steps before the first, or as 0.1 a share of the run"),
+        "Sharpness-aware minimization: a second backward pass, uphill.", optim.SAM,
+        last={
+            "adaptive": Key(either(flag, one_of("weights")), False,
+                            "true: in units of the weights (ASAM; needs a larger rho); weights: no biases"),
             "perturb": Key(one_of("all", "norms"), "all", "all, or norms only"),
-            "rounding": Key(one_of("stochastic", "nearest"), "stochastic", "of perturbed 16-bit weights"),
         },
-        "rho",
+        durations=("start_step",),
     ),
     "msam": Section(
-        "Sharpness-aware minimization along the momentum: one backward pass.",
-        {"rho": Key(number, 0.3, "radius")},
-        "rho",
+        "Sharpness-aware minimization along the momentum: one backward pass.", optim.MSAM
     ),
     "lookahead": Section(
-        "Every k steps, weights go part of the way back.",
-        {
-            "k": Key(whole, 5, "steps between"),
-            "alpha": Key(number, 0.5, "share of the way that stays, in [0, 1]"),
-            "pullback_momentum": Key(one_of("none", "reset", "pullback"), "none",
-                                     "what becomes of the momentum: none, reset or pullback"),
-        },
-        "k",
+        "Every k steps, weights go part of the way back.", optim.SlowWeights, omitted=("name",)
     ),
     "ema": Section(
-        "Evaluates a moving average of the weights; a list of such, with names, keeps several.",
-        {
-            "decay": Key(number, 0.999, "in [0, 1)"),
-            "name": Key(text, "ema", "tells several apart"),
-            "start": Key(duration, 0, "step of the first weights, or as 0.1 a share of the run"),
-            "every": Key(whole, 1, "steps between"),
-            "warmup": Key(one_of("ratio", "power"), "ratio", "how the decay grows: ratio or power"),
-        },
-        "decay",
-        many=True,
+        "Evaluates a moving average of the weights; a list of such, with names, keeps several.", optim.EMA,
+        many=True, durations=("start",),
     ),
     "swa": Section(
-        "Evaluates the mean of the weights late in the run.",
-        {
-            "start": Key(duration, 0.75, "step of the first weights, or as 0.75 a share of the run"),
-            "every": Key(whole, 1, "steps between"),
-        },
-        "start",
+        "Evaluates the mean of the weights late in the run.", optim.SWA, durations=("start",),
+        printed={"start": 0.75}, omitted=("name",),
     ),
-    "l1": Section("Weights are drawn to exact zeros.", {"strength": Key(number, 1e-4, ">= 0")}, "strength"),
+    "l1": Section("Weights are drawn to exact zeros.", functools.partial(optim.L1, strength=1e-4)),
     "l2sp": Section(
-        "Weights are drawn to where they started.", {"strength": Key(number, 1e-3, ">= 0")}, "strength"
+        "Weights are drawn to where they started.", functools.partial(optim.L2SP, strength=1e-3)
     ),
 }  # fmt: skip

@@ -78,12 +78,14 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def trained(recipe, steps=3, model=None):
-    """Weights and losses of a few steps, and what made them."""
+def trained(recipe, steps=3, model=None, evaluate=False):
+    """Weights and losses of a few steps, and what made them; with averages where `evaluate` says so."""
     model = gpt2() if model is None else model
     optimizer, callbacks = Regularization.from_dict(recipe).apply(model, lr=0.01, steps=steps, seed=1)
     torch.manual_seed(2)
     losses = train(model, optimizer, callbacks, steps)
+    if evaluate:
+        optimizer.eval()
     return weights(model), losses, optimizer, callbacks
 
 

@@ -16,12 +16,12 @@ def test_dropout_by_layer_role_and_step(tools):
         ]
     )  # fmt: skip
     _, callbacks = recipe.apply(model, lr=0.1, steps=8)
-    found = []
+    rates = []
     for _ in range(5):
-        found.append([block.mlp.dropout.p for block in model.transformer.h])
+        rates.append([block.mlp.dropout.p for block in model.transformer.h])
         callbacks.step()
     expected = [[0.2 * share, 0.4 * share] for share in (1, 0.75, 0.5, 0.25, 0)]
-    assert found == [pytest.approx(rates) for rates in expected]
+    assert rates == [pytest.approx(each) for each in expected]
     assert model.transformer.drop.p == 0.3
     _, other = recipe.apply(model, lr=0.1, steps=8)
     other.load_state_dict({"dropout": {"last_step": [2]}})
@@ -33,11 +33,11 @@ def test_early_and_late_dropout(schedule, expected, tools):
     model = tools.gpt2()
     times = {"schedule": schedule, "start": 0.3, "steps": 2}
     _, callbacks = Regularization(dropout={"annealing": times}).apply(model, lr=0.1)
-    found = []
+    rates = []
     for _ in range(3):
-        found.append(model.transformer.h[0].mlp.dropout.p)
+        rates.append(model.transformer.h[0].mlp.dropout.p)
         callbacks.step()
-    assert found == expected
+    assert rates == expected
 
 
 def test_dropout_is_injected_where_there_is_none(tools):
@@ -135,14 +135,14 @@ def test_r_drop_is_that_of_two_passes(tools):
     optimizer, callbacks = Regularization(optimizer="sgd", r_drop=2.0).apply(model, lr=0.0)
     torch.manual_seed(5)
     value = callbacks.gradients(tools.loss_of(model))
-    found = [p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch.manual_seed(5)
     logits, logits2 = (model(input_ids=tools.TOKENS).logits[:, :-1] for _ in range(2))
     expected = fastreg.r_drop_loss(logits, logits2, tools.TOKENS[:, 1:], alpha=2.0)
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    for a, p in zip(found, model.parameters(), strict=True):
+    for a, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -176,7 +176,7 @@ def test_adversarial_gradients_are_added(tools):
     _, callbacks = Regularization(optimizer="sgd", adversarial={"epsilon": 0.5}).apply(model, lr=0.0)
     before = tools.weights(model)
     callbacks.gradients(tools.loss_of(model))
-    found = [p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
     assert all(map(torch.equal, before, tools.weights(model)))
     model.zero_grad()
     embedding = model.transformer.wte.weight
@@ -186,5 +186,5 @@ def test_adversarial_gradients_are_added(tools):
         embedding += 0.5 * embedding.grad / embedding.grad.norm()
     model.zero_grad()
     tools.loss_of(model)().backward()
-    for a, b, p in zip(found, clean, model.parameters(), strict=True):
+    for a, b, p in zip(gradients, clean, model.parameters(), strict=True):
         torch.testing.assert_close(a, b + p.grad, rtol=1e-4, atol=1e-6)

@@ -136,13 +136,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(recipe, tmp_path, tools):
 
 def test_the_seed_decides(tools):
     recipe = Regularization(gradient_noise=0.1, weight_noise=0.1)
-    found = []
+    results = []
     for seed in (1, 1, 2):
         model = tools.gpt2()
         optimizer, callbacks = recipe.apply(model, lr=0.01, seed=seed)
         tools.train(model, optimizer, callbacks, 2)
-        found.append(tools.weights(model))
-    assert all(map(torch.equal, found[0], found[1])) and not all(map(torch.equal, found[0], found[2]))
+        results.append(tools.weights(model))
+    assert all(map(torch.equal, results[0], results[1])) and not all(map(torch.equal, results[0], results[2]))
 
 
 SHARE = "is 1 of the run: give apply() the number of its steps="
@@ -153,7 +153,8 @@ REFUSED = [
     ({"ema": [{"start": 0.5}]}, {}, ValueError, "ema[0].start is 0.5 of the run"),
     ({"lr_decay": 0.9}, {"lr": None}, ValueError, "lr_decay needs the learning rate"),
     ({"clip": 1}, {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
-    ({"clip": 1}, {"steps": float("nan")}, ValueError, "steps must be a whole number, got nan"),
+    ({"clip": 1}, {"steps": float("nan")}, ValueError, "steps must be a whole number >= 1, got steps=nan"),
+    ({"clip": 1}, {"steps": True}, ValueError, "steps must be a whole number >= 1, got steps=True"),
     ({"clip": 1}, {"steps": 0}, ValueError, "steps must be a whole number >= 1, got steps=0"),
     ({"dropout": {"rate": 0.1, "roles": ["hidden", "path"]}}, {}, ValueError, "has no 'path' dropout"),
     ({"dropout": [{"rate": 0.1}, {"roles": "adapter"}]}, {}, ValueError, "has no 'adapter' dropout"),
@@ -191,3 +192,25 @@ def test_a_model_without_norms_or_embeddings_is_told_which_field_needs_them():
 def test_apply_takes_a_model():
     with pytest.raises(TypeError, match="apply\\(\\) takes a model, got list"):
         Regularization().apply([torch.nn.Parameter(torch.ones(1))])
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["token_noise", "r_drop", None], ids=str)
+def test_a_wrapped_model_is_trained_as_the_model_itself(name, one_process, tools):
+    recipe = tools.FULL if name is None else {name: tools.FULL[name]}
+    plain, model = tools.trained(recipe, model=tools.gpt2(0.1)), tools.gpt2(0.1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    after, losses, _, callbacks = tools.trained(recipe, model=wrapped)
+    assert losses == plain[1]
+    assert all(map(torch.equal, after, plain[0]))
+    callbacks.remove()

@@ -1,4 +1,4 @@
-"""What a recipe does to a model and to the passes over it, each as a callback."""
+"""Callbacks that act on a model: dropout rates, noise, and passes over a batch with something changed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import layerwise
-from .. import nn as ours
+from .. import nn as fastreg_nn
+from ..common.batch_norm import frozen_running_stats
+from ..common.unwrap import unwrap_model
+from ..common.validation import check_range
 from ..layerwise.apply import remembered
 from ..layerwise.inject import branches
-from ..layerwise.knobs import places, unwrapped
+from ..layerwise.knobs import places
 from ..losses.r_drop import divergence, shifts
-from ..nn.embedding_noise import input_embeddings
 from .callbacks import Callback, Evaluate, Gradients, Passes, Watch
 
 Times = Callable[[int], float]
@@ -24,7 +26,7 @@ Times = Callable[[int], float]
 
 
 class DropoutRates(Callback):
-    """Dropout rates that are set, and those that change with the step.
+    """Dropout rates that are set once, or that change with the step.
 
     Args:
         model: The model, which stays as it was where an error is raised.
@@ -47,21 +49,21 @@ class DropoutRates(Callback):
             raise
 
     def step(self, step: int | None = None) -> None:
-        """Set the rates of the next step."""
+        """Sets the rates of the next step."""
         for scheduler in self._schedulers:
             scheduler.step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step."""
+        """Returns the step of each schedule."""
         return {"last_step": [scheduler.last_step for scheduler in self._schedulers]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Set the rates of the step that was saved."""
+        """Sets the rates of the step that was saved."""
         for scheduler, step in zip(self._schedulers, state_dict["last_step"], strict=True):
             scheduler.step(step)
 
     def remove(self) -> None:
-        """Rates, modules and hooks as they were."""
+        """Restores rates, modules and hooks as they were."""
         self._schedulers = []
         undo, self._undo = self._undo, lambda: None
         undo()
@@ -72,99 +74,55 @@ class Noise(Callback):
 
     Args:
         name: See `Callback`.
-        attached: What attaching it returned.
-        factor: Of its level.
+        attached: The attached noise.
+        factor: Factor of its level.
     """
 
     def __init__(self, name: str, attached: Any, factor: Times | None = None) -> None:
         self.name, self._attached = name, attached
-        self._scheduler = None if factor is None else ours.NoiseScheduler(attached, factor)
+        self._scheduler = None if factor is None else fastreg_nn.NoiseScheduler(attached, factor)
 
     def step(self, step: int | None = None) -> None:
-        """Set the level of the next step."""
+        """Sets the level of the next step."""
         if self._scheduler is not None:
             self._scheduler.step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step."""
+        """Returns the step of the schedule."""
         return {} if self._scheduler is None else self._scheduler.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Set the level of the step that was saved."""
+        """Sets the level of the step that was saved."""
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state_dict)
 
     def remove(self) -> None:
-        """Take the noise away."""
+        """Takes the noise away again."""
         self._scheduler = None
         self._attached.remove()
 
 
-class AttachedTokenNoise:
-    """Token noise on the ids that the input embeddings of a model see; its labels stay.
-
-    Args:
-        model: A model with `get_input_embeddings()`.
-        rate: See `nn.TokenNoise`.
-        special_tokens: Likewise; by default those that the configuration names, such as `pad_token_id`.
-
-    Raises:
-        TypeError: If the model does not tell its embeddings.
-        ValueError: For values out of range.
-    """
-
-    def __init__(self, model: nn.Module, rate: float, special_tokens: list[int] | None = None) -> None:
-        embedding: Any = input_embeddings(model)
-        if special_tokens is None:
-            config: Any = getattr(unwrapped(model), "config", None)
-            named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-            ids = [i for given in named for i in (given if isinstance(given, list) else [given])]
-            special_tokens = sorted({i for i in ids if i is not None and 0 <= i < embedding.num_embeddings})
-        self._noise = ours.TokenNoise(rate, embedding.num_embeddings, special_tokens)
-        self._noise.to(embedding.weight.device)
-        self._hook = embedding.register_forward_pre_hook(self._replace)
-
-    @property
-    def rate(self) -> float:
-        """Share of tokens that are replaced; may be set between steps."""
-        return self._noise.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._noise.rate = value
-
-    def remove(self) -> None:
-        """Take it away."""
-        self._hook.remove()
-        self.rate = 0.0  # code that was compiled before keeps the hook
-
-    def _replace(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (self._noise(args[0]), *args[1:]) if embedding.training else None
-
-
-def behind_branches(model: nn.Module) -> re.Pattern[str]:
-    """What matches attention and MLP of every block.
+def find_branches(model: nn.Module) -> re.Pattern[str]:
+    """Returns a pattern of the names of attention and MLP of every block.
 
     Raises:
         ValueError: If there are none.
     """
-    inner = unwrapped(model)
-    names = [f"{block}.{name}" for block in places(inner) for name in branches(inner.get_submodule(block))]
+    names = [f"{block}.{name}" for block in places(model) for name in branches(model.get_submodule(block))]
     if not names:
         raise ValueError(
-            f"found no attention or MLP in repeated layers of {type(inner).__name__}: give a pattern of "
+            f"found no attention or MLP in repeated layers of {type(model).__name__}: give a pattern of "
             "names of modules"
         )
-    # A wrapped model has the same modules under longer names.
-    return re.compile(r"(.*\.)?(" + "|".join(map(re.escape, names)) + ")")
+    return re.compile("|".join(map(re.escape, names)))
 
 
 class NoisyWeights(Passes):
-    """Every pass is made with noise on the weights.
+    """Noise on the weights in every pass.
 
     Args:
         noise: A `fastreg.WeightNoise`.
-        factor: Of its standard deviation, as a function of the step.
+        factor: Factor of its standard deviation, as a function of the step.
     """
 
     def __init__(self, noise: Any, factor: Times | None = None) -> None:
@@ -172,7 +130,7 @@ class NoisyWeights(Passes):
         self._noise, self._levels = noise, Noise(self.name, noise, factor)
 
     def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
-        """Noise for the length of a pass."""
+        """Adds noise for the length of a pass."""
 
         def noisy() -> Tensor:
             self._made = True
@@ -187,21 +145,18 @@ class NoisyWeights(Passes):
         return noisy
 
     def step(self, step: int | None = None) -> None:
-        """Set the level of the next step."""
+        """Sets the level of the next step."""
         super().step(step)
         self._levels.step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and count of the noise, and the step."""
+        """Returns seed and count of the noise, and the step of the schedule."""
         return {"noise": self._noise.state_dict(), "levels": self._levels.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the same noise."""
+        """Continues the noise that was saved."""
         self._noise.load_state_dict(state_dict["noise"])
         self._levels.load_state_dict(state_dict["levels"])
-
-    def remove(self) -> None:
-        """The weights are themselves between passes."""
 
 
 class Adversarial(Passes):
@@ -216,7 +171,7 @@ class Adversarial(Passes):
         self._attack = attack
 
     def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
-        """One pass at the weights, one under attack."""
+        """Makes one pass at the weights, and one under attack."""
 
         def attacked() -> Tensor:
             self._made = True
@@ -228,37 +183,72 @@ class Adversarial(Passes):
         return attacked
 
 
-class Agreement(Passes):
-    """R-Drop: the loss twice, and how far the logits of both passes are apart.
+class SharpnessAware(Callback):
+    """A second pass where `fastreg.SAM` has moved the weights.
+
+    Args:
+        optimizer: A `fastreg.SAM`.
+        model: Its model, of which BatchNorm sees the first pass only.
+    """
+
+    name = "sam"
+
+    def __init__(self, optimizer: Any, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
+
+    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+        """Perturbs by the first gradients and leaves the second ones; makes one pass where none is due."""
+
+        def twice() -> Tensor:
+            value = gradients()
+            if self._optimizer.due:
+                with watch:
+                    self._optimizer.first_step()
+                self._optimizer.zero_grad()
+                with frozen_running_stats(self._model):
+                    gradients()
+            return value
+
+        return twice
+
+    def accumulate(self) -> None:
+        """Restores the weights and keeps the gradients."""
+        if self._optimizer.perturbed:
+            self._optimizer.accumulate()
+
+
+class RDropCallback(Passes):
+    """R-Drop: evaluates the loss twice, and adds how far the logits of both passes are apart.
 
     Args:
         model: Returns logits: a tensor, an output with `logits`, or a tuple that starts with them.
-        alpha: Weight of the divergence.
+        alpha: Weight of the divergence, >= 0; 1 to 5 in the paper.
     """
 
-    def __init__(self, model: nn.Module, alpha: float) -> None:
+    def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
         super().__init__("r_drop")
-        self._alpha, self._compared = alpha, False
-        self._seen: list[tuple[Tensor, Tensor, Any]] | None = None  # of the calls within a loss
-        self._hook = unwrapped(model).register_forward_hook(self._see, with_kwargs=True)
+        self._alpha, self._compared = check_range("alpha", alpha, 0), False
+        self._calls: list[tuple[Tensor, Tensor, Any]] | None = None  # logits, counted positions, items
+        self._hook = unwrap_model(model).register_forward_hook(self._record, with_kwargs=True)
 
     def around_loss(self, loss: Evaluate) -> Evaluate:
-        """The mean of two, and the divergence."""
+        """Returns the mean of two losses, plus the divergence."""
 
         def both() -> Tensor:
             self._made = True
-            seen = self._seen = []
+            calls = self._calls = []
             try:
                 first, second = loss(), loss()
             finally:
-                self._seen = None
-            if len(seen) != 2:
+                self._calls = None
+            if len(calls) != 2:
                 raise RuntimeError(
-                    f"r_drop needs one call of the model in each evaluation of the loss, got {len(seen)} in 2"
+                    "r_drop needs one call of the model in each evaluation of the loss, got "
+                    f"{len(calls)} in 2"
                 )
-            (logits, counts, items), (logits2, *_) = seen
+            (logits, counts, items), (logits2, *_) = calls
             if not self._compared:
-                self._compared = True  # once: the answer has to be waited for
+                self._compared = True  # once, since the comparison waits for the device
                 if torch.equal(logits, logits2):
                     warnings.warn(
                         "r_drop: both passes over the first batch gave the same logits, so there is nothing "
@@ -274,11 +264,11 @@ class Agreement(Passes):
         return both
 
     def remove(self) -> None:
-        """Do not watch the model any more."""
+        """Removes the hook from the model."""
         self._hook.remove()
 
-    def _see(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self._seen is None:
+    def _record(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._calls is None:
             return
         logits = getattr(output, "logits", output)
         logits = logits[0] if isinstance(logits, tuple) else logits
@@ -286,16 +276,16 @@ class Agreement(Passes):
             raise TypeError(
                 f"r_drop needs logits; the output of {type(model).__name__} is a {type(output).__name__}"
             )
-        self._seen.append((logits, _counted(model, logits, kwargs), kwargs.get("num_items_in_batch")))
+        self._calls.append((logits, _counted(model, logits, kwargs), kwargs.get("num_items_in_batch")))
 
 
 def _counted(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The positions that count: those with a label, or else those that are no padding."""
+    """Returns which positions count: those with a label, or else those that are no padding."""
     for name, ignored in (("labels", -100), ("attention_mask", 0)):
-        given = kwargs.get(name)
-        if isinstance(given, Tensor) and given.shape == logits.shape[:-1]:
-            counts = given != ignored
-            if name == "labels" and given.dim() > 1 and shifts(model):  # each counts where it is predicted
+        mask = kwargs.get(name)
+        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+            counts = mask != ignored
+            if name == "labels" and mask.dim() > 1 and shifts(model):  # each counts where it is predicted
                 counts = torch.cat((counts[:, 1:], torch.zeros_like(counts[:, :1])), dim=1)
             return counts
     return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
