@@ -223,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS)
     )
+    parser.add_argument("--only", default="", metavar="NAME", help="kernels whose names begin with this")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
     if unknown := [target for target in options.targets if target not in TARGETS]:
@@ -231,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         row(audit(entry, target))
         for target in options.targets
         for entry in kernels.entries(TARGETS[target].warp_size, target)
+        if entry.name.startswith(options.only)
     ]
     print(table(rows))
     if options.json:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from fastreg.optim import registry
 
 from . import audit, chains, kernels, report
 from .suite import OURS
@@ -22,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- rendered by `make render` -->", "<!-- end of what is rendered -->"
 VERSIONS = "<!-- versions, rendered by `make render` -->"
+OPTIMIZERS = re.compile("(?<=<!-- optimizers -->).*(?=<!-- end -->)")
 COLD_START = "<!-- cold start, rendered by `make render` -->"
 
 COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48, "dp": 28}
@@ -240,10 +244,16 @@ def cold_start() -> str:
     )
 
 
+def optimizers() -> str:
+    """The names of all optimizers, with their features."""
+    entries = registry.OPTIMIZERS.values()
+    return ", ".join(f"`{e.optimizer.__name__}`" + f" ({e.features})" * bool(e.features) for e in entries)
+
+
 def rendered() -> dict[Path, str]:
     """What the files should hold."""
     readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
+    text = OPTIMIZERS.sub(optimizers(), readme.read_text("utf-8"))
     for begin, what in ((BEGIN, performance), (COLD_START, cold_start), (VERSIONS, versions)):
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(END)

@@ -29,22 +29,35 @@ COMPILED = Path(__file__).resolve().parent / "benchmarks"
 """Tests that compile kernels instead of interpreting them, which takes a process of its own."""
 
 
-class Lion(torch.optim.Optimizer):
-    """The oracle for Lion, as the paper has it."""
+class Oracle(torch.optim.Optimizer):
+    """Base of oracles that torch has not: options are defaults of the class, `update` steps a parameter."""
 
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+    options: dict[str, Any] = {}
+
+    def __init__(self, params, **options):
+        super().__init__(params, {"weight_decay": 0.0, **self.options, **options})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
                 if p.grad is not None:
-                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.sub_(lr * (beta1 * m + (1 - beta1) * p.grad).sign())
-                    m.mul_(beta2).add_((1 - beta2) * p.grad)
+                    self.update(p, self.state[p], **group)
+
+    def update(self, p, state, **group):
+        raise NotImplementedError
+
+
+class Lion(Oracle):
+    """As the paper has it."""
+
+    options = {"lr": 1e-4, "betas": (0.9, 0.99)}
+
+    def update(self, p, state, lr, betas, weight_decay, **group):
+        m = state.setdefault("exp_avg", torch.zeros_like(p))
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(lr * (betas[0] * m + (1 - betas[0]) * p.grad).sign())
+        m.mul_(betas[1]).add_((1 - betas[1]) * p.grad)
 
 
 class Rule(NamedTuple):

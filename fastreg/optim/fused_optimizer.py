@@ -38,8 +38,9 @@ class FusedOptimizer(MultiTensorOptimizer):
     """
 
     def _init_components(
-        self, rule: Component, decay_kind: str | None, regularizers: Iterable[Component], seed: int | None,
-        bf16: str, state_dtype: torch.dtype | None, nonfinite: str,
+        self, rule: Component, decay_kind: str | None, regularizers: Iterable[Component] = (),
+        seed: int | None = None, bf16: str = "stochastic", state_dtype: torch.dtype | None = None,
+        nonfinite: str = "propagate",
     ) -> None:  # fmt: skip
         """Put the components together.
 

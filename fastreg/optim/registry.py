@@ -11,6 +11,8 @@ from .fused_optimizer import FusedOptimizer
 from .lion import Lion
 from .sgd import SGD
 
+__all__ = ["SGD", "Adam", "AdamW", "Lion"]
+
 
 @dataclass(frozen=True)
 class OptimizerEntry:
@@ -18,11 +20,13 @@ class OptimizerEntry:
 
     Attributes:
         optimizer: The class that users import.
+        features: Named in parentheses by the README.
         variants: Options by the name that chains of the benchmarks use; each has a row in
             `benchmarks/chains.py`, so that the audit limits its cost.
     """
 
     optimizer: type[FusedOptimizer]
+    features: str = ""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -33,10 +37,11 @@ class OptimizerEntry:
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerEntry(AdamW, {"AdamW": {}, "AdamW-cautious": {"decay": "cautious"}}),
-    "adam": OptimizerEntry(Adam, {"Adam-amsgrad": {"amsgrad": True, "weight_decay": 0.1}}),
+    "adamw": OptimizerEntry(AdamW, "", {"AdamW": {}, "AdamW-cautious": {"decay": "cautious"}}),
+    "adam": OptimizerEntry(Adam, "AMSGrad", {"Adam-amsgrad": {"amsgrad": True, "weight_decay": 0.1}}),
     "sgd": OptimizerEntry(
         SGD,
+        "momentum, dampening, Nesterov",
         {
             "SGD": {},
             "SGD-momentum": {"momentum": 0.9},
@@ -44,6 +49,6 @@ OPTIMIZERS = {
             "SGD-nesterov": {"momentum": 0.9, "nesterov": True},
         },
     ),
-    "lion": OptimizerEntry(Lion, {"Lion": {}}),
+    "lion": OptimizerEntry(Lion, "", {"Lion": {}}),
 }
 """All optimizers, by the name that a recipe gives them."""
