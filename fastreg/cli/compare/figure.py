@@ -23,8 +23,8 @@ SPARE = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#cc3311", "#44aa99",
     "#b8860b", "#7b5ea7", "#8c564b", "#6b8e23", "#ee3377", "#4477aa", "#5d4037",
 )  # fmt: skip
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
-"""Line styles of the first, second and third curve of one colour."""
+DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1, 1, 1)))
+"""Line styles of the curves of one colour, in their order."""
 INK, FAINT = "#222222", "#dddddd"
 LINE = 0.205
 """Height of a curve's name, in inches."""
