@@ -1,11 +1,16 @@
-"""Finds the model inside the wrappers that other libraries put around it."""
+"""Finds models and optimizers inside the wrappers that other libraries put around them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+_OPTIMIZERS = ("optimizer", "original_optimizer", "base_optimizer")
+"""Attributes under which wrappers of accelerate, Opacus and fastreg keep their optimizer."""
 
 
 def unwrap_model(model: nn.Module, *, peft: bool = False) -> nn.Module:
@@ -42,3 +47,13 @@ def _wrappers() -> tuple[type, ...]:
     fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     classes: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return (*classes, fsdp.FullyShardedDataParallel) if fsdp is not None else classes
+
+
+def wrapped_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """Yields an optimizer and each that it wraps, from the outside in.
+
+    Known wrappers are those of fastreg (`Lookahead`, `SAM`, `DPOptimizer`), accelerate and Opacus.
+    """
+    while isinstance(optimizer, torch.optim.Optimizer):
+        yield optimizer
+        optimizer = next((vars(optimizer)[name] for name in _OPTIMIZERS if name in vars(optimizer)), None)

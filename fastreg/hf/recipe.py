@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -16,33 +14,10 @@ from ..recipe import Regularization
 from ..recipe.callbacks import Callback, Callbacks
 from ..recipe.model_callbacks import SharpnessAware
 
-Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
-"""A recipe, its fields as a dictionary, or a YAML file of them."""
-
 SAVED = "fastreg.pt"
 """In a checkpoint: what callbacks save."""
 
 OPTIMIZER_ARGUMENTS = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-
-
-def read(recipe: Recipe) -> Regularization:
-    """The recipe itself.
-
-    Raises:
-        OSError: If a file cannot be read.
-        TypeError: For anything else than a recipe.
-        ValueError: As `Regularization`.
-    """
-    if isinstance(recipe, Regularization):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return Regularization.from_dict(recipe)
-    if isinstance(recipe, (str, PathLike)):
-        return Regularization.from_yaml(recipe)  # type: ignore[arg-type]
-    raise TypeError(
-        "recipe must be a fastreg.Regularization, a dictionary of its fields or a YAML file, got "
-        f"{recipe!r:.60}"
-    )
 
 
 def check(args: Any) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..recipe.regularization import Recipe, read_recipe
 from . import averages
 from .agreement import Agreeing
 from .clipping import Clipping
-from .recipe import AppliedRecipe, Recipe, read
+from .recipe import AppliedRecipe
 from .scaling import Scaling
 from .second_pass import SecondPass
 from .unwrap import engine_of, is_ours, sam_of, unwrapped
@@ -55,7 +56,7 @@ class FastregTrainerMixin:
     def __init__(
         self, *args: Any, recipe: Recipe | None = None, same_masks: bool = True, **kwargs: Any
     ) -> None:
-        given = None if recipe is None else read(recipe)
+        given = None if recipe is None else read_recipe(recipe)
         self._second_pass, self._clipping = SecondPass(same_masks), Clipping()
         self._applied: AppliedRecipe | None = None
         self._agreed = False

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import optim
-from ..common.unwrap import unwrap_model
+from ..common.unwrap import unwrap_model, wrapped_optimizers
 from ..nn import TransformerWithDropout
 from ..optim.registry import OPTIMIZERS
 from .callbacks import Callback, Callbacks
@@ -43,10 +43,25 @@ def build(
     recipe: Regularization, model: nn.Module, lr: float | None, steps: int | None, seed: int | None
 ) -> tuple[Any, Callbacks]:
     """Makes the optimizer and the callbacks of a recipe, see `Regularization.apply`."""
+    optimizer = make_optimizer(recipe, make_groups(recipe, unwrap_model(model), lr), lr, steps, seed)
+    return optimizer, make_callbacks(recipe, model, optimizer, steps, seed)
+
+
+def make_callbacks(
+    recipe: Regularization, model: nn.Module, optimizer: Any, steps: int | None, seed: int | None
+) -> Callbacks:
+    """Returns the callbacks of a recipe; a model is left as it was where an error is raised.
+
+    Args:
+        recipe: The recipe.
+        model: The model.
+        optimizer: The optimizer; SAM in it makes two passes, whether the recipe or somebody else made it.
+        steps: Optimizer steps of the whole run.
+        seed: Base of the random numbers of weight noise.
+    """
     model = unwrap_model(model)
     rates = dropout_rates(recipe, steps)
     factors = {name: _factor(recipe, name, steps) for name in EFFECTS}
-    optimizer = make_optimizer(recipe, make_groups(recipe, model, lr), lr, steps, seed)
     callbacks = Callbacks()
     try:
         if rates:
@@ -54,12 +69,13 @@ def build(
         for name in EFFECTS:
             if (settings := vars(recipe)[name]) is not None:
                 callbacks.append(_effect(name, settings, factors[name], model, steps, seed))
-        if recipe.sam is not None:
-            callbacks.append(SharpnessAware(optimizer, model))
+        layers = wrapped_optimizers(optimizer)
+        if (sam := next((layer for layer in layers if isinstance(layer, optim.SAM)), None)) is not None:
+            callbacks.append(SharpnessAware(sam, model))
     except BaseException:
         callbacks.remove()
         raise
-    return optimizer, callbacks
+    return callbacks
 
 
 def check(recipe: Regularization) -> None:
@@ -131,9 +147,10 @@ def dropout_rates(recipe: Regularization, steps: int | None) -> list[dict[str, A
 
 
 def make_optimizer(
-    recipe: Regularization, params: Any, lr: float | None, steps: int | None, seed: int | None
-) -> Any:
-    """Returns the optimizer, within `fastreg.SAM` if the recipe has it."""
+    recipe: Regularization, params: Any, lr: float | None, steps: int | None, seed: int | None,
+    regularizers: Iterable[optim.Component] = (),
+) -> Any:  # fmt: skip
+    """Returns the optimizer with components besides the recipe's, in `fastreg.SAM` if the recipe has it."""
     settings: dict[str, Any] = dict(recipe.optimizer)  # type: ignore[arg-type]
     name = settings.pop("name", "adamw")
     factory = OPTIMIZERS[name].optimizer
@@ -148,7 +165,7 @@ def make_optimizer(
         settings["betas"] = tuple(settings["betas"])
     decay = weight_decay(recipe)
     settings |= {"weight_decay": decay.rate, "decay": decay.kind, "seed": seed}
-    settings["regularizers"] = make_components(recipe, steps)
+    settings["regularizers"] = [*make_components(recipe, steps), *regularizers]
     if lr is not None:
         settings["lr"] = lr
     if recipe.sam is None:

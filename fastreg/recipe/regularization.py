@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,27 @@ def _yaml() -> Any:
     except ImportError:
         raise ImportError("recipes in YAML need pyyaml: pip install pyyaml, or use from_dict") from None
     return yaml
+
+
+Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
+"""A recipe, its fields as a dictionary, or a YAML file of them."""
+
+
+def read_recipe(recipe: Recipe) -> Regularization:
+    """Returns the recipe that is given in one of the forms of `Recipe`.
+
+    Raises:
+        OSError: If a file cannot be read.
+        TypeError: For anything else than a recipe.
+        ValueError: As `Regularization`.
+    """
+    if isinstance(recipe, Regularization):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Regularization.from_dict(recipe)
+    if isinstance(recipe, (str, PathLike)):
+        return Regularization.from_yaml(recipe)  # type: ignore[arg-type]
+    raise TypeError(
+        "recipe must be a fastreg.Regularization, a dictionary of its fields or a YAML file, got "
+        f"{recipe!r:.60}"
+    )
