@@ -17,6 +17,7 @@ from fastreg.engine.plan import Variant
 from fastreg.engine.stage import Chain
 from fastreg.optim import registry
 from fastreg.optim.model_average import Averaging
+from fastreg.optim.perturb import Restore
 from fastreg.privacy.noise import Noise, PrivateNoise
 
 MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.999, 0.05, 5, 0.5
@@ -236,9 +237,11 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
         made = fastreg.Lookahead(torch.optim.SGD([parameter]))._sync  # type: ignore[assignment]
     elif name == "weight noise":
         made = fastreg.WeightNoise([parameter], STD)._pass  # type: ignore[assignment]
+    elif name == "SAM restore":
+        made = Restore()
+        made.param_groups = [{"params": [parameter]}]
     else:
-        made = fastreg.SAM([parameter], torch.optim.SGD)._ascent
-        made._mode.restoring, made._mode.adaptive = name == "SAM restore", name == "ASAM climb"
+        made = fastreg.SAM([parameter], torch.optim.SGD, adaptive=name == "ASAM climb")._pass
     chain = made.chain(made.param_groups[group], parameter.dtype)
     return Shipped(name, storage, chain, (parameter.dtype, dtype, *_held(made, chain, parameter)), budget)
 

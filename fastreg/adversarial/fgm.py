@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..common.unwrap import unwrap_model
 from ..common.validation import check_choice, check_range
-from ..optim.perturb import Ascent
+from ..optim.perturb import PerturbByGradient
 
 
 class FGM:
@@ -56,10 +56,10 @@ class FGM:
         self.epsilon = epsilon
         # One pass for each parameter: a pass takes the norm over all of its parameters.
         self._passes = [
-            Ascent([{"params": [p], "rho": 0.0, "adaptive": False, "eta": 0.0}], rounding)
+            PerturbByGradient([{"params": [p], "rho": 0.0, "adaptive": False, "eta": 0.0}], rounding)
             for p in self.parameters
         ]
-        self._attacked: list[tuple[Ascent, list[Tensor]]] = []
+        self._attacked: list[tuple[PerturbByGradient, list[Tensor]]] = []
 
     @property
     def epsilon(self) -> float:
@@ -82,15 +82,15 @@ class FGM:
             frozen = not any(p.requires_grad for p in self.parameters)
             fix = "they are frozen, set modules or requires_grad" if frozen else "call loss.backward() before"
             raise RuntimeError(f"attack() needs gradients of the embeddings: {fix}")
-        for climber in self._passes if self.epsilon else ():
-            climber.param_groups[0]["rho"] = self.epsilon
-            self._attacked.append((climber, climber.climb()))
+        for perturb in self._passes if self.epsilon else ():
+            perturb.param_groups[0]["rho"] = self.epsilon
+            self._attacked.append((perturb, perturb.perturb()))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restores the embeddings, if they are moved."""
-        for climber, moved in self._attacked:
-            climber.restore(moved)
+        for perturb, moved in self._attacked:
+            perturb.restore(moved)
         self._attacked = []
 
     @contextlib.contextmanager

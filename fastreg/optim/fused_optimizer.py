@@ -88,7 +88,7 @@ class FusedOptimizer(MultiTensorOptimizer):
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._grad_norm = GradNorm(clip, bool(needed), nonfinite)
         msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
-        rule, descend = msam.around(rule, decay_kind) if msam else (rule, Descend())
+        rule, descend = msam.adapt(rule, decay_kind) if msam else (rule, Descend())
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
         own = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
         self._set_components((*own, *regularizers, descend), seed)

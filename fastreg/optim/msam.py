@@ -1,8 +1,8 @@
 """Momentum-SAM: sharpness-aware minimization with one backward pass, inside the step.
 
 The weight in memory is w - c v, with the momentum v and c = ρ/‖v‖.  A step measures the momentum that it
-will make (one read of momentum and gradient); then, in one pass, it takes c v out, updates w and puts the new
-c v in.
+will make (one read of momentum and gradient).  Then, in one pass, it adds the last step's c v, updates w and
+subtracts the new c v.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.validation import check_range
 from ..engine import layout
 from ..engine.batch import NormSpec
 from ..engine.component import Component, Phase, Work
+from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
 from ..engine.grad_norm import measured
 from ..engine.stage import Stage
 from ..reference import ascent, rules
 from ..reference.norm import Measured
-from ..reference.step import scalar_dtype
-from . import weight_averages
-from .weight_averages import Average
+from .weight_averages import FIRST_MOMENTS, Average
 
 TINY = 1e-12
 """Added to norms that are divided by, as in the published implementations."""
@@ -36,8 +36,8 @@ class MSAM(Average):
 
     For `SGD` with momentum, `Adam` and `AdamW` (v is `exp_avg`); works with accumulation, loss scaling and
     training loops that know nothing of it.  While training, parameters hold the perturbed weights, which is
-    also what a model saved then holds; `optimizer.eval()`, or `with optimizer.averaged("msam"):`, shows the
-    weights themselves.  Averages and Lookahead work on the weights themselves.  A parameter that has no
+    also what a model saved then holds; `optimizer.eval()`, or `with optimizer.averaged("msam"):`, swaps in
+    the weights themselves.  Averages and Lookahead work on the weights themselves.  A parameter that has no
     gradient at a step keeps its perturbation.
 
     Args:
@@ -55,100 +55,88 @@ class MSAM(Average):
     phase = Phase.PERTURB
     name = "msam"
     computed = True
-    _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, device_scalars=("size",))
+    _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, device_scalars=("perturbation",))
 
     def __init__(self, rho: float = 0.3) -> None:
-        self.rho = weight_averages.check_range("rho", rho, 0)
-        self._sizes: dict[torch.device, Tensor] = {}  # [2]: in the weight, and after this step
-        self._limits: dict[torch.device, Tensor] = {}
-        self._loaded = 0.0
+        self.rho = check_range("rho", rho, 0)
+        self._perturbations = DeviceScalars(0.0, 0.0)  # in the weight, and after this step
 
-    def around(self, rule: Component, decay_kind: str | None) -> tuple[Component, Component]:
-        """The rule that takes the former perturbation out and hands on its momentum, and what descends."""
+    def adapt(self, rule: Component, decay_kind: str | None) -> tuple[Component, Component]:
+        """Returns the components in place of an update rule and of `Descend`, which hand on the momentum."""
         return _Rule(rule, self, decay_kind), _Descend()
 
     def options(self) -> dict[str, Any]:
-        """What ρ/‖v‖ was at the latest step."""
+        """Returns ρ/‖v‖ before the first step."""
         return {"msam_size": 0.0}
 
     def save(self, groups: list[dict[str, Any]]) -> None:
-        """The size of the perturbation in the weights."""
+        """Saves the size of the perturbation in the weights."""
         for group in groups:
             group["msam_size"] = self.size
 
     def load(self, groups: list[dict[str, Any]]) -> None:
-        """Likewise."""
-        self._loaded, self._sizes = float(groups[0].get("msam_size", 0.0)) if groups else 0.0, {}
+        """Loads the size of the perturbation in the weights."""
+        self._perturbations = DeviceScalars(float(groups[0].get("msam_size", 0.0)) if groups else 0.0, 0.0)
 
     @property
     def size(self) -> float:
-        """ρ/‖v‖ in the weights; waits for the device."""
-        return next((float(sizes[0]) for sizes in self._sizes.values()), self._loaded)
+        """The ρ/‖v‖ in the weights; reading it waits for the device."""
+        return next(
+            (float(value[0]) for value in self._perturbations.values()), self._perturbations.initial[0]
+        )
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
+        """Returns the stage, the same for all groups."""
         return self._stage
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The size after this step."""
-        return (self._size(device)[1],)
+        """Returns the size of the perturbation after this step."""
+        return (self._perturbations[device][1],)
 
-    def former(self, device: torch.device) -> Tensor:
-        """The size in the weights."""
-        return self._size(device)[0]
+    def prev_perturbation(self, device: torch.device) -> Tensor:
+        """Returns the size of the perturbation in the weights."""
+        return self._perturbations[device][0]
 
     def prepare(self, work: Work) -> None:
-        """Measure the momentum that this step will have."""
+        """Measures the momentum that this step will have."""
         for tensor, state in zip(work.tensors, work.states, strict=True):
-            if (own := state.pop("msam_size", None)) is not None:  # it was absent: as if it had not been
-                momentum = _momentum(state).to(tensor.dtype)
-                tensor.add_(momentum * (own - self.former(tensor.device)).to(tensor.dtype))
-        result = Measured(*measured(work, self._limit, NormSpec(momentum=True)))
+            if (prev := state.pop("msam_size", None)) is not None:  # from before it had no gradient
+                momentum = layout.local(_momentum(state)).to(tensor.dtype)
+                tensor.add_(momentum * (prev - self.prev_perturbation(tensor.device)).to(tensor.dtype))
+        result = Measured(*measured(work, NO_CLIPPING.__getitem__, NormSpec(momentum=True)))
         size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
-            self._size(device)[1].copy_(size, non_blocking=True)
+            self._perturbations[device][1].copy_(size, non_blocking=True)
 
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
-        """What has been put in is in, unless the step was skipped; who was absent keeps what it has."""
+        """Commits the new size unless the step was skipped; parameters without gradient keep theirs."""
         for tensor, state in work.absent:
-            if any(name in state for name in weight_averages.FIRST_MOMENTS):
-                state.setdefault("msam_size", self.former(tensor.device).clone())
+            if any(name in state for name in FIRST_MOMENTS):
+                state.setdefault("msam_size", self.prev_perturbation(tensor.device).clone())
         for device in dict.fromkeys(batch.device for batch, _ in work.batches):
-            former, new = self._size(device)
-            former.copy_(torch.where(flags[device][0] == 0, new, former) if device in flags else new)
+            prev, new = self._perturbations[device]
+            prev.copy_(torch.where(flags[device][0] == 0, new, prev) if device in flags else new)
 
     def begun(self, step: int) -> bool:
-        """After the first step."""
+        """Returns whether a step has perturbed the weight."""
         return step > 0
 
-    def shown(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
-        """The weight itself."""
-        momentum = next(state[name] for name in weight_averages.FIRST_MOMENTS if name in state)
-        return parameter.detach() + momentum.to(parameter.dtype) * float(state.get("msam_size", self.size))
-
-    def _size(self, device: torch.device) -> Tensor:
-        if device not in self._sizes:
-            start = torch.tensor([self.size, 0.0], dtype=scalar_dtype(device), device=device)
-            self._sizes[device] = start
-        return self._sizes[device]
-
-    def _limit(self, device: torch.device) -> Tensor:
-        """No clipping, no scale: the stages before have seen to both."""
-        if device not in self._limits:
-            self._limits[device] = torch.tensor([torch.inf, 1.0], dtype=scalar_dtype(device), device=device)
-        return self._limits[device]
+    def value(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
+        """Returns the weight without the perturbation."""
+        momentum = _momentum(state).to(parameter.dtype)
+        return parameter.detach() + momentum * float(state.get("msam_size", self.size))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start from the size in the weights."""
-        return {**vars(self), "_sizes": {}, "_limits": {}, "_loaded": self.size}
+        """Returns what copies and pickles keep: the size in the weights, on no device."""
+        return {**vars(self), "_perturbations": DeviceScalars(self.size, 0.0)}
 
 
 def _momentum(state: dict[str, Any]) -> Tensor:
-    return layout.local(next(state[name] for name in weight_averages.FIRST_MOMENTS if name in state))
+    return next(state[name] for name in FIRST_MOMENTS if name in state)
 
 
 class _Rule(Component):
-    """An update rule of which MSAM's form is taken."""
+    """An update rule that restores the weight before, and hands on its momentum."""
 
     phase = Phase.RULE
 
@@ -156,7 +144,7 @@ class _Rule(Component):
         self._rule, self._msam, self._decay_kind = rule, msam, decay_kind
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """The rule's, which is another function with one more scalar."""
+        """Returns the stage of the rule, marked."""
         stage = self._rule.stage(group)
         if stage is None or stage.reference not in _RULES:
             raise ValueError(
@@ -168,20 +156,20 @@ class _Rule(Component):
         return replace(stage, device_scalars=("prev_perturbation",), momentum=True)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Those of the rule."""
+        """Returns the scalars of the rule."""
         return self._rule.step_scalars(group, step)
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The size of the perturbation to take out."""
-        return (self._msam.former(device),)
+        """Returns the size of the perturbation in the weights."""
+        return (self._msam.prev_perturbation(device),)
 
 
 class _Descend(Component):
-    """Takes the update off the weight and leaves the momentum."""
+    """Subtracts the update from the weight, and leaves the momentum."""
 
     phase = Phase.DESCEND
     _stage = Stage("rules.descend_with_momentum", rules.descend_with_momentum)
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
+        """Returns the stage, the same for all groups."""
         return self._stage

@@ -22,7 +22,7 @@ from ..engine import layout
 from ..engine.state import BACKUP
 from . import weight_averages
 from .fused_optimizer import FusedOptimizer
-from .perturb import Ascent
+from .perturb import PerturbByGradient
 from .wrapper import Wrapper, evaluated, no_gradients
 
 CLOSURES = ("second", "both")
@@ -112,7 +112,7 @@ class SAM(Wrapper):
         self._complete()
         for group in self.param_groups:
             _check(group)
-        self._ascent = Ascent(self.param_groups, rounding)
+        self._pass = PerturbByGradient(self.param_groups, rounding)
         self._perturbed: list[Tensor] = []
         self._accumulated: dict[Tensor, Tensor] = {}
         self._bad: Tensor | None = None
@@ -164,7 +164,7 @@ class SAM(Wrapper):
     @property
     def perturbation_norm(self) -> Tensor | None:
         """The norm of the first gradients, as they were, at the latest `first_step`; 0-d, on the device."""
-        return self._ascent.norm
+        return self._pass.norm
 
     def _set(self, key: str, value: Any) -> None:
         for group in self.param_groups:
@@ -188,9 +188,9 @@ class SAM(Wrapper):
             raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:
-            self._ascent.param_groups = self.param_groups
-            self._perturbed = self._ascent.climb()
-            if (bad := self._ascent.bad) is not None:
+            self._pass.param_groups = self.param_groups
+            self._perturbed = self._pass.perturb()
+            if (bad := self._pass.bad) is not None:
                 self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
         self._set("perturbed", True)
         if zero_grad:
@@ -200,8 +200,8 @@ class SAM(Wrapper):
     def restore(self) -> None:
         """Bring perturbed weights back without a step."""
         if self._perturbed:
-            self._ascent.param_groups = self.param_groups
-            self._ascent.restore(self._perturbed)
+            self._pass.param_groups = self.param_groups
+            self._pass.restore(self._perturbed)
             layout.reshard(self._perturbed)  # what FSDP2 has gathered of them may be in use still
         self._perturbed = []
         self._set("perturbed", False)
@@ -308,17 +308,17 @@ class SAM(Wrapper):
         self._accumulated = {}
         perturbed, self._perturbed = self._perturbed, []
         bad, self._bad = self._bad, None
-        self._ascent.param_groups = self.param_groups
+        self._pass.param_groups = self.param_groups
         try:
             if isinstance(self.base_optimizer, FusedOptimizer):
                 self._step_fused(self.base_optimizer, perturbed, amp.scaling(self, grad_scaler), bad)
             else:
-                self._ascent.restore(perturbed)
+                self._pass.restore(perturbed)
                 perturbed = []
                 if not self._overflows(grad_scaler, bad):
                     self.base_optimizer.step()
         except BaseException:
-            self._ascent.restore(perturbed)
+            self._pass.restore(perturbed)
             raise
         finally:
             self._set("perturbed", False)
@@ -333,15 +333,15 @@ class SAM(Wrapper):
             scaling = scaling._replace(found_inf=found)
         stepped = [p for p in perturbed if p.grad is not None]
         for p in stepped:
-            base.state[p][BACKUP.name] = self._ascent.state[p][BACKUP.name]
+            base.state[p][BACKUP.name] = self._pass.state[p][BACKUP.name]
         try:
             base.step(grad_scaler=scaling if scaling != amp.Scaling() else None)
         finally:
             for p in stepped:
                 base.state[p].pop(BACKUP.name, None)
-        self._ascent.restore([p for p in perturbed if p.grad is None])
+        self._pass.restore([p for p in perturbed if p.grad is None])
         if base.skip_flags:  # a step that a device has skipped has not brought them back
-            self._ascent.restore(stepped, {device: 1 - flag for device, flag in base.skip_flags.items()})
+            self._pass.restore(stepped, {device: 1 - flag for device, flag in base.skip_flags.items()})
 
     def _overflows(self, scaler: Any, bad: Tensor | None) -> bool:
         """Unscale gradients for an optimizer that does not itself, and tell whether to leave out the step."""
@@ -393,8 +393,8 @@ class SAM(Wrapper):
 
     # Checkpoints ----------------------------------------------------------------------------------------
 
-    def _own(self) -> Ascent:
-        return self._ascent
+    def _own(self) -> PerturbByGradient:
+        return self._pass
 
     def _saved(self) -> dict[str, str]:
         return self._all_saved() if self._perturbed else {"step": "sam_count"}
@@ -409,7 +409,7 @@ class SAM(Wrapper):
             p
             for group in self.param_groups
             for p in group["params"]
-            if BACKUP.name in self._ascent.state.get(p, {})
+            if BACKUP.name in self._pass.state.get(p, {})
         ]
         self._accumulated, self._bad = {}, None
 

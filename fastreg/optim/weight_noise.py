@@ -16,15 +16,14 @@ from torch import Tensor
 from ..common.random import Purpose, key
 from ..common.validation import check_range
 from ..engine import layout
-from ..engine.component import Phase
-from ..engine.multi_tensor_optimizer import Operands
+from ..engine.component import Component, Phase
 from ..engine.stage import Stage
 from ..engine.state import BACKUP
 from ..reference import ascent as reference
-from .perturb import Excursion, Leaving, Mode
+from .perturb import Perturb
 
 
-class _Noise(Leaving):
+class _Noise(Component):
     """Adds noise to the weight."""
 
     phase = Phase.RULE
@@ -44,21 +43,21 @@ class _Noise(Leaving):
         return (key(seed, Purpose.WEIGHT_NOISE),)
 
 
-class _Noising(Excursion):
-    """The pass over all parameters, with gradients or without."""
+class PerturbByNoise(Perturb):
+    """Adds noise to all weights, with gradients or without."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], rounding: str, seed: int | None) -> None:
-        mode = Mode()
-        self._equip(mode, (_Noise(mode),), rounding, seed)
+        self._set_perturbation((_Noise(),), rounding, seed)
         super().__init__(params, defaults)
-
-    def _leaving(self, every: Operands) -> Operands:
-        return every._replace(gradients=list(every.parameters))  # of which the stage reads nothing
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All of them."""
+        """The parameters of all groups."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def perturb(self) -> None:
+        """Adds noise to all weights."""
+        self._run_step(self._operands(self.parameters))  # the stage reads no gradients
 
 
 class WeightNoise:
@@ -106,7 +105,7 @@ class WeightNoise:
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
         defaults = {"std": check_range("std", std, 0), "relative": bool(relative)}
-        self._pass = _Noising(params, defaults, rounding, seed)
+        self._pass = PerturbByNoise(params, defaults, rounding, seed)
         for group in self.param_groups:
             check_range("std", group["std"], 0)
         for p in self._pass.parameters:
@@ -162,7 +161,7 @@ class WeightNoise:
         """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        self._pass.climb()
+        self._pass.perturb()
         self._perturbed = True
         layout.reshard(self._pass.parameters)
 

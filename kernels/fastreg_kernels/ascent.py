@@ -1,6 +1,6 @@
-"""What is done to the weight before a backward pass: sharpness-aware minimization, and noise.
+"""Stages that perturb weights before a backward pass: sharpness-aware minimization, and noise.
 
-The form of a stage is told in `rules`.
+`rules` describes the form of a stage.
 """
 
 import triton
@@ -15,18 +15,18 @@ def adaptive(p, u, at, factor, offset):
 
 
 @triton.jit
-def perturb(p, u, at, backup, size, rho):
-    return tl.where(size > 0, p + rho * (size * u), p), u, (p,)
+def perturb(p, u, at, backup, inverse_norm, rho):
+    return tl.where(inverse_norm > 0, p + rho * (inverse_norm * u), p), u, (p,)
 
 
 @triton.jit
-def perturb_adaptive(p, u, at, backup, size, factor, offset, rho):
-    return perturb(p, (factor * tl.abs(p) + offset) * u, at, backup, size, rho)
+def perturb_adaptive(p, u, at, backup, inverse_norm, factor, offset, rho):
+    return perturb(p, (factor * tl.abs(p) + offset) * u, at, backup, inverse_norm, rho)
 
 
 @triton.jit
-def perturb_momentum(p, u, at, size):
-    return p - size * u, u, ()
+def perturb_momentum(p, u, at, perturbation):
+    return p - perturbation * u, u, ()
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from fastreg.engine.batch import Batch, NormSpec
 from fastreg.engine.rounding import Rounding
 from fastreg.engine.stage import PLAIN, Buffer, Chain, Stage
 from fastreg.optim.msam import MSAM, _Descend
-from fastreg.optim.perturb import _Adaptive, _Perturb
+from fastreg.optim.perturb import _Ascend, _ScaleByWeights
 from fastreg.reference import rules
 from fastreg.reference.step import compute_dtype
 
@@ -36,9 +36,9 @@ DESCEND = Stage("rules.descend", rules.descend)
 MOMENTUM = (_Descend._stage, MSAM._stage)
 # The stages, and the numbers of all of them.
 CHAINS = {
-    "adaptive": ((_Adaptive._stage, DESCEND), [1.0, 0.01]),
-    "perturb": ((_Perturb._plain,), [0.05]),
-    "perturb_adaptive": ((_Adaptive._stage, _Perturb._adaptive), [1.0, 0.01, 1.0, 0.01, 0.5]),
+    "adaptive": ((_ScaleByWeights._stage, DESCEND), [1.0, 0.01]),
+    "perturb": ((_Ascend._plain,), [0.05]),
+    "perturb_adaptive": ((_ScaleByWeights._stage, _Ascend._adaptive), [1.0, 0.01, 1.0, 0.01, 0.5]),
     "perturb_momentum": ((MSAM._stage,), []),
     "sgd_momentum_msam": (
         (rule("sgd_momentum", ["momentum_buffer"], 3), *MOMENTUM), [0.9, 0.7, 0.1],
