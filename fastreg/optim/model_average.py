@@ -1,4 +1,4 @@
-"""The pass that takes the weights of a model into averages.
+"""The pass that updates the averages of an `AveragedModel`.
 
 Its parameters are the averages, its "gradients" the weights.
 """
@@ -20,7 +20,7 @@ from .weight_averages import dither
 
 
 class _Averaged(Component):
-    """average ← average + weight · (p - average)."""
+    """Updates averages: average ← average + weight · (p - average)."""
 
     phase = Phase.RULE
     _stage = Stage("regularizers.averaged", reference.averaged, step_scalars=2)
@@ -28,28 +28,28 @@ class _Averaged(Component):
     updates = 0
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """No state: the average is the parameter."""
+        """Returns the stage, which has no state: the average is the parameter."""
         return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The weight of what is new, and a dither."""
-        # The model counts, and saves it: this pass is made anew after loading.  A weight of 0 holds still.
+        """Returns the weight of the new p, and a dither."""
+        # `AveragedModel` stores the count of updates.  With a weight of 0 averages do not move at all.
         return self.weight, dither(self.updates) if self.weight else 0.0
 
 
 class _Rounded(Component):
-    """A narrow copy of the average."""
+    """Writes a narrow copy of the average."""
 
     phase = Phase.AVERAGE
     _stage = Stage("regularizers.rounded", reference.rounded, (Buffer("rounded"),))
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """In the group of those that have one."""
+        """Returns the stage for the group of averages that have such a copy."""
         return self._stage if group["rounded"] else None
 
 
 class Averaging(MultiTensorOptimizer):
-    """Averages, updated all at once.
+    """Updates many averages in one pass.
 
     Args:
         averages: Tensors or DTensors of any placement.
@@ -60,51 +60,42 @@ class Averaging(MultiTensorOptimizer):
         self._averaged = _Averaged()
         self._set_components((self._averaged, _Rounded()), seed=0)
         # Element by element, it does not matter where a shard lies in the whole.
-        own = [local_part(average) for average in averages]
+        shards = [local_part(average) for average in averages]
         copies = [None if copy is None else local_part(copy) for copy in rounded]
-        fused = [_alike(average, copy) for average, copy in zip(own, copies, strict=True)]
-        self._copied = [
-            (copy, average)
-            for average, copy, in_pass in zip(own, copies, fused, strict=True)
-            if copy is not None and not in_pass
-        ]
-        self._rounded = [
-            copy for copy, in_pass in zip(copies, fused, strict=True) if copy is not None and in_pass
-        ]
-        self._order = sorted(range(len(own)), key=fused.__getitem__)
-        groups = (
-            [a for a, in_pass in zip(own, fused, strict=True) if in_pass is wanted]
-            for wanted in (False, True)
-        )
+        fused = [_alike(average, copy) for average, copy in zip(shards, copies, strict=True)]
+        entries = list(zip(shards, copies, fused, strict=True))
+        self._copied = [(copy, a) for a, copy, in_pass in entries if copy is not None and not in_pass]
+        self._rounded = [copy for _, copy, in_pass in entries if copy is not None and in_pass]
+        self._order = sorted(range(len(shards)), key=fused.__getitem__)
         super().__init__(
             [
-                {"params": group, "rounded": wanted}
-                for group, wanted in zip(groups, (False, True), strict=True)
+                {"params": [a for a, _, in_pass in entries if in_pass is wanted], "rounded": wanted}
+                for wanted in (False, True)
             ],
             {},
         )
-        for average, copy, in_pass in zip(own, copies, fused, strict=True):
+        for average, copy, in_pass in entries:
             if in_pass:
                 self.state[average]["rounded"] = copy
 
     def run(self, weights: Sequence[Tensor], weight: float, updates: int) -> None:
-        """Update: average ← average + weight · (p - average), and what is rounded from it.
+        """Updates all averages, average ← average + weight · (p - average), and their rounded copies.
 
         Args:
-            weights: The p, placed as the averages.
+            weights: The p, sharded as the averages.
             weight: In [0, 1]; 1 copies.
-            updates: How many there were before.
+            updates: Number of updates before this one.
         """
         self._averaged.weight, self._averaged.updates = weight, updates
         self._run_step(self._operands([local_part(weights[i]) for i in self._order]))
-        self.round(own=False)
+        self.round(fused=False)
 
     @torch.no_grad()
-    def round(self, own: bool = True) -> None:
-        """Bring what is rounded up to date; without `own`, only what the pass does not reach."""
+    def round(self, fused: bool = True) -> None:
+        """Rounds all averages again; without `fused`, only those that the pass does not round."""
         for copy, average in self._copied:
             copy.copy_(average)
-        if own:
+        if fused:
             for average, state in self.state.items():
                 if "rounded" in state:
                     state["rounded"].copy_(average)
@@ -114,7 +105,7 @@ class Averaging(MultiTensorOptimizer):
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local part of a DTensor."""
+    """Returns the tensor itself, or the local part of a DTensor."""
     return tensor._local_tensor if layout.is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
