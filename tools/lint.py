@@ -61,12 +61,20 @@ def length(source: str, most: int) -> Iterator[Complaint]:
 
 def names(tree: ast.AST) -> Iterator[Complaint]:
     """Complains about variables, parameters, attributes and functions named by an ambiguous word."""
+    # `every: int` is a period, by the name that such parameters have everywhere.
+    period = any(
+        isinstance(n, ast.arg) and n.arg == "every" and _is_int(n.annotation) for n in ast.walk(tree)
+    )
     for node in ast.walk(tree):
         name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name
-        if isinstance(name, str) and name.strip("_") in AMBIGUOUS:
+        if isinstance(name, str) and name.strip("_") in AMBIGUOUS and not (period and name == "every"):
             yield getattr(node, "lineno", 1), f"`{name}` may mean many things: say what it holds"
+
+
+def _is_int(annotation: ast.expr | None) -> bool:
+    return isinstance(annotation, ast.Name) and annotation.id == "int"
 
 
 def signatures(tree: ast.AST) -> Iterator[Complaint]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.unwrap import unwrap_model
-from ..common.validation import check_choice, check_range
+from ..common.validation import check_range
 from ..optim.perturb import PerturbByGradient
 
 
@@ -52,7 +52,6 @@ class FGM:
         modules: nn.Module | list[nn.Module] | str | None = None, rounding: str = "stochastic",
     ) -> None:  # fmt: skip
         self.parameters = _perturbed(model, modules)
-        check_choice("rounding", rounding, ("stochastic", "nearest"))
         self.epsilon = epsilon
         # One pass for each parameter: a pass takes the norm over all of its parameters.
         self._passes = [

@@ -69,3 +69,30 @@ def supports_scaling(groups: list[dict[str, Any]], clips: bool) -> bool:
     Lightning refuses its own clipping for optimizers that unscale themselves.
     """
     return clips or any(group.get("fused") for group in groups)
+
+
+def unscale(optimizer: torch.optim.Optimizer, scaler: GradScaler | None, bad: Tensor | None) -> bool:
+    """Unscales the gradients of an optimizer around one that does not, and returns whether to skip its step.
+
+    Args:
+        optimizer: The outer optimizer, which the scaler steps.
+        scaler: The scaler; `None` where `step` is hidden from it, as by accelerate.
+        bad: Not 0: earlier gradients of the step were not finite.
+    """
+    if scaler is None:
+        hidden = scaling(optimizer, None)
+        if hidden.scale is not None:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(hidden.scale.to(p.grad))
+        flags = [] if hidden.found_inf is None else [hidden.found_inf, *([] if bad is None else [bad])]
+        return any(bool(flag.item()) for flag in flags)
+    state = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"] is OptState.READY:
+        scaler.unscale_(optimizer)
+    by_device = state["found_inf_per_device"]
+    if bad is not None:
+        earlier = by_device.get(bad.device)
+        by_device[bad.device] = bad.float() if earlier is None else torch.maximum(earlier, bad.to(earlier))
+    return any(bool(flag.item()) for flag in by_device.values())

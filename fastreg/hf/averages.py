@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
-from ..optim.weight_averages import SHOWN, TRAINED
+from ..optim.swap_averages import ACTIVE, TRAINED
 from ..optim.wrapper import Wrapper
 from .unwrap import layers, sam_of
 
 
 def shown(optimizer: Any) -> bool:
     """Whether parameters hold averages now."""
-    return any(SHOWN in group for group in optimizer.param_groups)
+    return any(ACTIVE in group for group in optimizer.param_groups)
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def hide(optimizer: Any) -> None:
 def continue_from_shown(optimizer: Any) -> None:
     """Go on from what parameters hold now, such as the best model, instead of what was trained."""
     for layer in layers(optimizer):
-        holder = layer._own() if isinstance(layer, Wrapper) else layer
+        holder = layer.state_holder if isinstance(layer, Wrapper) else layer
         for p, state in holder.state.items() if isinstance(holder, MultiTensorOptimizer) else ():
             if TRAINED in state:
                 state[TRAINED].copy_(p)

@@ -9,7 +9,8 @@ from .msam import MSAM
 from .registry import *  # noqa: F403
 from .regularizers import L1, L2SP, AdaptiveClip, ClipNorm, ClipValue, GradientNoise
 from .sam import SAM
-from .weight_averages import EMA, SWA, SlowWeights
+from .slow_weights import SlowWeights
+from .weight_averages import EMA, SWA
 from .weight_noise import WeightNoise
 
 __all__ = [

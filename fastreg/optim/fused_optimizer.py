@@ -5,8 +5,7 @@ How the pass runs is told in `passes`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from ..engine import layout
 from ..engine.component import Component, Phase
 from ..engine.counts import Verdict
 from ..engine.grad_norm import GradNorm
-from ..engine.multi_tensor_optimizer import Gradients, MultiTensorOptimizer
+from ..engine.multi_tensor_optimizer import Gradients
 from ..engine.rounding import Rounding
-from . import decay, weight_averages
+from . import decay
 from .msam import MSAM
 from .regularizers import ClipNorm
 from .rules import Descend, Maximize
+from .swap_averages import ACTIVE, AveragingOptimizer, active_average
 from .weight_averages import Average
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -30,7 +30,7 @@ IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 NONFINITE = ("propagate", "skip", "raise")
 
 
-class FusedOptimizer(MultiTensorOptimizer):
+class FusedOptimizer(AveragingOptimizer):
     """Base of the optimizers: an update rule and regularizers in one pass.
 
     A subclass also derives from the torch optimizer it stands in for, and calls `_init_components` before the
@@ -103,7 +103,6 @@ class FusedOptimizer(MultiTensorOptimizer):
         super().reset_cache()
         self._verdict: Verdict | None = None
         self.skip_flags: dict[torch.device, Tensor] = {}
-        self._inside = False
 
     # The step -------------------------------------------------------------------------------------------
 
@@ -134,7 +133,7 @@ class FusedOptimizer(MultiTensorOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_inside("step()", "train the averaged weights")
-        if weight_averages.shown(self) is not None:
+        if active_average(self) is not None:
             raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
         self._settle(report=True)
         scaling = self._grad_norm.scaling = amp.scaling(self, grad_scaler)
@@ -170,10 +169,6 @@ class FusedOptimizer(MultiTensorOptimizer):
                 "from empty state; take a step before the capture"
             )
 
-    def _refuse_inside(self, what: str, consequence: str) -> None:
-        if self._inside:
-            raise RuntimeError(f"{what} inside `with optimizer.averaged():` would {consequence}")
-
     # What surrounds the step ----------------------------------------------------------------------------
 
     @property
@@ -194,50 +189,6 @@ class FusedOptimizer(MultiTensorOptimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's constructors set it; here it follows from the groups and components."""
-
-    @contextlib.contextmanager
-    def averaged(self, name: str | None = None) -> Iterator[None]:
-        """Within the block, parameters hold their averages; afterwards, what they held before.
-
-        Parameters that have not been stepped yet stay as they are.
-
-        Args:
-            name: Which average, if there are several; the first by default.
-
-        Raises:
-            ValueError: If there is no such average.
-            RuntimeError: If averages are swapped in already, as after `eval()`.
-        """
-        if weight_averages.shown(self) is not None:
-            raise RuntimeError("averages are swapped in already")
-        average = weight_averages.find(self, name)
-        self._inside = True
-        try:
-            weight_averages.show(self, average)
-            yield
-        finally:
-            weight_averages.hide(self)
-            self._inside = False
-
-    def eval(self) -> None:
-        """Parameters hold their averages until `train()`: the first average among the regularizers.
-
-        Nothing happens without one, and where they do already.  Checkpoints may be saved in between: with
-        those of the model, which holds the averages, training resumes exactly after `train()`.
-        """
-        if weight_averages.shown(self) is None and (average := weight_averages.first(self)) is not None:
-            self._settle()
-            weight_averages.show(self, average)
-
-    def train(self) -> None:
-        """Parameters hold what is trained, as before `eval()`.
-
-        Raises:
-            RuntimeError: Inside `averaged()`.
-        """
-        if weight_averages.shown(self) is not None:
-            self._refuse_inside("train()", "end it early")
-            weight_averages.hide(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; where random numbers are used the group gets the seed.
@@ -296,8 +247,7 @@ class FusedOptimizer(MultiTensorOptimizer):
         self._refuse_inside("load_state_dict()", "lose what is loaded at its end")
         loaded: dict[str, Any] = {}
         former = [
-            {name: value for name, value in group.items() if name != weight_averages.SHOWN}
-            for group in self.param_groups
+            {name: value for name, value in group.items() if name != ACTIVE} for group in self.param_groups
         ]
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -343,7 +293,7 @@ class FusedOptimizer(MultiTensorOptimizer):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 
-    _KEPT = (*MultiTensorOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite")
+    _KEPT = (*AveragingOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite")
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep."""

@@ -1,10 +1,10 @@
-"""Lookahead around any optimizer: a component of fastreg's, a pass of its own around others."""
+"""Lookahead around any optimizer: as a component of fastreg's, in a second pass around others."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.multi_tensor_optimizer import Gradients, MultiTensorOptimizer, Operands
 from ..engine.state import start
-from . import weight_averages
-from .weight_averages import FIRST_MOMENTS, SlowWeights
+from .slow_weights import SlowWeights
+from .swap_averages import TRAINED, AveragingOptimizer, active_average
+from .weight_averages import FIRST_MOMENTS
 from .wrapper import Wrapper
 
 
 class Lookahead(Wrapper):
-    """Every k steps, slow weights follow the fast ones by a share, and fast ones start again from there.
+    """Lookahead: every k steps slow weights follow the fast ones by a share, where these start again.
 
-    Slow weights are held in float32 (float64 for float64 parameters) and start as the parameters are now.
+    Slow weights are kept in float32 (float64 for float64 parameters) and start as the parameters are now.
     `with optimizer.averaged():`, or `eval()` and `train()`, evaluate with them (with the first average of a
     fastreg optimizer that has one).  Around a fastreg optimizer a synchronisation costs 8 bytes a parameter
     in its pass, other steps nothing.
@@ -30,12 +31,12 @@ class Lookahead(Wrapper):
         optimizer: Any optimizer.
         k: Steps between, ≥ 1; `lookahead_k` of the groups, which is saved.
         alpha: Share of the way that slow weights go, in [0, 1]; `lookahead_alpha` of the groups.
-        pullback_momentum: What becomes of the first moment then: `"none"`, `"reset"`, or `"pullback"`
-            towards a slow moment of its own.
+        pullback_momentum: What happens to the first moment then: `"none"`, `"reset"`, or `"pullback"`
+            towards a slow moment.
 
     Raises:
-        TypeError: If optimizer is none.
-        ValueError: For values out of range, and if optimizer looks ahead already.
+        TypeError: If optimizer is no optimizer.
+        ValueError: For values out of range, and if it has slow weights already.
 
     Reference:
         Zhang, Lucas, Hinton, Ba 2019, "Lookahead optimizer: k steps forward, 1 step back".
@@ -65,7 +66,7 @@ class Lookahead(Wrapper):
             self._start(self._sync, component)
 
     def options(self) -> dict[str, Any]:
-        """What groups get where no engine sees to it."""
+        """Returns the keys of groups, where the base optimizer is not fastreg's and adds none."""
         if self._sync is None:
             return {}
         steps = self.param_groups[0].get("lookahead_step", 0) if self.param_groups else 0
@@ -82,7 +83,7 @@ class Lookahead(Wrapper):
                     state[buffer.name] = start(buffer, p, index, dtype, ())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; slow weights of the new parameters start as these are."""
+        """Adds a parameter group, whose slow weights start as its parameters are."""
         super().add_param_group(param_group)
         holder: Any = self._sync or self.engine
         component = next(p for p in holder.components if isinstance(p, SlowWeights))
@@ -108,7 +109,7 @@ class Lookahead(Wrapper):
             What the base optimizer returns.
 
         Raises:
-            RuntimeError: While the slow weights are shown.
+            RuntimeError: While the slow weights are swapped in.
         """
         base: Any = self.base_optimizer
         arguments: dict[str, Any] = {} if gradients is None else {"gradients": gradients}
@@ -116,17 +117,20 @@ class Lookahead(Wrapper):
             if grad_scaler is not None or hasattr(self, "grad_scale"):
                 arguments["grad_scaler"] = amp.scaling(self, grad_scaler)
             return base.step(closure, **arguments)
-        if weight_averages.shown(self._sync) is not None:
+        if active_average(self._sync) is not None:
             raise RuntimeError("step() would train the slow weights: call optimizer.train() first")
         loss = base.step(closure, **arguments)
         self._sync.after_step()
         return loss
 
-    # Evaluation around optimizers that know no averages ---------------------------------------------------
+    # Evaluation with the slow weights: by the base optimizer if that averages, else by the pass.
 
-    @contextlib.contextmanager
-    def averaged(self, name: str | None = None) -> Iterator[None]:
-        """Within the block, parameters hold their slow weights, or another average of a fastreg optimizer.
+    @property
+    def _averaging(self) -> Any:
+        return self.base_optimizer if self._sync is None else self._sync
+
+    def averaged(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """Swaps slow weights in within a block, or another average of a fastreg optimizer.
 
         Args:
             name: Which average, if there are several; the first by default.
@@ -135,51 +139,38 @@ class Lookahead(Wrapper):
             ValueError: If there is no such average.
             RuntimeError: If averages are swapped in already.
         """
-        if self._sync is None:
-            with self.base_optimizer.averaged(name):  # type: ignore[attr-defined]
-                yield
-            return
-        if weight_averages.shown(self._sync) is not None:
-            raise RuntimeError("averages are swapped in already")
-        weight_averages.show(self._sync, weight_averages.find(self._sync, name))
-        try:
-            yield
-        finally:
-            weight_averages.hide(self._sync)
+        return self._averaging.averaged(name)
 
     def eval(self) -> None:
-        """Parameters hold their slow weights until `train()`."""
-        if self._sync is None:
-            self.base_optimizer.eval()  # type: ignore[attr-defined]
-        elif weight_averages.shown(self._sync) is None:
-            weight_averages.show(self._sync, self._sync.component)
+        """Lets parameters hold their slow weights until `train()`."""
+        self._averaging.eval()
 
     def train(self) -> None:
-        """Parameters hold what is trained, as before `eval()`."""
-        if self._sync is None:
-            self.base_optimizer.train()  # type: ignore[attr-defined]
-        elif weight_averages.shown(self._sync) is not None:
-            weight_averages.hide(self._sync)
+        """Lets parameters hold what is trained, as before `eval()`."""
+        self._averaging.train()
 
-    def _own(self) -> _Sync | None:
+    @property
+    def state_holder(self) -> _Sync | None:
+        """The pass with the slow weights; `None` around a fastreg optimizer."""
         return self._sync
 
-    def _saved(self) -> dict[str, str]:
-        names = ("slow", "slow_momentum", weight_averages.TRAINED)
+    def _saved_names(self) -> dict[str, str]:
+        names = ("slow", "slow_momentum", TRAINED)
         return {**{name: name for name in names}, "step": "lookahead_count"} if self._sync else {}
 
 
 class _Always(SlowWeights):
-    """Slow weights of a pass that is only taken when it is time."""
+    """The slow weights of a pass that only runs when they are due."""
 
     def due(self, group: dict[str, Any], step: int) -> bool:
+        """Returns True: the pass knows when to run."""
         return True
 
 
-class _Sync(MultiTensorOptimizer):
-    """The pass that synchronises: parameters are read and written with their slow weights, nothing else."""
+class _Sync(AveragingOptimizer):
+    """The pass that reads and writes parameters and their slow weights, and nothing else."""
 
-    _KEPT = (*MultiTensorOptimizer._KEPT, "component", "_base")
+    _KEPT = (*AveragingOptimizer._KEPT, "component", "_base")
 
     def __init__(self, base: torch.optim.Optimizer, component: SlowWeights) -> None:
         self.component = _Always(component.k, component.alpha, component.pullback_momentum)
@@ -188,7 +179,7 @@ class _Sync(MultiTensorOptimizer):
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": base.param_groups})
 
     def after_step(self) -> None:
-        """Count a step of the base optimizer, and synchronise the groups whose time it is."""
+        """Counts a step of the base optimizer, and synchronises the groups that are due."""
         self.param_groups = self._base.param_groups
         for group in self.param_groups:
             group["lookahead_step"] += 1
@@ -209,4 +200,4 @@ class _Sync(MultiTensorOptimizer):
                 moment = self._base.state.get(p, {}).get(name)
                 if moment is not None:
                     alpha = self.param_groups[group]["lookahead_alpha"]
-                    self.component._take_back(moment, None if slow is None else [slow], 0, alpha, 1.0)
+                    self.component.pull_back(moment, slow, alpha, 1.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose
+from ..common.validation import check_choice
 from ..engine.batch import NormSpec
 from ..engine.component import Component, Phase, Work
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
@@ -25,6 +26,8 @@ from ..engine.state import BACKUP
 from ..reference import ascent as reference
 from ..reference.norm import Measured
 from .msam import TINY
+
+ROUNDINGS = ("stochastic", "nearest")
 
 
 class _ReadBackup(Component):
@@ -82,7 +85,11 @@ class Perturb(MultiTensorOptimizer):
             rounding: `"stochastic"` or `"nearest"`, of perturbed 16-bit weights: a perturbation is mostly
                 smaller than half their last digit.
             seed: Base of the random numbers.
+
+        Raises:
+            ValueError: If there is no such rounding.
         """
+        check_choice("rounding", rounding, ROUNDINGS)
         self._set_components((*components, Rounding(rounding, Purpose.PERTURBATION)), seed)
 
     def reset_cache(self) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..common.validation import check_int, check_range
+from ..common.validation import check_choice, check_int, check_range
 from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.state import BACKUP
-from . import weight_averages
 from .fused_optimizer import FusedOptimizer
-from .perturb import PerturbByGradient
+from .perturb import ROUNDINGS, PerturbByGradient
+from .swap_averages import active_average
 from .wrapper import Wrapper, evaluated, no_gradients
 
 CLOSURES = ("second", "both")
@@ -40,17 +40,17 @@ class SAM(Wrapper):
     optimizer.second_step(zero_grad=True)
     ```
 
-    Around a fastreg optimizer the weights come back in its own pass; around any other they are copied back
-    before.  They come back bit for bit, and `data_ptr()` never changes.  `first_step` takes gradients as they
-    are: scaled by a `torch.amp.GradScaler` (do not unscale them; `scaler.step(optimizer)` is the second
-    step), accumulated, sharded.  Gradients that are not finite perturb nothing; under a scaler the step is
-    skipped then, too.
+    Around a fastreg optimizer the weights are restored in its own pass; around any other they are copied back
+    before.  They are restored bit for bit, and `data_ptr()` never changes.  `first_step` takes gradients as
+    they are: scaled by a `torch.amp.GradScaler` (do not unscale them; `scaler.step(optimizer)` is the second
+    step), accumulated, sharded.  Gradients that are not finite perturb nothing, and under a scaler the step
+    is skipped.
 
-    `step()` while perturbed is `second_step()`.  `step(closure)` evaluates the closure at the perturbed
-    weights, after the caller has made the first gradients (`closure="second"`, as davda54/sam does), or both
-    times (`closure="both"`, torch's contract: the closure clears gradients, computes the loss and its
-    gradients); where no parameter has a gradient yet, the closure makes the first ones in any case.  It
-    returns the first loss that it has seen: with `closure="second"` that of the perturbed weights.
+    `step()` while perturbed is `second_step()`.  `step(closure)` calls the closure at the perturbed weights,
+    after the caller has computed the first gradients (`closure="second"`, as davda54/sam does), or both times
+    (`closure="both"`, torch's contract: the closure clears gradients, computes the loss and its gradients).
+    Where no parameter has a gradient yet, the closure computes the first ones in any case.  `step` returns
+    the first loss of the closure: with `closure="second"` that of the perturbed weights.
 
     Perturbed 16-bit weights are rounded at random: of a perturbation of 10 M bfloat16 weights with ρ = 0.05,
     rounding to nearest realises 43 % along the gradient, rounding at random all of it, with noise of 1.9 ρ
@@ -58,15 +58,15 @@ class SAM(Wrapper):
 
     Args:
         params: Parameters, named parameters or groups, as for any torch optimizer; groups may have a `rho`,
-            `adaptive` and `eta` of their own, and those with a `rho` of 0 are not perturbed at no cost.
-        base_optimizer: The class of the optimizer, or what makes one from params and keyword arguments.
+            `adaptive` and `eta` of their own; with a `rho` of 0 they are not perturbed, at no cost.
+        base_optimizer: The class of the optimizer, or a function of params and keyword arguments.
         rho: Radius ρ of the neighbourhood; ≥ 0.  A key of the groups: schedulers may change it.
         adaptive: ASAM: w + ρ T²g/‖Tg‖ with T = |w| + eta, invariant to the scale of weights; takes a rho that
             is about ten times as large.
         eta: η of ASAM; ≥ 0, 0.01 in the paper.
-        interval: Perturb every so many steps, the others are the base's alone; ≥ 1.  See `due`.
+        interval: Steps from one that perturbs to the next; ≥ 1.  The others are the base's.  See `due`.
         start_step: Steps before the first that perturbs; ≥ 0.
-        closure: What closures compute, `"second"` or `"both"` passes.
+        closure: Which passes closures compute, `"second"` or `"both"`.
         sync_perturbation: Whether processes of a `DistributedDataParallel` model perturb alike.  `False`
             perturbs by each one's own gradients (m-sharpness) where the first pass is made within
             `maybe_no_sync(model)`.
@@ -95,24 +95,20 @@ class SAM(Wrapper):
                 f"base_optimizer must be a class, got {base_optimizer!r:.60}; "
                 f"write SAM(model.parameters(), {name}, lr=...)"
             )
-        if closure not in CLOSURES:
-            raise ValueError(f"closure must be one of {', '.join(map(repr, CLOSURES))}, got {closure!r}")
-        if rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
+        check_choice("closure", closure, CLOSURES)
+        check_choice("rounding", rounding, ROUNDINGS)
         self._options = {
             "rho": check_range("rho", rho, 0), "adaptive": bool(adaptive), "eta": check_range("eta", eta, 0),
             "perturbed": False, "sam_step": 0,
         }  # fmt: skip
-        self.interval, self.start_step = (
-            check_int("interval", interval, 1),
-            check_int("start_step", start_step, 0),
-        )
+        self.interval = check_int("interval", interval, 1)
+        self.start_step = check_int("start_step", start_step, 0)
         self.closure, self.sync_perturbation = closure, bool(sync_perturbation)
         super().__init__(base_optimizer(params, **kwargs))
         self._complete()
         for group in self.param_groups:
             _check(group)
-        self._pass = PerturbByGradient(self.param_groups, rounding)
+        self._perturb = PerturbByGradient(self.param_groups, rounding)
         self._perturbed: list[Tensor] = []
         self._accumulated: dict[Tensor, Tensor] = {}
         self._bad: Tensor | None = None
@@ -121,14 +117,14 @@ class SAM(Wrapper):
         amp.silence()
 
     def options(self) -> dict[str, Any]:
-        """What groups get."""
+        """Returns the keys of groups, counts included."""
         options = dict(self._options)
         if self.param_groups and "sam_step" in self.param_groups[0]:
             options |= {key: self.param_groups[0][key] for key in ("perturbed", "sam_step")}
         return options
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.
+        """Adds a parameter group to the base optimizer.
 
         Raises:
             ValueError: For a `rho` or `eta` out of range, and as in torch.
@@ -150,7 +146,7 @@ class SAM(Wrapper):
         return count >= 0 and count % self.interval == 0
 
     def __getattr__(self, name: str) -> Any:
-        """What the base optimizer offers; averages are of no use to perturbed weights.
+        """Returns an attribute of the base optimizer.
 
         Raises:
             RuntimeError: For `eval` and `averaged` between `first_step` and `second_step`.
@@ -170,25 +166,29 @@ class SAM(Wrapper):
         for group in self.param_groups:
             group[key] = value
 
+    @property
+    def _pass(self) -> PerturbByGradient:
+        self._perturb.param_groups = self.param_groups
+        return self._perturb
+
     # Steps ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Perturb the weights by the gradients that are there.
+        """Perturbs the weights by their gradients.
 
-        Weights that are perturbed still, because a second step was left out, come back before.
+        Weights that are still perturbed, because a second step was left out, are restored before.
 
         Args:
             zero_grad: Whether to clear gradients afterwards.
 
         Raises:
-            RuntimeError: While averages are shown.
+            RuntimeError: While averages are swapped in.
         """
-        if self.engine is not None and weight_averages.shown(self.engine) is not None:
+        if self.engine is not None and active_average(self.engine) is not None:
             raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:
-            self._pass.param_groups = self.param_groups
             self._perturbed = self._pass.perturb()
             if (bad := self._pass.bad) is not None:
                 self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
@@ -198,17 +198,16 @@ class SAM(Wrapper):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring perturbed weights back without a step."""
+        """Restores perturbed weights without a step."""
         if self._perturbed:
-            self._pass.param_groups = self.param_groups
             self._pass.restore(self._perturbed)
-            layout.reshard(self._perturbed)  # what FSDP2 has gathered of them may be in use still
+            layout.reshard(self._perturbed)  # FSDP2 may still use the perturbed ones that it has gathered
         self._perturbed = []
         self._set("perturbed", False)
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Bring weights back and keep the gradients, which the next step adds to: for micro-batches.
+        """Restores the weights and keeps the gradients, to which the next step adds: for micro-batches.
 
         ```python
         for x, y in micro_batches:  # each with a perturbation of its own
@@ -238,7 +237,7 @@ class SAM(Wrapper):
                 p.grad = None
 
     def second_step(self, zero_grad: bool = False, *, grad_scaler: Any = None) -> None:
-        """Bring the weights back and step by the gradients of the perturbed ones.
+        """Restores the weights and steps by the gradients of the perturbed ones.
 
         Args:
             zero_grad: Whether to clear gradients afterwards.
@@ -249,20 +248,20 @@ class SAM(Wrapper):
         """
         if not self.perturbed:
             raise RuntimeError("second_step() comes after first_step() and a second backward pass")
-        self.step(grad_scaler=grad_scaler)  # whose hooks run and schedulers look
+        self.step(grad_scaler=grad_scaler)  # so that its hooks run, and schedulers see it
         if zero_grad:
             self.zero_grad()
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
-        """The second step while perturbed; all of a step with a closure.
+        """Takes the second step while perturbed, or both with a closure.
 
         Args:
             closure: See the class.
             grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
 
         Returns:
-            The first loss that the closure has returned.
+            The first loss of the closure, `None` without one.
 
         Raises:
             RuntimeError: Without a closure if `first_step` has not been called and is due; if a scaler has
@@ -273,14 +272,14 @@ class SAM(Wrapper):
             loss = self._passes(closure)
         elif not self.perturbed and not self._accumulated and self.due:
             raise RuntimeError(
-                "step() needs the second gradients: call first_step() after the first backward pass, or give "
-                "step() a closure"
+                "step() needs the second gradients: call first_step() after the first backward pass, or pass "
+                "a closure to step()"
             )
         self._descend(grad_scaler)
         return loss
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
-        """Make the gradients to step by, and return the first loss."""
+        """Computes the gradients to step by, and returns the first loss."""
         first = not self.perturbed and (self.closure == "both" or no_gradients(self.param_groups))
         loss = evaluated(closure) if first else None
         if not self.perturbed:
@@ -300,7 +299,7 @@ class SAM(Wrapper):
             state = grad_scaler._per_optimizer_states[id(self)]
             if state["stage"] is OptState.UNSCALED:
                 raise RuntimeError(
-                    "scaler.unscale_(optimizer) does not see the gradients that accumulate() keeps: leave "
+                    "scaler.unscale_(optimizer) does not reach the gradients that accumulate() keeps: leave "
                     "unscaling to scaler.step(optimizer), and clipping to fastreg.ClipNorm"
                 )
         for p, accumulated in self._accumulated.items():
@@ -308,14 +307,13 @@ class SAM(Wrapper):
         self._accumulated = {}
         perturbed, self._perturbed = self._perturbed, []
         bad, self._bad = self._bad, None
-        self._pass.param_groups = self.param_groups
         try:
             if isinstance(self.base_optimizer, FusedOptimizer):
                 self._step_fused(self.base_optimizer, perturbed, amp.scaling(self, grad_scaler), bad)
             else:
                 self._pass.restore(perturbed)
                 perturbed = []
-                if not self._overflows(grad_scaler, bad):
+                if not amp.unscale(self, grad_scaler, bad):
                     self.base_optimizer.step()
         except BaseException:
             self._pass.restore(perturbed)
@@ -323,14 +321,14 @@ class SAM(Wrapper):
         finally:
             self._set("perturbed", False)
         self._set("sam_step", self.param_groups[0]["sam_step"] + 1)
-        self._opt_called = True  # what schedulers look for, to warn of steps that are taken too late
+        self._opt_called = True  # schedulers warn without it
 
     def _step_fused(
         self, base: FusedOptimizer, perturbed: list[Tensor], scaling: amp.Scaling, bad: Tensor | None
     ) -> None:
         if bad is not None and scaling.active:
-            found = bad if scaling.found_inf is None else torch.maximum(scaling.found_inf.to(bad), bad)
-            scaling = scaling._replace(found_inf=found)
+            found_inf = bad if scaling.found_inf is None else torch.maximum(scaling.found_inf.to(bad), bad)
+            scaling = scaling._replace(found_inf=found_inf)
         stepped = [p for p in perturbed if p.grad is not None]
         for p in stepped:
             base.state[p][BACKUP.name] = self._pass.state[p][BACKUP.name]
@@ -340,40 +338,14 @@ class SAM(Wrapper):
             for p in stepped:
                 base.state[p].pop(BACKUP.name, None)
         self._pass.restore([p for p in perturbed if p.grad is None])
-        if base.skip_flags:  # a step that a device has skipped has not brought them back
+        if base.skip_flags:  # a step that a device has skipped has not restored them
             self._pass.restore(stepped, {device: 1 - flag for device, flag in base.skip_flags.items()})
-
-    def _overflows(self, scaler: Any, bad: Tensor | None) -> bool:
-        """Unscale gradients for an optimizer that does not itself, and tell whether to leave out the step."""
-        if scaler is None:
-            return self._hidden_overflow(bad)
-        state = scaler._per_optimizer_states[id(self)]
-        if state["stage"] is OptState.READY:
-            scaler.unscale_(self)
-        found = state["found_inf_per_device"]
-        if bad is not None:
-            device = bad.device
-            found[device] = (
-                torch.maximum(found[device], bad.to(found[device])) if device in found else bad.float()
-            )
-        return any(bool(flag.item()) for flag in found.values())
-
-    def _hidden_overflow(self, bad: Tensor | None) -> bool:
-        """Likewise by what a scaler leaves on the optimizer if `step` is hidden from it, as by accelerate."""
-        scaling = amp.scaling(self, None)
-        if scaling.scale is not None:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.div_(scaling.scale.to(p.grad))
-        found = () if scaling.found_inf is None else (scaling.found_inf, bad)
-        return any(bool(flag.item()) for flag in found if flag is not None)
 
     # Several processes ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def maybe_no_sync(self, model: Any) -> Any:
-        """Within the block, gradients of the first pass stay local unless perturbations are shared.
+        """Keeps gradients of the first pass local in the block, unless perturbations are shared.
 
         Args:
             model: A `DistributedDataParallel` model.
@@ -393,17 +365,19 @@ class SAM(Wrapper):
 
     # Checkpoints ----------------------------------------------------------------------------------------
 
-    def _own(self) -> PerturbByGradient:
+    @property
+    def state_holder(self) -> PerturbByGradient:
+        """The pass that perturbs, whose state the backups are."""
         return self._pass
 
-    def _saved(self) -> dict[str, str]:
-        return self._all_saved() if self._perturbed else {"step": "sam_count"}
+    def _saved_names(self) -> dict[str, str]:
+        return self._loadable_names() if self._perturbed else {"step": "sam_count"}
 
-    def _all_saved(self) -> dict[str, str]:
+    def _loadable_names(self) -> dict[str, str]:
         return {"step": "sam_count", BACKUP.name: BACKUP.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; a checkpoint of perturbed weights goes on with the second pass."""
+        """Loads a checkpoint; one of perturbed weights goes on with the second pass."""
         super().load_state_dict(state_dict)
         self._perturbed = [
             p

@@ -102,8 +102,6 @@ class WeightNoise:
         self, params: Any, std: float, relative: bool = False, rounding: str = "stochastic", *,
         seed: int | None = None,
     ) -> None:  # fmt: skip
-        if rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"rounding must be 'stochastic' or 'nearest', got {rounding!r}")
         defaults = {"std": check_range("std", std, 0), "relative": bool(relative)}
         self._pass = PerturbByNoise(params, defaults, rounding, seed)
         for group in self.param_groups:

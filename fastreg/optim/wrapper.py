@@ -1,4 +1,7 @@
-"""Optimizers around another: its groups and state are theirs, so schedulers and checkpoints see one."""
+"""Base of optimizers around another one, with whose groups and state they work.
+
+Schedulers and checkpoints see a single optimizer.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from .fused_optimizer import FusedOptimizer
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Base of wrappers.
+    """Base of the optimizers that wrap another one.
 
     Attributes:
-        base_optimizer: What is wrapped.
+        base_optimizer: The wrapped optimizer.
     """
 
     base_optimizer: torch.optim.Optimizer
@@ -26,7 +29,7 @@ class Wrapper(torch.optim.Optimizer):
 
     @property
     def engine(self) -> FusedOptimizer | None:
-        """The fastreg optimizer inside, if that is what is wrapped."""
+        """The fastreg optimizer inside all wrappers, `None` if it is another one."""
         inner: Any = self.base_optimizer
         while isinstance(inner, Wrapper):
             inner = inner.base_optimizer
@@ -34,7 +37,7 @@ class Wrapper(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the base optimizer."""
+        """The parameter groups of the base optimizer."""
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -43,22 +46,22 @@ class Wrapper(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """That of the base optimizer."""
+        """The state of the base optimizer."""
         return self.base_optimizer.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Those of the base optimizer."""
+        """The defaults of the base optimizer."""
         return self.base_optimizer.defaults
 
     def __getattr__(self, name: str) -> Any:
-        """What else the base optimizer offers, such as `grad_norm`, `averaged()`, `eval()` and `train()`."""
+        """Returns an attribute of the base optimizer, such as `grad_norm`, `averaged()` or `eval()`."""
         if name.startswith("_") or name == "base_optimizer":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base_optimizer, name)
 
     def options(self) -> dict[str, Any]:
-        """Keys that a group gets unless it has them, and that are saved with it."""
+        """Returns keys that a group gets unless it has them, and that are saved with it."""
         return {}
 
     def _complete(self) -> None:
@@ -67,80 +70,74 @@ class Wrapper(torch.optim.Optimizer):
                 group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch."""
+        """Adds a parameter group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
         self._complete()
 
-    # Checkpoints: one dictionary in torch's form. What the wrapper holds of a parameter stands beside the
-    # base optimizer's state of it.
+    # Checkpoints: one dictionary in torch's form. The wrapper's state of a parameter is saved beside the base
+    # optimizer's state of it.
 
-    def _own(self) -> MultiTensorOptimizer | None:
-        """The pass whose state is the wrapper's own."""
+    @property
+    def state_holder(self) -> MultiTensorOptimizer | None:
+        """The pass with the wrapper's state of parameters; `None` if it has none."""
         return None
 
-    def _saved(self) -> dict[str, str]:
-        """What is saved of that state, and under which name."""
+    def _saved_names(self) -> dict[str, str]:
+        """Returns the keys of that state that are saved, each with its name in checkpoints."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: groups and state of the base optimizer and the wrapper."""
-        saved = self.base_optimizer.state_dict()
-        own = self._own()
-        if own is None:
+        """Returns groups and state of the base optimizer and the wrapper, in torch's form."""
+        saved, holder = self.base_optimizer.state_dict(), self.state_holder
+        if holder is None:
             return saved
-        parameters = (p for group in self.param_groups for p in group["params"])
-        state = {
-            key: dict(value) if isinstance(value, dict) else value for key, value in saved["state"].items()
-        }
-        for index, p in enumerate(parameters):
-            held = {
-                name: own.state[p][key]
-                for key, name in self._saved().items()
-                if p in own.state and key in own.state[p]
-            }
-            if held:
-                state[index] = {**state.get(index, {}), **held}
+        state = dict(saved["state"])
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            values = holder.state.get(p, {})
+            added = {name: values[key] for key, name in self._saved_names().items() if key in values}
+            if added:
+                state[index] = {**state.get(index, {}), **added}
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; what the wrapper holds is copied in the precision in which it was saved.
+        """Loads a checkpoint; the wrapper's state is copied in the precision in which it was saved.
 
         Raises:
             ValueError: As in torch.
         """
-        names = {name: key for key, name in self._all_saved().items()}
-        state, own_state = {}, {}
+        keys = {name: key for key, name in self._loadable_names().items()}
+        base_state, added = {}, {}
         for index, value in state_dict["state"].items():
-            held = value if isinstance(value, dict) else {}
-            own_state[index] = {names[name]: held[name] for name in held if name in names}
-            rest = {name: held[name] for name in held if name not in names} if held else value
-            if rest or not own_state[index]:
-                state[index] = rest
-        former = [{key: group[key] for key in self.options()} for group in self.param_groups]
-        self.base_optimizer.load_state_dict({**state_dict, "state": state})
-        for group, kept in zip(self.param_groups, former, strict=True):  # where the checkpoint knows none
+            values = value if isinstance(value, dict) else {}
+            added[index] = {keys[name]: values[name] for name in values if name in keys}
+            others = {name: values[name] for name in values if name not in keys} if values else value
+            if others or not added[index]:
+                base_state[index] = others
+        options = [{key: group[key] for key in self.options()} for group in self.param_groups]
+        self.base_optimizer.load_state_dict({**state_dict, "state": base_state})
+        for group, kept in zip(self.param_groups, options, strict=True):  # where the checkpoint has none
             group.update({**kept, **group})
-        own = self._own()
-        if own is None:
+        holder = self.state_holder
+        if holder is None:
             return
-        own.param_groups = self.param_groups
-        own.state.clear()
-        own.reset_cache()
+        holder.param_groups = self.param_groups
+        holder.state.clear()
+        holder.reset_cache()
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (p for group in self.param_groups for p in group["params"])
         for index, p in zip(indices, parameters, strict=True):
-            if own_state.get(index):
-                own.state[p] = {
+            if added.get(index):
+                holder.state[p] = {
                     key: value.to("cpu" if key == "step" else p.device, copy=True)
-                    for key, value in own_state[index].items()
+                    for key, value in added[index].items()
                 }
 
-    def _all_saved(self) -> dict[str, str]:
-        """What `_saved` may ever return."""
-        return self._saved()
+    def _loadable_names(self) -> dict[str, str]:
+        """Returns all that `_saved_names` may ever return."""
+        return self._saved_names()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: not the patched step."""
+        """Returns what copies and pickles keep: all but the patched step."""
         return {
             name: value
             for name, value in vars(self).items()
@@ -149,11 +146,11 @@ class Wrapper(torch.optim.Optimizer):
 
 
 def evaluated(closure: Callable[[], Any]) -> Any:
-    """What a closure returns, with gradients."""
+    """Returns what a closure returns, called with gradients enabled."""
     with torch.enable_grad():
         return closure()
 
 
 def no_gradients(groups: list[dict[str, Any]]) -> bool:
-    """Whether no parameter has one."""
+    """Returns whether no parameter of some groups has a gradient."""
     return all(p.grad is None for group in groups for p in group["params"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..optim.weight_averages import SHOWN
+from ..optim.swap_averages import ACTIVE
 
 _WRAPPED = ("optimizer", "original_optimizer", "base_optimizer")
 """Attributes under which accelerate's, Opacus' and other wrappers keep their optimizer."""
@@ -28,7 +28,7 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
         RuntimeError: Between the two passes of `fastreg.SAM`, whose weights are perturbed.
     """
     optimizer = _with_averages(optimizer)
-    if optimizer is None or any(SHOWN in group for group in optimizer.param_groups):
+    if optimizer is None or any(ACTIVE in group for group in optimizer.param_groups):
         yield
         return
     optimizer.eval()

@@ -466,7 +466,7 @@ def test_buffers_of_modules(close):
     "make, message",
     (
         (lambda: EMA(1.0), r"decay must be in \[0, 1\), got decay=1.0"),
-        (lambda: EMA(0.9, warmup="linear"), "'ratio' or 'power', got warmup='linear'"),
+        (lambda: EMA(0.9, warmup="linear"), "warmup must be one of None, 'ratio', 'power', got 'linear'"),
         (lambda: EMA(0.9, every=0), "every must be a whole number >= 1, got every=0"),
         (lambda: EMA(0.9, start=-1), "start must be a whole number >= 0, got start=-1"),
         (lambda: EMA(0.9, min_decay=0.95), "min_decay must be in"),

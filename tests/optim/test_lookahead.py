@@ -286,7 +286,10 @@ def test_wrong_arguments():
         ({"k": 0}, r"k must be a whole number >= 1, got k=0"),
         ({"k": 2.5}, r"got k=2.5"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got alpha=1.5"),
-        ({"pullback_momentum": "all"}, r"'none', 'reset' or 'pullback', got pullback_momentum='all'"),
+        (
+            {"pullback_momentum": "all"},
+            r"pullback_momentum must be one of 'none', 'reset', 'pullback', got 'all'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Lookahead(SGD([weight], lr=0.1), **options)

@@ -740,7 +740,7 @@ def test_refusals():
         ({"interval": 0}, "interval must be a whole number >= 1"),
         ({"start_step": -1}, "start_step must be"),
         ({"closure": "first"}, "closure must be one of 'second', 'both'"),
-        ({"rounding": "up"}, "rounding must be 'stochastic' or 'nearest'"),
+        ({"rounding": "up"}, "rounding must be one of 'stochastic', 'nearest', got 'up'"),
     ):
         with pytest.raises(ValueError, match=message):
             SAM(params, fastreg.AdamW, **options)
