@@ -80,8 +80,8 @@ class AveragedModelCase(Case):
             run()
         pairs = zip(*workload.weights, strict=True)
         expected = [first + (1 - chains.DECAY) * (second - first) for first, second in pairs]
-        found = [p.detach() for p in run.averaged.module.parameters()]
-        return [Check("averages", difference(found, expected), BOUNDS["fp32"])]
+        averages = [p.detach() for p in run.averaged.module.parameters()]
+        return [Check("averages", difference(averages, expected), BOUNDS["fp32"])]
 
 
 class _Update:

@@ -39,16 +39,16 @@ class SamCase(StepCase):
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
         """Three steps against the base optimizer's; the perturbed weights against ρT²g/‖Tg‖ in float64."""
-        own = replace(workload, params=run.params)
-        checks = super().verify(name, own, run)
-        own.reset()
+        copy = replace(workload, params=run.params)
+        checks = super().verify(name, copy, run)
+        copy.reset()
         run.optimizer.first_step()
-        off = difference([p.detach() for p in own.params], self._climbed(own))
+        off = difference([p.detach() for p in copy.params], self._perturbed(copy))
         run.optimizer.second_step()
         # Others take the norm in float32.
         return [*checks, Check("perturbed weights", off, BOUNDS[self.storage] if name == OURS else LOOSE)]
 
-    def _climbed(self, workload: Workload) -> list[Tensor]:
+    def _perturbed(self, workload: Workload) -> list[Tensor]:
         def scaled(weight: Tensor, gradient: Tensor) -> Tensor:
             return weight.abs() * gradient if self.adaptive else gradient
 
@@ -84,11 +84,11 @@ class MsamCase(StepCase):
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """SAM, ASAM and momentum-SAM over GPT-2."""
     over, turns = models(device, quick)["gpt2"], 5 if quick else 20 if device.type == "cuda" else 7
-    every = [("SAM+AdamW", SamCase), ("MSAM+AdamW", MsamCase)]
+    cases = [("SAM+AdamW", SamCase), ("MSAM+AdamW", MsamCase)]
     if not quick:
-        every[1:1] = [("SAM+SGD-momentum", SamCase), ("ASAM+AdamW", SamCase)]
-        every += [("MSAM+SGD-momentum", MsamCase)]
+        cases[1:1] = [("SAM+SGD-momentum", SamCase), ("ASAM+AdamW", SamCase)]
+        cases += [("MSAM+SGD-momentum", MsamCase)]
     return [
         make("sam", chain, *over, rounds=turns, part="MSAM" if make is MsamCase else "")
-        for chain, make in every
+        for chain, make in cases
     ]

@@ -66,6 +66,8 @@ def names(tree: ast.AST) -> Iterator[Complaint]:
         isinstance(n, ast.arg) and n.arg == "every" and _is_int(n.annotation) for n in ast.walk(tree)
     )
     for node in ast.walk(tree):
+        if isinstance(node, ast.keyword):  # names what somebody else has defined
+            continue
         name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name

@@ -1,7 +1,7 @@
-"""Noise on weights for the length of a forward and a backward pass.
+"""Adds noise to weights for the length of a forward and a backward pass.
 
 perturb  read the weight; write it with noise, and its backup: 12 bytes a parameter in float32, one launch
-restore  read the backup, write the weight: 8 bytes, another
+restore  read the backup, write the weight: 8 bytes, one launch
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from .perturb import Perturb
 
 
 class _Noise(Component):
-    """Adds noise to the weight."""
+    """Adds Gaussian noise to the weight."""
 
     phase = Phase.RULE
     _stage = Stage("ascent.noise", reference.noise, (BACKUP,), rng_keys=("key",), step_scalars=2)
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
+        """Returns the stage, the same for all groups."""
         return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Of 1 and of |p|."""
+        """Returns the standard deviation, in units of 1 and of |p|."""
         std = check_range("std", group["std"], 0)
         return (0.0, std) if group["relative"] else (std, 0.0)
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The key."""
+        """Returns the key of the noise."""
         return (key(seed, Purpose.WEIGHT_NOISE),)
 
 
@@ -61,7 +61,7 @@ class PerturbByNoise(Perturb):
 
 
 class WeightNoise:
-    """Adds Gaussian noise to all weights while gradients are computed: w + std · N(0, 1), and takes it away.
+    """Adds Gaussian noise to all weights while gradients are computed: w + std · N(0, 1), then restores them.
 
     ```python
     noise = fastreg.WeightNoise(model.parameters(), std=0.01)
@@ -72,22 +72,22 @@ class WeightNoise:
         optimizer.zero_grad()
     ```
 
-    The weights come back bit for bit, also after an exception; `data_ptr()` never changes, and parameters
-    without gradients take part.  All of them are perturbed in one launch.  Step the optimizer when they are
-    back: what it does before is lost.  The backups take the memory of the weights, once.
+    The weights are restored bit for bit, also after an exception; `data_ptr()` never changes, and parameters
+    without gradients take part.  All of them are perturbed in one launch.  Step the optimizer afterwards:
+    a step within the block is lost.  The backups take the memory of the weights, once.
 
-    Each perturbation has noise of its own, a function of the seed, how many there were before, the position
+    Each perturbation has new noise, a function of the seed, the number of perturbations before, the position
     of the parameter and the element index: the same on every backend and for every sharding.
 
     Args:
         params: Parameters, named parameters or groups, as for any torch optimizer; groups may have a `std`
             and `relative` of their own.
         std: Standard deviation, in units of the weights or as a share of each; ≥ 0.  A key of the groups.
-        relative: Whether the noise of each weight is `std · |w|`, a relative error, which no scale of the
-            weights changes and which leaves zeros alone.
+        relative: Whether the noise of each weight is of `std · |w|`, a relative error, which does not depend
+            on the scale of the weights and leaves zeros alone.
         rounding: Of perturbed 16-bit weights, `"stochastic"` or `"nearest"`, see `SAM`.
-        seed: Of the noise; by default from `torch.initial_seed()`.  Replicas of a model (DDP) may well
-            have different ones, and then average over their noise.
+        seed: Of the noise; by default from `torch.initial_seed()`.  Replicas of a model (DDP) may have
+            different seeds, and then average over their noise.
 
     Raises:
         TypeError: If a parameter is not of a floating dtype.
@@ -113,12 +113,12 @@ class WeightNoise:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, whose `std` may be changed at any time."""
+        """The parameter groups, whose `std` may be changed at any time."""
         return self._pass.param_groups
 
     @property
     def std(self) -> float:
-        """The standard deviation of the first group; setting it sets that of all."""
+        """The standard deviation of the first group; setting it sets that of all groups."""
         return self.param_groups[0]["std"]
 
     @std.setter
@@ -139,10 +139,10 @@ class WeightNoise:
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
-        """Within the block, the weights have noise.
+        """Adds noise to the weights for the length of a block.
 
         Raises:
-            RuntimeError: If they have already.
+            RuntimeError: If they are perturbed already.
         """
         self.perturb()
         try:
@@ -152,10 +152,10 @@ class WeightNoise:
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Add noise to the weights, until `restore`.
+        """Adds noise to the weights until `restore`.
 
         Raises:
-            RuntimeError: If they have it already.
+            RuntimeError: If they are perturbed already.
         """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already: call restore() first")
@@ -165,14 +165,14 @@ class WeightNoise:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the weights back as they were; does nothing where they are back."""
+        """Restores the weights as they were, if they are perturbed."""
         if self._perturbed:
             self._pass.restore(self._pass.parameters)
             self._perturbed = False
-            layout.reshard(self._pass.parameters)  # what FSDP2 has gathered of them may be in use still
+            layout.reshard(self._pass.parameters)  # FSDP2 may still use the noisy ones that it has gathered
 
     def state_dict(self) -> dict[str, int]:
-        """Seed and count, from which a resumed run goes on with the same noise.
+        """Returns seed and count, from which a resumed run goes on with the same noise.
 
         Raises:
             RuntimeError: While the weights are perturbed: a checkpoint of them would hold the noise.
@@ -182,7 +182,7 @@ class WeightNoise:
         return {"seed": self.seed, "step": int(next(counts, 0))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there.
+        """Loads seed and count from a `state_dict`.
 
         Raises:
             RuntimeError: While the weights are perturbed.

@@ -1,18 +1,7 @@
-"""AveragedModel: against torch's, against closed forms, and sharded over two processes against one.
+"""AveragedModel: against torch's, against closed forms, and its checkpoints."""
 
-Run as a program, this file is one of the two processes.
-"""
-
-import contextlib
 import copy
-import datetime
-import os
 import pickle
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,57 +10,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import fastreg
-from fastreg.common.batch_norm import update_bn
 from fastreg.optim.averaged_model import AveragedModel, get_ema_multi_avg_fn
 
-WORLD = 2
-TIMEOUT = 120
-"""Seconds for both processes."""
-
-
-class Net(nn.Module):
-    """Sizes that do not divide evenly, tied weights, buffers that are whole numbers or not saved."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.norm, self.last = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 7)
-        self.tied = nn.Linear(7, 7, bias=False)
-        if tied:
-            self.tied.weight = self.last.weight
-        self.register_buffer("scale", torch.full((7,), 1.5), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tied(self.last(self.norm(self.first(x)).tanh()) * self.scale)
-
-
-def batch(turn: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(8, 5, generator=torch.Generator().manual_seed(turn)).to(dtype)
-
-
-def trained(net: nn.Module, turns: int) -> Iterator[int]:
-    """Train; the net is another after every turn."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for turn in range(turns):
-        optimizer.zero_grad()
-        net(batch(turn, next(net.parameters()).dtype)).square().mean().backward()
-        optimizer.step()
-        yield turn
-
-
-def moving(average: Tensor, weight: Tensor, n_averaged: Any) -> Tensor:
-    return average + 0.25 * (weight - average)
-
-
-FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "equal weights": dict,
-    "ema": lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.75)},
-    "torch's ema": lambda: {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.75)},
-    "torch's swa": lambda: {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
-    "torch's ema, one by one": lambda: {"avg_fn": swa_utils.get_ema_avg_fn(0.75)},
-    "a function": lambda: {"avg_fn": moving},
-}
-about_functions = pytest.mark.parametrize("function", FUNCTIONS)
+from .averaged_cases import FUNCTIONS, Net, about_functions, batch, moving, trained
 
 
 @about_functions
@@ -83,9 +24,9 @@ def test_equals_torch(function, dtype, backend, close):
     for _ in trained(net, 4):
         ours.update_parameters(net)
         theirs.update_parameters(net)
-    found, expected = ours.state_dict(), theirs.state_dict()
-    assert list(found) == list(expected)
-    close(list(found.values()), list(expected.values()))
+    actual, expected = ours.state_dict(), theirs.state_dict()
+    assert list(actual) == list(expected)
+    close(list(actual.values()), list(expected.values()))
     assert not torch.equal(ours.module.first.weight, net.first.weight)
     assert isinstance(ours, swa_utils.AveragedModel) and int(ours.n_averaged) == 4
     x = batch(9, dtype)
@@ -142,8 +83,8 @@ def test_mean_of_powers(backend):
 def test_ema_of_powers(backend):
     d, r, n = 0.5, 0.9, 10
     expected = d**n + (1 - d) * r * (r**n - d**n) / (r - d)
-    found = powers(backend, range(n + 1), multi_avg_fn=get_ema_multi_avg_fn(d))
-    assert found == pytest.approx(expected, rel=1e-12)
+    result = powers(backend, range(n + 1), multi_avg_fn=get_ema_multi_avg_fn(d))
+    assert result == pytest.approx(expected, rel=1e-12)
     assert expected == pytest.approx(0.3921411748, rel=1e-9)
 
 
@@ -196,10 +137,10 @@ def test_averages_of_narrow_weights_do_not_stall(decay, expected):
     with fastreg.use_backend("reference"):
         for _ in range(updates):
             average.update_parameters(net)
-    found = average.averages.get_buffer("0")
-    assert found.dtype == torch.float32
-    assert float((found - expected).abs().max()) <= updates * 2**-24 + 1e-6
-    assert torch.equal(average.module[0], found.bfloat16())
+    result = average.averages.get_buffer("0")
+    assert result.dtype == torch.float32
+    assert float((result - expected).abs().max()) <= updates * 2**-24 + 1e-6
+    assert torch.equal(average.module[0], result.bfloat16())
     assert average.module[0].dtype == torch.bfloat16
 
 
@@ -214,9 +155,9 @@ def test_narrow_models_have_the_averages_of_wide_ones(function, dtype, backend, 
         wide.load_state_dict(net.state_dict())
         theirs.update_parameters(wide)
     for name, expected in theirs.module.named_parameters():
-        found = ours.averages.get_buffer(name)
-        close(found, expected)
-        assert rounds(ours.module.get_parameter(name), found, backend)
+        result = ours.averages.get_buffer(name)
+        close(result, expected)
+        assert rounds(ours.module.get_parameter(name), result, backend)
     assert torch.equal(ours.module.norm.running_mean, net.norm.running_mean)
     assert ours(batch(9, dtype)).dtype == dtype
 
@@ -232,8 +173,8 @@ def test_rounded_averages_wherever_they_lie(backend):
         net.part.add_(1)
         net.turned.mul_(2)
     for name in ("part", "turned"):
-        found = average.averages.get_buffer(name)
-        assert rounds(average.module.get_buffer(name), found, backend)
+        result = average.averages.get_buffer(name)
+        assert rounds(average.module.get_buffer(name), result, backend)
     assert not torch.equal(average.module.part, net.part)
 
 
@@ -439,22 +380,22 @@ def test_layouts_that_differ(backend, close):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 def test_backends_give_the_same_bits(name, dtype, same):
     averages = []
-    for own in ("reference", name):
+    for backend in ("reference", name):
         generator = torch.Generator().manual_seed(0)
         shapes = [(1,), (127,), (33, 65), (), (0,), (2 * 4096 + 17,)]
         net = nn.ParameterList([torch.randn(shape, generator=generator).to(dtype) for shape in shapes])
         average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-        with fastreg.use_backend(own):
+        with fastreg.use_backend(backend):
             for _ in range(4):
                 average.update_parameters(net)
                 for p in net:
                     p.data.copy_(torch.randn(p.shape, generator=generator))
         averages.append(average)
-    expected, found = averages
-    held = "averages" if dtype.itemsize == 2 else "module"
+    expected, result = averages
+    prefix = "averages" if dtype.itemsize == 2 else "module"
     for key, value in expected.state_dict().items():
-        assert not key.startswith(held) or same(found.state_dict()[key], value), key
-    for p, average in zip(found.module, found.averages.buffers(), strict=False):
+        assert not key.startswith(prefix) or same(result.state_dict()[key], value), key
+    for p, average in zip(result.module, result.averages.buffers(), strict=False):
         assert rounds(p, average, name)
 
 
@@ -506,192 +447,3 @@ def test_another_model(make, message):
     with pytest.raises(ValueError, match=f"{message}.*pass the model that AveragedModel was made from"):
         average.update_parameters(make())
     assert all(torch.equal(average.state_dict()[name], value) for name, value in before.items())
-
-
-# Two processes.
-
-
-SHARDED = {
-    "equal weights": (torch.float32, {}),
-    "ema": (torch.float32, {"multi_avg_fn": get_ema_multi_avg_fn(0.75), "use_buffers": True}),
-    "a function": (torch.float32, {"avg_fn": moving}),
-    "narrow": (torch.bfloat16, {}),
-}
-
-
-def shard(net: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in (net.first, net):
-        fully_shard(layer)
-    return net
-
-
-def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
-
-
-def everything(module: nn.Module) -> list[Tensor]:
-    return [whole(t) for t in (*module.parameters(), *module.buffers())]
-
-
-def scaled(net: nn.Module, turns: int) -> Iterator[int]:
-    """Instead of training: how a narrow gradient is rounded depends on the order of its sums."""
-    for turn in range(turns):
-        with torch.no_grad():
-            for p in net.parameters():
-                p.mul_(1.25)
-        yield turn
-
-
-def averages_of(name: str, place: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
-    """Train, average and evaluate; both processes see the whole batch."""
-    dtype, options = SHARDED[name]
-    net = place(Net().to(dtype))
-    average = AveragedModel(net, **options)
-    for turn in trained(net, 3) if dtype == torch.float32 else scaled(net, 3):
-        average.update_parameters(net)
-        if turn == 1:  # in the middle of training
-            average.eval()(batch(8, dtype))
-            average.train()
-    trained_net = everything(net)
-    average.eval()
-    shown = average(batch(9, dtype)).detach()
-    out = {"output": shown, "state": {key: whole(value) for key, value in average.state_dict().items()}}
-    update_bn([batch(1, dtype), batch(2, dtype)], average)
-    out["statistics"] = whole(average.state_dict()["module.norm.running_mean"])
-    return {
-        **out,
-        "restored": all(map(torch.equal, everything(net), trained_net)),
-        "net": net,
-        "average": average,
-    }
-
-
-def sharded_case(name: str) -> dict[str, Any]:
-    from torch.distributed.checkpoint import state_dict as checkpoints
-
-    found = averages_of(name, shard)
-    net, average = found.pop("net"), found.pop("average")
-    before, dtype = everything(net), SHARDED[name][0]
-    # Exceptions, also in the middle of the net.
-    hook = net.last.register_forward_pre_hook(lambda *_: 1 / 0)
-    try:
-        average(batch(9, dtype))
-    except ZeroDivisionError:
-        found["restored after an error"] = all(map(torch.equal, everything(net), before))
-    hook.remove()
-    with average.swapped_in():
-        found["swapped in"] = everything(net)
-        try:
-            average.update_parameters(net)
-        except RuntimeError as error:
-            found["inside"] = str(error)
-    # A forward pass leaves the root gathered, which the next one would take for its weights.
-    with torch.no_grad():
-        outputs = [model(batch(9, dtype)) for model in (average, net, average, net)]
-    found["in turns"] = [torch.equal(outputs[0], outputs[2]), torch.equal(outputs[1], outputs[3])]
-    found["differ"] = not torch.equal(outputs[0], outputs[1])
-    # Checkpoints.
-    options = checkpoints.StateDictOptions(full_state_dict=True)
-    other_net = shard(Net().to(dtype))
-    other = AveragedModel(other_net, **SHARDED[name][1])
-    untouched = everything(other_net)
-    checkpoints.set_model_state_dict(other, checkpoints.get_model_state_dict(average), options=None)
-    found["loaded"] = all(map(torch.equal, *(
-        [whole(value) for value in model.state_dict().values()] for model in (other, average)
-    )))  # fmt: skip
-    found["loading leaves the model alone"] = all(map(torch.equal, everything(other_net), untouched))
-    found["full"] = checkpoints.get_model_state_dict(average, options=options)
-    try:
-        AveragedModel(Net().to(dtype)).update_parameters(net)
-    except ValueError as error:
-        found["not sharded"] = str(error)
-    try:
-        AveragedModel(net, device="cpu")
-    except ValueError as error:
-        found["device"] = str(error)
-    return found
-
-
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=datetime.timedelta(minutes=1), rank=rank, world_size=WORLD
-    )
-    with fastreg.use_backend("reference"):
-        torch.save({name: sharded_case(name) for name in SHARDED}, folder / f"{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two processes found."""
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    folder = tmp_path_factory.mktemp("averaged")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    logs = [folder / f"log.{rank}" for rank in range(WORLD)]
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank, log in enumerate(logs):
-            file = stack.enter_context(log.open("wb"))
-            command = [sys.executable, __file__, str(rank), str(folder)]
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            processes.append(process)
-        deadline = time.monotonic() + TIMEOUT
-        while (codes := [process.poll() for process in processes]) != [0] * WORLD:
-            if any(codes) or time.monotonic() > deadline:  # one failed: the other would wait for it
-                break
-            time.sleep(0.1)
-    assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"{rank}") for rank in range(WORLD)]
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_averages_are_those_of_one_process(name, results, close):
-    with fastreg.use_backend("reference"):
-        expected = averages_of(name, lambda net: net)
-    for found in (result[name] for result in results):
-        assert found["state"].keys() == expected["state"].keys()
-        for key, value in expected["state"].items():
-            close(found["state"][key], value)
-            assert value.dtype == found["state"][key].dtype
-        if name == "narrow":
-            assert found["state"]["averages.first.weight"].dtype == torch.float32
-            continue
-        close(found["output"], expected["output"])
-        close(found["statistics"], expected["statistics"])
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_the_sharded_model_is_as_it_was(name, results):
-    for found in (result[name] for result in results):
-        assert found["restored"] and found["restored after an error"]
-        assert found["in turns"] == [True, True] and found["differ"]
-        assert "would average them again" in found["inside"]
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_checkpoints(name, results):
-    for rank, found in enumerate(result[name] for result in results):
-        assert found["loaded"] and found["loading leaves the model alone"]
-        if rank == 0:
-            plain = AveragedModel(Net().to(SHARDED[name][0]))
-            plain.load_state_dict(found["full"])
-            assert all(map(torch.equal, plain.module.parameters(), found["swapped in"]))
-            if name != "narrow":
-                swa_utils.AveragedModel(Net()).load_state_dict(found["full"])
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_what_cannot_be_done_with_shards(name, results):
-    for found in (result[name] for result in results):
-        assert "shard the model first, then make the AveragedModel" in found["not sharded"]
-        assert "got device='cpu'; leave it out" in found["device"]
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

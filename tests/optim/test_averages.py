@@ -158,15 +158,15 @@ def test_swa_is_the_plain_mean(backend, close):
     close(optimizer.state[weight]["swa"], torch.full_like(weight, 0.9 * 0.6513215599))
 
 
-@pytest.mark.parametrize("start, every", ((1, 1), (2, 1), (3, 2)))
-def test_swa_equals_torch(rule, backend, start, every, Race, close):
+@pytest.mark.parametrize("start, period", ((1, 1), (2, 1), (3, 2)))
+def test_swa_equals_torch(rule, backend, start, period, Race, close):
     race = Race()
-    ours, theirs = rule(race.ours, regularizers=[SWA(start, every)]), rule.oracle(race.theirs)
+    ours, theirs = rule(race.ours, regularizers=[SWA(start, period)]), rule.oracle(race.theirs)
     model = torch.nn.ParameterList(race.theirs)
     average = AveragedModel(model)
     for step in range(1, 8):
         race.step(ours, theirs)
-        if step >= start and (step - start) % every == 0:
+        if step >= start and (step - start) % period == 0:
             average.update_parameters(model)
     close([ours.state[p]["swa"] for p in race.ours], list(average.parameters()))
 
@@ -203,13 +203,13 @@ WARMUPS = {
 
 
 @pytest.mark.parametrize("capturable", (False, True))
-@pytest.mark.parametrize("start, every", ((0, 1), (0, 3), (2, 1), (3, 2)))
+@pytest.mark.parametrize("start, period", ((0, 1), (0, 3), (2, 1), (3, 2)))
 @pytest.mark.parametrize("warmup", WARMUPS)
-def test_warm_up(warmup, start, every, capturable, close):
+def test_warm_up(warmup, start, period, capturable, close):
     """Against the definition; after `start` steps the average is the weight, then it is updated."""
     decay, options = WARMUPS[warmup]
     weight = Parameter(torch.ones(3, dtype=torch.float64))
-    average = EMA(0.7, start=start, every=every, **options)
+    average = EMA(0.7, start=start, every=period, **options)
     optimizer = fastreg.AdamW([weight], lr=0.1, capturable=capturable, regularizers=[average])
     expected, updates = weight.detach().clone(), 0
     for step in range(1, 13):
@@ -217,12 +217,12 @@ def test_warm_up(warmup, start, every, capturable, close):
         optimizer.step()
         if start and step == start:
             expected = weight.detach().clone()
-        elif step > start and (step - start) % every == 0:
+        elif step > start and (step - start) % period == 0:
             d = min(0.7, decay(updates))
             expected, updates = d * expected + (1 - d) * weight.detach(), updates + 1
         if step >= max(start, 1):
             close(optimizer.state[weight]["ema"], expected)
-    assert updates == (12 - start) // every
+    assert updates == (12 - start) // period
 
 
 def test_warm_up_to_the_plain_mean(close):
@@ -329,9 +329,9 @@ def test_eval_and_train(dtype, Race):
         optimizer.eval()
         assert [p._version for p in race.ours] == versions  # nothing to do: nothing done
         assert all(torch.equal(p, a.to(dtype)) for p, a in zip(race.ours, averages, strict=True))
-        held = {t.untyped_storage().data_ptr() for p in race.ours for t in optimizer.state[p].values()}
+        storages = {t.untyped_storage().data_ptr() for p in race.ours for t in optimizer.state[p].values()}
         if dtype == torch.float32:
-            assert held <= memory | {p.untyped_storage().data_ptr() for p in race.ours}  # no copy is kept
+            assert storages <= memory | {p.untyped_storage().data_ptr() for p in race.ours}  # no copy is kept
         with pytest.raises(RuntimeError, match=r"call optimizer.train\(\) first"):
             optimizer.step()
         with pytest.raises(RuntimeError, match="swapped in already"), optimizer.averaged():
@@ -411,10 +411,10 @@ def test_a_checkpoint_of_training_ends_evaluation(trained):
     """What is loaded is trained on, though the optimizer that loads it was being evaluated."""
     optimizer, parameters = trained
     weights, state = [p.detach().clone() for p in parameters], optimizer.state_dict()
-    state = {**state, "state": {i: dict(own) for i, own in state["state"].items()}}
-    averages = [own["ema"].clone() for own in state["state"].values()]
-    for own in state["state"].values():
-        own["ema"] = own["ema"].clone()
+    state = {**state, "state": {i: dict(values) for i, values in state["state"].items()}}
+    averages = [values["ema"].clone() for values in state["state"].values()]
+    for values in state["state"].values():
+        values["ema"] = values["ema"].clone()
     optimizer.eval()
     optimizer.load_state_dict(state)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Noise on weights: its moments, and that weights come back, whatever happens."""
+"""Noise on weights: its moments, and that weights are restored, whatever happens."""
 
 import copy
 import math
@@ -14,6 +14,8 @@ from fastreg import WeightNoise
 from fastreg.nn import NoiseScheduler
 from fastreg.schedules import Linear
 
+from .conftest import values
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [(33, 65), (7,), (), (0, 3), (4113,)]
 
@@ -23,13 +25,9 @@ def draw(dtype=torch.float32, sizes=SIZES):
     return [Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
 
 
-def held(params):
-    return [p.detach().clone() for p in params]
-
-
 def drawn(noise, params):
     """What is added, in float64."""
-    before = held(params)
+    before = values(params)
     with noise.perturbed():
         return [p.detach().double() - q.double() for p, q in zip(params, before, strict=True)]
 
@@ -50,7 +48,7 @@ def come_back(dtype):
     params = draw(dtype)
     with torch.no_grad():
         params[0][0, :4] = torch.tensor([-0.0, math.inf, -math.inf, 0.0], dtype=dtype)
-    before, places = held(params), [p.data_ptr() for p in params]
+    before, places = values(params), [p.data_ptr() for p in params]
     noise = WeightNoise(params, 0.1)
     with pytest.raises(ZeroDivisionError):
         with noise.perturbed():
@@ -69,10 +67,10 @@ def come_back(dtype):
 def test_every_backend_draws_the_same(dtype, relative, same):
     def under(backend):
         params = draw(dtype)
-        before, noise = held(params), WeightNoise(params, 0.1, relative, seed=7)
+        before, noise = values(params), WeightNoise(params, 0.1, relative, seed=7)
         with fastreg.use_backend(backend):
             with noise.perturbed():
-                noisy = held(params)
+                noisy = values(params)
         assert all(map(torch.equal, bits(params), bits(before)))
         return noisy
 
@@ -108,13 +106,13 @@ def test_small_noise_is_not_lost_in_bfloat16():
     params = [Parameter(torch.full((2**16,), 1.0, dtype=torch.bfloat16))]
     std = torch.finfo(torch.bfloat16).eps / 40
     with fastreg.use_backend("reference"):
-        (found,) = drawn(WeightNoise(params, std, seed=1), params)
+        (added,) = drawn(WeightNoise(params, std, seed=1), params)
         (lost,) = drawn(WeightNoise(params, std, rounding="nearest", seed=1), params)
     assert not lost.any()
     # Rounded down below 1, where units are half as large, and up: E|z| std / unit of all move.
     share = math.sqrt(2 / math.pi) / 40 * 1.5
-    assert abs(float((found != 0).double().mean()) - share) < 5 * math.sqrt(share / 2**16)
-    assert abs(float(found.mean())) < 5 * float(found.std()) / 2**8
+    assert abs(float((added != 0).double().mean()) - share) < 5 * math.sqrt(share / 2**16)
+    assert abs(float(added.mean())) < 5 * float(added.std()) / 2**8
 
 
 def test_relative_noise_leaves_zeros_alone(backend):
@@ -127,8 +125,8 @@ def test_each_perturbation_and_each_instance_has_noise_of_its_own():
     params = draw()
     with fastreg.use_backend("reference"):
         one, other = WeightNoise(params, 0.1), WeightNoise(params, 0.1)
-        found = [drawn(noise, params)[0] for noise in (one, one, other, one)]
-        assert len({bytes(t.numpy()) for t in found}) == 4
+        draws = [drawn(noise, params)[0] for noise in (one, one, other, one)]
+        assert len({bytes(t.numpy()) for t in draws}) == 4
         assert torch.equal(*(drawn(WeightNoise(params, 0.1, seed=5), params)[0] for _ in range(2)))
     twins = [Parameter(torch.zeros(1000)) for _ in range(2)]
     a, b = drawn(WeightNoise(twins, 0.1), twins)
@@ -180,13 +178,13 @@ def test_a_resumed_run_draws_the_same(tmp_path):
 
     model, noise, optimizer = start()
     trained(model, noise, optimizer, range(5))
-    whole = held(model.parameters())
+    whole = values(model.parameters())
     model, noise, optimizer = start()
     noise.load_state_dict({"seed": 12, "step": 0})
     trained(model, noise, optimizer, range(3))
     torch.save([model.state_dict(), noise.state_dict()], tmp_path / "checkpoint")
     trained(model, noise, optimizer, range(3, 5))
-    expected = held(model.parameters())
+    expected = values(model.parameters())
     assert not torch.equal(whole[0], expected[0])
     model, noise, optimizer = start()
     noise.perturb()  # a count that loading replaces
@@ -195,7 +193,7 @@ def test_a_resumed_run_draws_the_same(tmp_path):
     model.load_state_dict(weights)
     noise.load_state_dict(state)
     trained(model, noise, optimizer, range(3, 5))
-    assert all(map(torch.equal, held(model.parameters()), expected))
+    assert all(map(torch.equal, values(model.parameters()), expected))
 
 
 def test_groups_and_levels():
@@ -221,7 +219,7 @@ def test_parameters_of_any_layout_and_kind(backend):
     last = Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
     pairs = Parameter(torch.randn(40, dtype=torch.complex64))
     params = [dense, last, pairs]
-    before, strides = held(params), [p.stride() for p in params]
+    before, strides = values(params), [p.stride() for p in params]
     noise = WeightNoise(params, 0.1)
     with noise.perturbed():
         assert all(bool((p != q).all()) for p, q in zip(params, before, strict=True))
@@ -242,12 +240,12 @@ def test_copies_are_perturbed_alone():
     params = draw()
     noise = WeightNoise(params, 0.1, seed=3)
     other = copy.deepcopy(noise)
-    before = held(params)
+    before = values(params)
     with other.perturbed():
         assert all(map(torch.equal, params, before))
-        theirs = held(other.param_groups[0]["params"])
+        theirs = values(other.param_groups[0]["params"])
     with noise.perturbed():
-        assert all(map(torch.equal, held(params), theirs))
+        assert all(map(torch.equal, values(params), theirs))
 
 
 def test_what_is_wrong_says_so():
