@@ -103,9 +103,9 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
         constants[path] = value.value if isinstance(value, tl.constexpr) else value
         return "constexpr"
 
-    given = {**entry.arguments, **entry.constants}
+    values = {**entry.arguments, **entry.constants}
     for position, name in enumerate(entry.kernel.arg_names):
-        value = given[name]
+        value = values[name]
         types[name] = value if isinstance(value, str) else leaves(value, (position,))
     aligned = [
         (i,)

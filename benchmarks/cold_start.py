@@ -40,17 +40,17 @@ LATER = 3
 
 def steps() -> dict[str, Any]:
     """Seconds of the first compiled step and of the second, in a first process and in later ones."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ, "FASTREG_BACKEND": "compiled",
-            "FASTREG_CACHE_DIR": f"{place}/fastreg", "TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor",
+            "FASTREG_CACHE_DIR": f"{folder}/fastreg", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         }  # fmt: skip
-        found = []
+        seconds = []
         for _ in range(1 + LATER):
             command = [sys.executable, "-c", STEP]
             run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found.append([float(number) for number in run.stdout.split()])
-    first, *later = found
+            seconds.append([float(number) for number in run.stdout.split()])
+    first, *later = seconds
     return {
         "chain": CHAIN, "elements": ELEMENTS, "first_process": first[0],
         "later_process": statistics.median(row[0] for row in later),
@@ -60,11 +60,11 @@ def steps() -> dict[str, Any]:
 
 def kernels(target: str = "sm_90") -> dict[str, Any]:
     """Seconds and bytes of `fastreg precompile`, and its seconds where all is there."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         work, jobs = precompile.items(), os.cpu_count() or 1
-        first = precompile.fill(target, Path(place), work, jobs)
-        again = precompile.fill(target, Path(place), work, jobs)
-        size = sum(file.stat().st_size for file in Path(place).glob("*/*"))
+        first = precompile.fill(target, Path(folder), work, jobs)
+        again = precompile.fill(target, Path(folder), work, jobs)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*/*"))
     return {
         "target": target, "kernels": first.kernels, "bytes": size, "processes": jobs,
         "seconds": first.seconds, "seconds_again": again.seconds, "compiled_again": again.compiled,
@@ -76,10 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.cold_start", description=__doc__)
     parser.add_argument("--json", type=Path, help="write it here")
     options = parser.parse_args(arguments)
-    found = {"machine": measure.machine(torch.device("cpu")), "compiled_step": steps(), "kernels": kernels()}
-    print(found["compiled_step"], found["kernels"], sep="\n")
+    machine = measure.machine(torch.device("cpu"))
+    figures = {"machine": machine, "compiled_step": steps(), "kernels": kernels()}
+    print(figures["compiled_step"], figures["kernels"], sep="\n")
     if options.json:
-        document.write(options.json, found)
+        document.write(options.json, figures)
     return 0
 
 

@@ -48,12 +48,12 @@ def run(ledger: Ledger, where: str, dry: bool) -> bool:
         command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
         command += ["--profile-from-start", "off", "--target-processes", "all"]
         command += ["--metrics", ",".join(METRICS), sys.executable, "-m", __name__, where]
-        told = subprocess.run(command, capture_output=True, text=True)
-        measured = parsed(told.stdout)
+        done = subprocess.run(command, capture_output=True, text=True)
+        measured = parsed(done.stdout)
         for name in names:
             row = measured.get(RUNS[name][0])
             ledger.add(
-                name, row or {"failed": f"ncu told nothing of it: {(told.stderr or told.stdout)[-500:]}"}
+                name, row or {"failed": f"ncu told nothing of it: {(done.stderr or done.stdout)[-500:]}"}
             )
             print(f"{name}: {ledger.rows[name]}", flush=True)
     return not any(map(failed, ledger.rows.values()))
@@ -78,12 +78,12 @@ def parsed(text: str) -> dict[str, Row]:
     """Rows by kernel, the last launch of each, from what ncu prints as CSV behind its own lines."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         if row["ID"]:  # the first row holds the units
             values = {METRICS[name]: row[name] for name in METRICS if row.get(name)}
-            found[row["Kernel Name"].split("(")[0]] = {name: _number(value) for name, value in values.items()}
-    return found
+            rows[row["Kernel Name"].split("(")[0]] = {name: _number(value) for name, value in values.items()}
+    return rows
 
 
 def _number(text: str) -> float | str:

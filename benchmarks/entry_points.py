@@ -11,8 +11,8 @@ import fastreg_kernels
 
 def entry_points() -> dict[str, Any]:
     """Every function of `fastreg_kernels` that is launched, by name."""
-    found = {}
+    kernels = {}
     for module in pkgutil.iter_modules(fastreg_kernels.__path__):
         members = vars(importlib.import_module(f"fastreg_kernels.{module.name}"))
-        found |= {name: value for name, value in members.items() if name.endswith("_kernel")}
-    return found
+        kernels |= {name: value for name, value in members.items() if name.endswith("_kernel")}
+    return kernels

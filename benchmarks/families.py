@@ -80,57 +80,58 @@ Family = Callable[[Inputs], list[Tensor]]
 
 def dropout(inputs: Inputs) -> list[Tensor]:
     """Dropout, with one rate and one for each channel, and with all that is fused around it; gradients."""
-    found = []
+    outputs = []
     one = rates.thresholds(0.3, torch.device(inputs.device))
-    for *given, gradient in inputs.draw(3):
-        x, residual = (t.requires_grad_() for t in given)
+    for *tensors, gradient in inputs.draw(3):
+        x, residual = (t.requires_grad_() for t in tensors)
         bias = x.detach()[0, 0].clone().requires_grad_()
         each = rates.thresholds(torch.linspace(0, 1, x.shape[-1]), torch.device(inputs.device))
         for thresholds in (one, each):
             y = dropout_ops.Dropout.apply(x, inputs.seed, thresholds, 1, None)
-            found += [y, *torch.autograd.grad(y, x, gradient)]
+            outputs += [y, *torch.autograd.grad(y, x, gradient)]
         for activation in ACTIVATIONS:
             y = dropout_ops.BiasActDropoutAdd.apply(x, bias, residual, inputs.seed, one, 1, activation)
-            found += [y, *torch.autograd.grad(y, (x, bias, residual), gradient)]
+            outputs += [y, *torch.autograd.grad(y, (x, bias, residual), gradient)]
         y = dropout_ops.BiasActDropoutAdd.apply(x, bias, None, inputs.seed, one, 1, "gelu")
-        found += [y, *torch.autograd.grad(y, (x, bias), gradient)]
-        found.append(dropout_ops.BiasActDropoutAdd.apply(x, None, residual, inputs.seed, one, 1, "identity"))
-    return found
+        outputs += [y, *torch.autograd.grad(y, (x, bias), gradient)]
+        y = dropout_ops.BiasActDropoutAdd.apply(x, None, residual, inputs.seed, one, 1, "identity")
+        outputs.append(y)
+    return outputs
 
 
 def noise(inputs: Inputs) -> list[Tensor]:
     """Every kind of noise, of one size, and of a size for each sample and position."""
-    found = []
+    outputs = []
     for (x,) in inputs.draw(1):
         for kind in KINDS:
-            found.append(noise_ops.noise(x, inputs.seed, torch.tensor(0.3, device=x.device), 1, kind))
+            outputs.append(noise_ops.noise(x, inputs.seed, torch.tensor(0.3, device=x.device), 1, kind))
             for rows in (x.shape[0], x.shape[0] * x.shape[1]):
                 sizes = torch.linspace(0.1, 1, rows, device=x.device)
-                found.append(noise_ops.noise(x, inputs.seed, sizes, x.numel() // rows, kind))
-    return found
+                outputs.append(noise_ops.noise(x, inputs.seed, sizes, x.numel() // rows, kind))
+    return outputs
 
 
 def weight_noise(inputs: Inputs) -> list[Tensor]:
     """Noise on weights, there and back."""
     params = [Parameter(x) for (x,) in inputs.draw(1)]
     with fastreg.WeightNoise(params, 0.3, seed=0).perturbed():
-        found = [p.detach().clone() for p in params]
-    return [*found, *params]
+        outputs = [p.detach().clone() for p in params]
+    return [*outputs, *params]
 
 
 def penalty(inputs: Inputs) -> list[Tensor]:
     """Both penalties on all tensors, and their gradients."""
-    found = []
+    outputs = []
     params = [Parameter(weight) for (weight,) in inputs.draw(1)]
     for function in (fastreg.l1_penalty, fastreg.l2_penalty):
         value = function(params, 0.3)
-        found += [value, *torch.autograd.grad(value, params)]
-    return found
+        outputs += [value, *torch.autograd.grad(value, params)]
+    return outputs
 
 
 def adversarial(inputs: Inputs) -> list[Tensor]:
     """A start and a step in every ball, with bounds for all and for each feature."""
-    found = []
+    outputs = []
     for x, gradient in inputs.draw(2):
         x = x.sigmoid()
         low = torch.zeros(1, 1, x.shape[-1], device=x.device, dtype=x.dtype)
@@ -138,19 +139,20 @@ def adversarial(inputs: Inputs) -> list[Tensor]:
             for bounds in ((0.0, 1.0), (low, low + 1)):
                 ball = Ball(x, 0.1, norm, bounds, steepest=norm == "l1")
                 _, point = ball.start(inputs.seed)
-                found += [*ball.step(None, gradient, ball.epsilon), *ball.step(point, gradient, ball.epsilon)]
-        found += Ball(x, 0.1, "l1", None).step(None, gradient, torch.tensor([[0.1]], device=x.device))
-    return found
+                for before in (None, point):
+                    outputs += ball.step(before, gradient, ball.epsilon)
+        outputs += Ball(x, 0.1, "l1", None).step(None, gradient, torch.tensor([[0.1]], device=x.device))
+    return outputs
 
 
 def private(inputs: Inputs) -> list[Tensor]:
     """Weights after two private steps on gradients held per sample, one of which is not finite."""
-    found = []
+    outputs = []
     for clipping, chain in (("flat", "AdamW"), ("flat", "SGD-momentum"), ("per_layer", "clip+AdamW")):
-        params, held = [], []
+        params, per_sample = [], []
         for weight, *gradients in inputs.draw(4):
             params.append(Parameter(weight))
-            held.append(torch.stack([gradients[0], gradients[1] * torch.inf, gradients[2]]))
+            per_sample.append(torch.stack([gradients[0], gradients[1] * torch.inf, gradients[2]]))
         base = chains.optimizer(chain, params, lr=0.01, seed=0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="noise_seed")
@@ -158,26 +160,26 @@ def private(inputs: Inputs) -> list[Tensor]:
                 base, max_grad_norm=5.0, clipping=clipping, expected_batch_size=3, noise_seed=0
             )
         for _ in range(2):
-            for p, samples in zip(params, held, strict=True):
+            for p, samples in zip(params, per_sample, strict=True):
                 p.grad_sample = samples.clone()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
-        found += params
-    return found
+        outputs += params
+    return outputs
 
 
 def ghost_norms(inputs: Inputs) -> list[Tensor]:
     """Ghost norms and sums over positions, as shares of what they would be without signs."""
-    found = []
+    outputs = []
     for left, right in inputs.draw(2):
         if left.shape[1] > MOST_POSITIONS:
             continue
         whole = ghost_reference.ghost_sums(left.float().abs(), right.float().abs())
-        found.append(ghost_ops.ghost_sums(left, right) / whole)
+        outputs.append(ghost_ops.ghost_sums(left, right) / whole)
         mean, deviation = left.float().mean(-1), right.float().abs().mean(-1)
         for others in ((left, right, mean, deviation), (left, right), (left,)):
-            found += [t for t in ghost_ops.sample_sums(*others) if t is not None]
-    return found
+            outputs += [t for t in ghost_ops.sample_sums(*others) if t is not None]
+    return outputs
 
 
 def stepped(chain: str, inputs: Inputs, nonfinite: str = "propagate") -> list[Tensor]:
@@ -230,7 +232,7 @@ def lookahead(inputs: Inputs) -> list[Tensor]:
 
 def sharpness(inputs: Inputs) -> list[Tensor]:
     """Weights between and after both steps of SAM and ASAM around an optimizer of torch."""
-    found = []
+    outputs = []
     for adaptive in (False, True):
         params = []
         for weight, gradient in inputs.draw(2):
@@ -238,10 +240,10 @@ def sharpness(inputs: Inputs) -> list[Tensor]:
             params[-1].grad = gradient
         optimizer = fastreg.SAM(params, torch.optim.SGD, adaptive=adaptive, lr=0.1)
         optimizer.first_step()
-        found += [p.detach().clone() for p in params]
+        outputs += [p.detach().clone() for p in params]
         optimizer.second_step()
-        found += params
-    return found
+        outputs += params
+    return outputs
 
 
 def _chains() -> dict[str, Family]:
@@ -268,8 +270,8 @@ FAMILIES: dict[str, Family] = {
 def run(name: str, inputs: Inputs) -> list[Tensor]:
     """What a family computes, without what has no elements."""
     with fastreg.use_backend(inputs.backend):
-        found = FAMILIES[name](inputs)
-    return [t.detach().cpu().float() for t in found if t.numel()]
+        outputs = FAMILIES[name](inputs)
+    return [t.detach().cpu().float() for t in outputs if t.numel()]
 
 
 def bound(dtype: torch.dtype, shapes: Sequence[Shape], name: str) -> float:
@@ -280,9 +282,9 @@ def bound(dtype: torch.dtype, shapes: Sequence[Shape], name: str) -> float:
     return 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
-def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """max|Δ| / max|expected| of the worst tensor."""
-    return max(_off(a, b) for a, b in zip(found, expected, strict=True))
+    return max(_off(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def _off(a: Tensor, b: Tensor) -> Any:

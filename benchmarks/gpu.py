@@ -33,7 +33,7 @@ from typing import Any, TextIO
 import torch
 
 from . import counters, device_tests, measure, sanitize, smoke, suite, tune
-from .ledger import EARLIER, Ledger, failed, former, settled, version
+from .ledger import EARLIER, Ledger, failed, resumable, settled, version
 from .suite import Case
 
 LIMITS = {"smoke": 75, "tests": 150, "bench": 240, "tune": 100, "counters": 60, "sanitize": 150}
@@ -66,7 +66,7 @@ def stage(name: str, out: Path, dry: bool, again: bool) -> int:
     if name == "bench":
         return bench(out / "bench.json", torch.device(where), dry, again)
     about = {"stage": name, "dry": dry, "machine": measure.machine(torch.device(where))}
-    ledger = Ledger(out / f"{name}.json", about, again, every=1.0 if name == "tests" else 0.0)
+    ledger = Ledger(out / f"{name}.json", about, again, interval=1.0 if name == "tests" else 0.0)
     with ledger.interruptible():
         good = sanitized(ledger, dry) if name == "sanitize" else STAGES[name](ledger, where, dry)
     ledger.write(complete=True)
@@ -80,7 +80,7 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
     from . import SUITES, figure, report
 
     contents = report.document(where, quick=True) | {"dry": dry, "version": version()}
-    contents |= former(path, "results", list, contents, again)
+    contents |= resumable(path, "results", list, contents, again)
     results = {(result["suite"], result["case"]): result for result in contents["results"]}
     contents["complete"] = False
     if "copy_gbps" not in contents:
@@ -88,12 +88,12 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
     document.write(path, contents)
     print(f"copy: {contents['copy_gbps']:.0f} GB/s", flush=True)
     names = ("norm", "host") if dry else SUITES
-    every = [case for name in names for case in suite.cases(name, where, quick=True)]
-    for case in pending(every, results):
+    cases = [case for name in names for case in suite.cases(name, where, quick=True)]
+    for case in pending(cases, results):
         result = results[case.suite, case.name] = suite.measured(case, where)[0]
         contents["results"] = list(results.values())
         document.write(path, contents)
-        print(told(result), flush=True)
+        print(summary(result), flush=True)
     contents["complete"] = True
     document.write(path, contents)
     figure.draw(path.with_suffix(".png"), contents)
@@ -102,8 +102,8 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
 
 def ordered(cases: Iterable[Case]) -> list[Case]:
     """Headlines first, then the others in their order."""
-    place = {name: i for i, name in enumerate(HEADLINES)}
-    return sorted(cases, key=lambda case: place.get(case.name, len(place)))
+    order = {name: i for i, name in enumerate(HEADLINES)}
+    return sorted(cases, key=lambda case: order.get(case.name, len(order)))
 
 
 def pending(cases: Iterable[Case], results: dict[tuple[str, str], suite.Result]) -> list[Case]:
@@ -127,7 +127,7 @@ def copied(where: torch.device) -> float:
     return 2 * measure.COPIED / measure.quantiles(timings["copy"].seconds, 1)["median"] / 1e9
 
 
-def told(result: suite.Result) -> str:
+def summary(result: suite.Result) -> str:
     """A case in a line."""
     rows = [
         f"{name} {row['ms']['median']:.3f} ms" + (f", {row['gbps']:.0f} GB/s" if "gbps" in row else "")

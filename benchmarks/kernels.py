@@ -198,9 +198,16 @@ def ghost_entries(target: Architecture) -> list[Entry]:
         chosen = launch_parameters("ghost_sums", target)
         constants = ghost_ops.ghost_constants(dtype, chosen)
         constants["PRECISION"] = tl.constexpr(constants["PRECISION"])
-        kernel, own = ghost_kernels.ghost_sums_kernel, ("p", "d")
+        kernel, divisible = ghost_kernels.ghost_sums_kernel, ("p", "d")
         listed.append(
-            Entry(f"ghost sums {storage}", kernel, tiles, constants, options=chosen.options, multiples=own)
+            Entry(
+                f"ghost sums {storage}",
+                kernel,
+                tiles,
+                constants,
+                options=chosen.options,
+                multiples=divisible,
+            )  # fmt: skip
         )
         kernel, ordered = ghost_kernels.sample_sums_kernel, ghost_kernels.sample_sums_kernel.arg_names
         arguments = {name: (sums | rows)[name] for name in ordered if name in sums | rows}
@@ -217,8 +224,8 @@ def ghost_entries(target: Architecture) -> list[Entry]:
 def per_sample_entries(target: Architecture) -> list[Entry]:
     """Clipping of gradients that are held per sample; bytes are those of one sample."""
 
-    def arguments(held: str, count: str) -> dict[str, Any]:
-        return {"table": "*i64", "work": "*i32", held: "*fp64", count: "i32"}
+    def arguments(name: str, count: str) -> dict[str, Any]:
+        return {"table": "*i64", "work": "*i32", name: "*fp64", count: "i32"}
 
     chosen = [launch_parameters(f"per_sample_{part}", target) for part in ("norm", "sum", "factor")]
     listed = []
@@ -346,18 +353,18 @@ SIZES = {
 
 def adversarial_entries(target: Architecture) -> list[Entry]:
     """Steps of adversarial inputs, and the norms that they need; inputs of 16 bits move in float32."""
-    every = {name: (kind, name.startswith("PGD"), row) for name, (kind, *_, row) in ADVERSARIAL.items()}
+    attacks = {name: (kind, name.startswith("PGD"), row) for name, (kind, *_, row) in ADVERSARIAL.items()}
     listed = []
-    for name, (kind, behind, budgets) in {**every, **SIZES}.items():
+    for name, (kind, behind, budgets) in {**attacks, **SIZES}.items():
         for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
             dtype, pointer, noise = STORAGES[storage][0], f"*{storage}", kind in reference.NOISES
-            own, wide = dtype.itemsize, "*fp32" if behind else pointer
+            itemsize, wide = dtype.itemsize, "*fp32" if behind else pointer
             chosen = launch_parameters(f"adversarial_{'norm' if name in SIZES else 'step'}", target)
             constants: dict[str, Any] = adversarial.constants(kind, chosen, target.lanes)
             seed, gradient, clean = ("*i64", None, None) if noise else (None, pointer, None)
             if kind == "none":
                 gradient = None
-            reads, writes = own * (gradient is not None) + (own + 4) * behind, 0
+            reads, writes = itemsize * (gradient is not None) + (itemsize + 4) * behind, 0
             if behind:
                 clean = pointer
             if name in SIZES:
@@ -381,7 +388,7 @@ def adversarial_entries(target: Architecture) -> list[Entry]:
                     "spatial": "i32", "channels": "i32",
                 }  # fmt: skip
                 gathers = 2 * (constants["BOUNDS"] == "table")
-                reads, writes = reads + own * (not behind), own + 4 * kept
+                reads, writes = reads + itemsize * (not behind), itemsize + 4 * kept
             text = {key: tl.constexpr(value) for key, value in constants.items() if isinstance(value, str)}
             listed.append(
                 Entry(

@@ -23,7 +23,7 @@ EARLIER = "earlier results"
 class Ledger:
     """Rows by name, written to a file after each.
 
-    A file that is there already is gone on with where it is `former`: what has succeeded is not done again.
+    A file that is there already is gone on with if it is `resumable`: what has succeeded is not done again.
 
     Args:
         path: The file.
@@ -32,13 +32,13 @@ class Ledger:
         every: Seconds between two writes at least, for many small rows.
     """
 
-    def __init__(self, path: Path, about: Row, again: bool = False, every: float = 0.0) -> None:
-        self.path, self._start, self._every, self._written = path, time.perf_counter(), every, 0.0
+    def __init__(self, path: Path, about: Row, again: bool = False, interval: float = 0.0) -> None:
+        self.path, self._start, self._interval, self._written = path, time.perf_counter(), interval, 0.0
         self._about = {**about, "version": version()}
-        found = former(path, "rows", dict, self._about, again)
+        previous = resumable(path, "rows", dict, self._about, again)
         self._interrupted = False
-        self.rows: dict[str, Row] = found.get("rows", {})
-        self._before = found.get("seconds", 0.0)
+        self.rows: dict[str, Row] = previous.get("rows", {})
+        self._before = previous.get("seconds", 0.0)
         self.write()
 
     @contextlib.contextmanager
@@ -65,7 +65,7 @@ class Ledger:
     def add(self, name: str, row: Row) -> None:
         """Write a row down."""
         self.rows[name] = row
-        if time.perf_counter() - self._written >= self._every:
+        if time.perf_counter() - self._written >= self._interval:
             self.write()
 
     def attempt(self, name: str, work: Callable[[], Row]) -> Row:
@@ -111,7 +111,7 @@ def version() -> str:
     return kernel_cache.identity()[:12]
 
 
-def former(path: Path, what: str, kind: type, about: Row, again: bool) -> Row:
+def resumable(path: Path, what: str, kind: type, about: Row, again: bool) -> Row:
     """The document in a file, if it is of the same machine and version, and dry like this one or not.
 
     Any other is moved beside, to `<name>.old-<number>.json`, and a line says so.
@@ -123,13 +123,13 @@ def former(path: Path, what: str, kind: type, about: Row, again: bool) -> Row:
         about: What tells the machine and the version of the results to come.
         again: Whether to go on with none.
     """
-    found = read(path, what, kind)
-    if not found:
+    previous = read(path, what, kind)
+    if not previous:
         return {}
-    before, now = _source(found), _source(about)
+    before, now = _source(previous), _source(about)
     other = [name for name in now if before[name] != now[name]]
     if not other and not again:
-        return found
+        return previous
     names = (path.with_name(f"{path.stem}.old-{i}{path.suffix}") for i in itertools.count(1))
     beside = next(name for name in names if not name.exists())
     path.rename(beside)
@@ -150,7 +150,7 @@ def _source(about: Row) -> Row:
 def read(path: Path, what: str, kind: type) -> Row:
     """The document in a file, if there is one that holds results of this kind."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        contents = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get(what), kind) else {}
+    return contents if isinstance(contents, dict) and isinstance(contents.get(what), kind) else {}

@@ -92,8 +92,8 @@ def interleave(runs: dict[str, Run], rounds: int, clock: Clock, warmup: int = 1)
 def quantiles(values: list[float], unit: float = 1e3) -> dict[str, float]:
     """Median and 20/80 quantiles, in milliseconds by default."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
-    found = {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[-1]}
-    return {name: value * unit for name, value in found.items()}
+    summary = {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[-1]}
+    return {name: value * unit for name, value in summary.items()}
 
 
 def ratio(run: Timing, baseline: Timing) -> dict[str, float]:
@@ -141,7 +141,7 @@ def free_memory(device: torch.device) -> int:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a measurement is taken."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -152,13 +152,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         | {name: _version(name) for name in ("torch", "triton", "transformers", "pytest-benchmark", *PEERS)},
     }
     if device.type == "cuda":
-        found |= {
-            "processor": found["device"],
+        facts |= {
+            "processor": facts["device"],
             "device": torch.cuda.get_device_name(device),
             "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
             "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         }
-    return found
+    return facts
 
 
 def clocks(device: torch.device) -> str | None:
@@ -167,10 +167,10 @@ def clocks(device: torch.device) -> str | None:
         query = "clocks.sm,clocks.mem,clocks.max.sm,driver_version,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv", f"--id={device.index or 0}"]
         try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        names, *values = [line.split(", ") for line in told.stdout.strip().splitlines()] or [[]]
+        names, *values = [line.split(", ") for line in done.stdout.strip().splitlines()] or [[]]
         return ", ".join(map(" ".join, zip(names, values[0], strict=True))) if values else None
     try:
         with open("/proc/cpuinfo") as file:

@@ -35,21 +35,21 @@ PLACE = Path("/tmp/fastreg-triton")
 FILE = Path("benchmarks/results/.carry/triton.tar.gz")
 
 
-def claim(place: Path) -> None:
+def claim(folder: Path) -> None:
     """Make a folder anew, which nobody else can write to.
 
     Raises:
         PermissionError: If there is something of somebody else, or that others can write to.
     """
-    if os.path.lexists(place):
-        found = place.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if os.path.lexists(folder):
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError(
-                f"{place} is not a folder that you alone can write to, and what is in it is run: "
+                f"{folder} is not a folder that you alone can write to, and what is in it is run: "
                 "remove it, or have its owner remove it"
             )
-        shutil.rmtree(place)
-    place.mkdir(mode=0o700)
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
 
 
 def tests(jobs: int, target: str) -> None:

@@ -185,8 +185,8 @@ class PublishedSAM:
     @torch.no_grad()
     def first_step(self) -> None:
         """Climb."""
-        own = [((p.abs() if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.params]
-        scale = self.rho / (torch.norm(torch.stack(own), p=2) + 1e-12)
+        norms = [((p.abs() if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.params]
+        scale = self.rho / (torch.norm(torch.stack(norms), p=2) + 1e-12)
         self.old = []
         for p in self.params:
             self.old.append(p.data.clone())

@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.precision", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
-    found = {"torch": torch.__version__, "averages": averages(), "perturbations": perturbations()}
-    for row in found["averages"] + found["perturbations"]:
+    figures = {"torch": torch.__version__, "averages": averages(), "perturbations": perturbations()}
+    for row in figures["averages"] + figures["perturbations"]:
         print(
             "  ".join(
                 f"{key} {value:.7g}" if isinstance(value, float) else f"{key} {value}"
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
     if options.json:
-        document.write(options.json, found)
+        document.write(options.json, figures)
     return 0
 
 

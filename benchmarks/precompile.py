@@ -78,16 +78,16 @@ def items(
     names: Sequence[str] = (), kinds: Sequence[str] = KINDS, features: Sequence[int] = FEATURES
 ) -> list[Item]:
     """The work: by default, all that is shipped."""
-    found = []
+    made = []
     for name in names or families.FAMILIES:
         if chains.known(name):
             storages = [kind for kind in kinds if kind in chains.STORAGES]
-            found += [Item(name, *rest) for rest in itertools.product(storages, ("propagate", "skip"))]
+            made += [Item(name, *rest) for rest in itertools.product(storages, ("propagate", "skip"))]
         else:
             dtypes = [kind for kind in kinds if kind in DTYPES]
             widths = features if name in WIDE else (Item._field_defaults["features"],)
-            found += [Item(name, kind, features=width) for kind in dtypes for width in widths]
-    return found
+            made += [Item(name, kind, features=width) for kind in dtypes for width in widths]
+    return made
 
 
 def run(item: Item) -> None:
@@ -103,7 +103,7 @@ def run(item: Item) -> None:
 
 
 def fill(
-    target: str, place: Path, work: Sequence[Item], jobs: int = 1,
+    target: str, cache: Path, work: Sequence[Item], jobs: int = 1,
     report: Callable[[Item, int], None] = lambda item, kernels: None, driver: str = "stub",
 ) -> Filled:  # fmt: skip
     """Compile into a cache.
@@ -117,15 +117,15 @@ def fill(
         driver: "stub"; or "recording", which also builds Triton's launchers, for the Python that runs this.
     """
     start = time.perf_counter()
-    place.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=place).close()  # an error now rather than in every process
-    before, failed = hashes(place).keys(), {}
+    cache.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=cache).close()  # an error now rather than in every process
+    before, failed = hashes(cache).keys(), {}
     needed: set[str] = set()
     with ProcessPoolExecutor(
         max(1, min(jobs, len(work))),
         multiprocessing.get_context("spawn"),
         _begin,
-        (target, str(place), driver),
+        (target, str(cache), driver),
     ) as pool:
         try:
             for item, (used, error) in zip(work, pool.map(_run, work), strict=True):
@@ -138,18 +138,18 @@ def fill(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    strip(place, needed - before)
+    strip(cache, needed - before)
     if not failed:
-        kernel_cache.note(place, target, needed)
+        kernel_cache.note(cache, target, needed)
     return Filled(len(needed), len(needed - before), time.perf_counter() - start, failed)
 
 
-def strip(place: Path, made: set[str]) -> None:
+def strip(cache: Path, made: set[str]) -> None:
     """Remove what no run reads of these kernels, by their hashes: four fifths of a cache.
 
     Triton 3.9 takes a kernel for lost if a file of its group is, so the group no longer names it.
     """
-    for folder in (folder for hash, folder in hashes(place).items() if hash in made):
+    for folder in (folder for hash, folder in hashes(cache).items() if hash in made):
         for group in folder.glob("__grp__*.json"):
             members = json.loads(group.read_text())["child_paths"]
             kept = {name: path for name, path in members.items() if not name.endswith(".source")}
@@ -158,9 +158,9 @@ def strip(place: Path, made: set[str]) -> None:
             file.unlink()
 
 
-def _begin(target: str, place: str, driver: str) -> None:
+def _begin(target: str, cache: str, driver: str) -> None:
     """Make this process compile for a target, into a folder."""
-    os.environ |= {"TRITON_CACHE_DIR": place, "TRITON_STORE_BINARY_ONLY": "1"}
+    os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1"}
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
     from . import recording, stub
@@ -186,11 +186,11 @@ def _run(item: Item) -> tuple[set[str], str]:
     return {kernel.hash for kernel in stub.compiled()}, error
 
 
-def hashes(place: Path) -> dict[str, Path]:
+def hashes(cache: Path) -> dict[str, Path]:
     """Of the kernels that are in a cache, and the folder of each; damaged files count for nothing."""
-    found = {}
+    folders = {}
     for name in entry_points():
-        for file in place.glob(f"*/{name}.json"):
+        for file in cache.glob(f"*/{name}.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found[json.loads(file.read_text())["hash"]] = file.parent
-    return found
+                folders[json.loads(file.read_text())["hash"]] = file.parent
+    return folders

@@ -58,7 +58,7 @@ class Launch:
     grid: tuple[int, ...]
     threads: int
     parameters: dict[str, int]
-    given: dict[str, int]
+    arguments: dict[str, int]
 
 
 def nvidia_target(name: str) -> GPUTarget:
@@ -93,11 +93,11 @@ def _library() -> Any:
     include = Path(nvidia.__file__).with_name("include")
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", f"-I{include}", str(SOURCE)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", str(target)], check=True)
-    found = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
-    found.recorded_last.restype = ctypes.POINTER(_Last)
-    found.recorded_launches.restype = found.recorded_modules.restype = ctypes.c_long
-    found.folder = folder
-    return found
+    library = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+    library.recorded_last.restype = ctypes.POINTER(_Last)
+    library.recorded_launches.restype = library.recorded_modules.restype = ctypes.c_long
+    library.folder = folder
+    return library
 
 
 @contextlib.contextmanager
@@ -117,8 +117,8 @@ def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
     launch = device.launch
 
     def recorded(kernel: Any, programs: int, where: Any, *arguments: Any, **constants: Any) -> None:
-        given = _parameters(kernel, arguments)
-        library.expect_parameters(len(given))
+        parameters = _parameters(kernel, arguments)
+        library.expect_parameters(len(parameters))
         before = library.recorded_launches()
         launch(kernel, programs, where, *arguments, **constants)
         if not programs:
@@ -126,14 +126,15 @@ def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
         if library.recorded_launches() != before + 1:
             raise RuntimeError(f"{kernel.__name__} was launched {library.recorded_launches() - before} times")
         last = library.recorded_last().contents
-        found = (
+        received = (
             value & 0xFFFFFFFF if narrow else value
-            for value, (_, narrow) in zip(last.parameters, given.values(), strict=False)
+            for value, (_, narrow) in zip(last.parameters, parameters.values(), strict=False)
         )
         launches.append(
             Launch(
                 kernel.__name__, tuple(last.grid), last.threads,
-                dict(zip(given, found, strict=True)), {name: value for name, (value, _) in given.items()},
+                dict(zip(parameters, received, strict=True)),
+                {name: value for name, (value, _) in parameters.items()},
             )
         )  # fmt: skip
 
@@ -159,14 +160,14 @@ def _name(module: Any) -> str:
 
 def _parameters(kernel: Any, arguments: tuple[Any, ...]) -> dict[str, tuple[int, bool]]:
     """What Triton's launcher hands to the driver: addresses and integers, and whether these have 32 bits."""
-    found = {}
+    addresses = {}
     named = list(zip(kernel.arg_names, arguments, strict=False))
     while named:
         name, value = named.pop(0)
         if isinstance(value, tuple):
             named[:0] = ((f"{name}[{i}]", item) for i, item in enumerate(value))
         elif isinstance(value, torch.Tensor):
-            found[name] = value.data_ptr(), False
+            addresses[name] = value.data_ptr(), False
         elif isinstance(value, int):
-            found[name] = value, abs(value) < 2**31
-    return found
+            addresses[name] = value, abs(value) < 2**31
+    return addresses

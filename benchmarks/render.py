@@ -67,8 +67,9 @@ ALL_KERNELS = """\
 
 def runs() -> dict[str, dict[str, Any]]:
     """The committed runs by the folder they lie in, GPUs first."""
-    found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*/bench.json")}
-    return dict(sorted(found.items(), key=lambda item: (not _on_gpu(item[1]), item[0])))
+    files = RESULTS.glob("*/bench.json")
+    read = {file.parent.name: json.loads(file.read_text("utf-8")) for file in files}
+    return dict(sorted(read.items(), key=lambda item: (not _on_gpu(item[1]), item[0])))
 
 
 def audited() -> dict[str, Any]:
@@ -82,13 +83,13 @@ def _on_gpu(run: dict[str, Any]) -> bool:
 
 def performance() -> str:
     """The section of the main README."""
-    found = runs()
+    all_runs = runs()
     parts = []
-    if not any(map(_on_gpu, found.values())):
+    if not any(map(_on_gpu, all_runs.values())):
         parts.append(NO_GPU)
-    parts += [_summary(name, run) for name, run in found.items() if _on_gpu(run)]
+    parts += [_summary(name, run) for name, run in all_runs.items() if _on_gpu(run)]
     parts += [_machine_code(), _machine_code_of_modules()]
-    parts += [_summary(name, run) for name, run in found.items() if not _on_gpu(run)]
+    parts += [_summary(name, run) for name, run in all_runs.items() if not _on_gpu(run)]
     parts.append("All tables: [benchmarks/results](benchmarks/results/README.md).")
     return "\n\n".join(parts)
 
@@ -213,11 +214,11 @@ def everything() -> str:
 
 def versions() -> str:
     """What `noxfile.py` has recorded: which versions were tested, and how many tests have passed."""
-    found = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("versions/*.json")}
-    order = [name for name in ("oldest", "pinned", "newest") if name in found]
+    records = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("versions/*.json")}
+    order = [name for name in ("oldest", "pinned", "newest") if name in records]
     lines = []
     for name in order:
-        record = found[name]
+        record = records[name]
         results = [
             f"{record[part]['passed']} passed, {record[part]['skipped']} skipped"
             + f", {record[part].get('second_attempt')} at a second attempt"
@@ -226,14 +227,15 @@ def versions() -> str:
             for part in ("tests", "machine code")
         ]
         lines.append([name, *record["versions"].values(), *results])
-    headings = ["", *(found[order[0]]["versions"] if order else ()), "tests", "of machine code and launches"]
+    packages = records[order[0]]["versions"] if order else ()
+    headings = ["", *packages, "tests", "of machine code and launches"]
     return report.markdown(headings, lines)
 
 
 def cold_start() -> str:
     """What first steps take, and compiling ahead of time."""
-    found = json.loads((RESULTS / "cold_start.json").read_text("utf-8"))
-    step, kernels, machine = found["compiled_step"], found["kernels"], found["machine"]
+    starts = json.loads((RESULTS / "cold_start.json").read_text("utf-8"))
+    step, kernels, machine = starts["compiled_step"], starts["kernels"], starts["machine"]
     first, later = f"{step['first_process']:.0f} s", f"{step['later_process'] * 1000:.0f} ms"
     size, seconds = f"{kernels['bytes'] / 1e6:.0f} MB", f"{kernels['seconds']:.0f} s"
     return (
@@ -256,8 +258,8 @@ def rendered() -> dict[Path, str]:
     text = OPTIMIZERS.sub(optimizers(), readme.read_text("utf-8"))
     for begin, what in ((BEGIN, performance), (COLD_START, cold_start), (VERSIONS, versions)):
         before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(END)
-        if not found:
+        _, end, after = rest.partition(END)
+        if not end:
             raise ValueError(f"{readme} does not hold {begin!r} and {END!r}")
         text = f"{before}{begin}\n\n{what()}\n\n{END}{after}"
     return {readme: text, RESULTS / "README.md": everything()}

@@ -68,8 +68,8 @@ def share(result: Result, row: dict[str, Any]) -> float:
         for other in result["rows"].values()
         if "optimizer_ms" in other
     ]
-    own = row["optimizer_ms"]["median"]
-    return own / (own + statistics.median(rest))
+    ours = row["optimizer_ms"]["median"]
+    return ours / (ours + statistics.median(rest))
 
 
 COLUMNS: dict[str, Cell] = {

@@ -40,11 +40,11 @@ def main(names: list[str]) -> int:
     wrong = 0
     for name in names or families.FAMILIES:
         for dtype in (torch.float32, torch.bfloat16):
-            found, expected = (
+            actual, expected = (
                 families.run(name, families.Inputs(dtype, where, backend, SHAPES, OFFSETS))
                 for where, backend in ((device, "triton"), (device, "reference"))
             )
-            off, bound = families.error(found, expected), families.bound(dtype, SHAPES, name)
+            off, bound = families.error(actual, expected), families.bound(dtype, SHAPES, name)
             wrong += not off <= bound
             print(
                 f"{name}, {dtype}: off by {off:.1e}{'' if off <= bound else ', which is wrong'}", flush=True

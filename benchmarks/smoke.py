@@ -39,8 +39,8 @@ def run(ledger: Ledger, where: str, dry: bool) -> bool:
     cases = _cases(names, where, dry)
     for name in ledger.pending(cases):
         row = ledger.attempt(name, cases[name])
-        told = row.get("failed") or row.get("wrong") or f"{row['error']:.1e} (<= {row['bound']:.1e})"
-        print(f"{name}: {told}", flush=True)
+        outcome = row.get("failed") or row.get("wrong") or f"{row['error']:.1e} (<= {row['bound']:.1e})"
+        print(f"{name}: {outcome}", flush=True)
     return not any(map(failed, ledger.rows.values()))
 
 
@@ -48,32 +48,32 @@ def _filled(names: list[str], where: str, dry: bool) -> Row:
     target = "sm_90" if dry else device.architecture(torch.device(where)).name
     kinds = ["fp32"] if dry else precompile.KINDS
     work = precompile.items(names[:1] if dry else (), kinds)
-    found = precompile.fill(target, kernel_cache.folder(), work, 1 if dry else os.cpu_count() or 1)
-    row: Row = {"kernels": found.kernels, "compiled": found.compiled}
-    return row | ({"failed": found.failed} if found.failed else {})
+    filled = precompile.fill(target, kernel_cache.folder(), work, 1 if dry else os.cpu_count() or 1)
+    row: Row = {"kernels": filled.kernels, "compiled": filled.compiled}
+    return row | ({"failed": filled.failed} if filled.failed else {})
 
 
 def _cases(names: list[str], where: str, dry: bool) -> dict[str, Callable[[], Row]]:
-    found: dict[str, Callable[[], Row]] = {}
+    cases: dict[str, Callable[[], Row]] = {}
     for name in names:
         for kind, dtype in DTYPES.items():
             real = TINY if dry else REAL.get(name, WEIGHTS)
             odd = TINY if dry else sanitize.SHAPES
-            found[f"{name} {kind}"] = _case(name, dtype, where, real, (0,))
-            found[f"{name} {kind}, odd"] = _case(name, dtype, where, odd, (1,) if dry else sanitize.OFFSETS)
-    return found
+            cases[f"{name} {kind}"] = _case(name, dtype, where, real, (0,))
+            cases[f"{name} {kind}, odd"] = _case(name, dtype, where, odd, (1,) if dry else sanitize.OFFSETS)
+    return cases
 
 
 def _case(
     name: str, dtype: torch.dtype, where: str, shapes: list[Shape], offsets: tuple[int, ...]
 ) -> Callable[[], Row]:
     def compare() -> Row:
-        found, expected = (
+        actual, expected = (
             families.run(name, Inputs(dtype, where, backend, shapes, offsets))
             for backend in ("triton", "reference")
         )
         row: Row = {
-            "error": families.error(found, expected), "bound": families.bound(dtype, shapes, name)
+            "error": families.error(actual, expected), "bound": families.bound(dtype, shapes, name)
         }  # fmt: skip
         return row if row["error"] <= row["bound"] else row | {"wrong": f"off by {row['error']:.1e}"}
 

@@ -28,8 +28,8 @@ def gpu_target(name: str) -> GPUTarget:
     Raises:
         ValueError: If the name is not that of an architecture.
     """
-    if found := re.fullmatch(r"sm_(\d+)", name):
-        return GPUTarget("cuda", int(found[1]), 32)
+    if match := re.fullmatch(r"sm_(\d+)", name):
+        return GPUTarget("cuda", int(match[1]), 32)
     if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     raise ValueError(f"a target must be such as sm_90 or gfx942, got {name!r}")
@@ -111,8 +111,8 @@ def active(instead: DriverBase, target: str) -> Iterator[None]:
 
 def variants() -> dict[str, int]:
     """How many variants of each kernel have been compiled for the driver."""
-    found = {name: len(kernel.device_caches[0][0]) for name, kernel in entry_points().items()}
-    return {name: count for name, count in found.items() if count}
+    counts = {name: len(kernel.device_caches[0][0]) for name, kernel in entry_points().items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def compiled() -> list[Any]:

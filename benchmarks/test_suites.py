@@ -41,19 +41,19 @@ measured = functools.cache(suite.measured)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    place = device(metafunc.config.getoption("--device") or None)
+    where = device(metafunc.config.getoption("--device") or None)
     cases = [
-        case for name in SUITES for case in suite.cases(name, place, metafunc.config.getoption("--quick"))
+        case for name in SUITES for case in suite.cases(name, where, metafunc.config.getoption("--quick"))
     ]
     rows = [(case, contender) for case in cases for contender in case.contenders()]
     names = [f"{case.name}: {contender}" for case, contender in rows]
-    metafunc.parametrize("case, contender, place", [(*row, place) for row in rows], ids=names)
+    metafunc.parametrize("case, contender, where", [(*row, where) for row in rows], ids=names)
 
 
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_speed(case: suite.Case, contender: str, place: Any, benchmark: Any) -> None:
+def test_speed(case: suite.Case, contender: str, where: Any, benchmark: Any) -> None:
     """Measure the case unless that has been done, and report the contender."""
-    result, timings = measured(case, place)
+    result, timings = measured(case, where)
     row = result["rows"].get(contender, {})
     if reason := result.get("skipped") or row.get("skipped"):
         benchmark.skipped = True

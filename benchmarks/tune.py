@@ -109,9 +109,9 @@ def _adversarial(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int
 
 
 def _per_sample(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
-    held = [torch.randn(2 if dry else 32, 77 if dry else 768 * 3072, device=where)]
-    total = [torch.zeros_like(held[0][0])]
-    return lambda: [clip_and_sum(held, total, [1.0], False), total], 8 * held[0].numel()
+    samples = [torch.randn(2 if dry else 32, 77 if dry else 768 * 3072, device=where)]
+    total = [torch.zeros_like(samples[0][0])]
+    return lambda: [clip_and_sum(samples, total, [1.0], False), total], 8 * samples[0].numel()
 
 
 def _ghost(dtype: torch.dtype, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
@@ -203,26 +203,26 @@ def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) ->
     now, *others = settings(trial, target)
     expected = results(trial, now, where, dry)
     run, moved = trial.make(where, dry)
-    runs: dict[str, measure.Run] = {_told(now): functools.partial(with_setting, trial.kernel, now, run)}
+    runs: dict[str, measure.Run] = {_describe(now): functools.partial(with_setting, trial.kernel, now, run)}
     refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for setting in others:
         try:
-            found = results(trial, setting, where, dry)
+            outputs = results(trial, setting, where, dry)
         except Exception as error:  # such as more shared memory than there is
-            refused[_told(setting)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            refused[_describe(setting)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        if differs := _difference(found, expected):
-            wrong[_told(setting)] = differs
+        if differs := _difference(outputs, expected):
+            wrong[_describe(setting)] = differs
         else:
-            runs[_told(setting)] = functools.partial(with_setting, trial.kernel, setting, run)
+            runs[_describe(setting)] = functools.partial(with_setting, trial.kernel, setting, run)
     if not dry:
         runs["copy"] = measure.copy(where)
     timings = measure.interleave(runs, 2 if dry else 25, measure.Clock(where))
     rows = {name: measure.quantiles(timing.seconds) for name, timing in timings.items()}
     copied = rows.pop("copy", None)
     best = min(rows, key=lambda name: rows[name]["median"])
-    gain = 1 - rows[best]["median"] / rows[_told(now)]["median"]
+    gain = 1 - rows[best]["median"] / rows[_describe(now)]["median"]
     row: Row = {"ms": rows, "refused": refused, "best": best, "gain": gain, "bytes": moved}
     if wrong:
         row["wrong"] = wrong
@@ -241,17 +241,17 @@ def results(trial: Trial, setting: LaunchParameters, where: torch.device, dry: b
         return _tensors(run())
 
 
-def _tensors(found: Any) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """All tensors in what a run returns."""
-    if isinstance(found, Tensor):
-        return [found.detach()]
-    held = found.values() if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else ()
-    return [tensor for part in held for tensor in _tensors(part)]
+    if isinstance(value, Tensor):
+        return [value.detach()]
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    return [t for part in parts for t in _tensors(part)] if isinstance(parts, (list, tuple)) else []
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> str:
+def _difference(actual: list[Tensor], expected: list[Tensor]) -> str:
     """By how much results differ, where it is more than rounding."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         rounding = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
         one, other = one.float(), other.float()
         if not torch.allclose(one, other, rtol=max(1e-3, rounding), atol=1e-5):
@@ -265,7 +265,7 @@ def with_setting(kernel: str, setting: LaunchParameters, run: Callable[[], Any])
         run()
 
 
-def _told(setting: LaunchParameters) -> str:
+def _describe(setting: LaunchParameters) -> str:
     """As it would stand in the table."""
     names = LaunchParameters._field_defaults
     parts = [

@@ -60,8 +60,8 @@ def test_penalties_under_reduce_overhead():
 def test_more_samples_than_the_second_dimension_of_a_grid_holds():
     samples = 65_537
     total = torch.zeros(8, device=DEVICE)
-    found = clip_and_sum([torch.ones(samples, 8, device=DEVICE)], [total], [1.0], False)
-    assert torch.allclose(found.norms, torch.full_like(found.norms, 8**0.5))
+    result = clip_and_sum([torch.ones(samples, 8, device=DEVICE)], [total], [1.0], False)
+    assert torch.allclose(result.norms, torch.full_like(result.norms, 8**0.5))
     assert torch.allclose(total, torch.full_like(total, samples / 8**0.5))
 
 

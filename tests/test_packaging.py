@@ -78,14 +78,14 @@ def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed() -> Non
 
 def test_each_session_has_recorded_that_all_tests_pass() -> None:
     """Of the versions that it is about."""
-    found = {
+    records = {
         file.stem: json.loads(file.read_text())
         for file in (ROOT / "benchmarks/results/versions").glob("*.json")
     }
-    assert found.keys() == {"oldest", "pinned", "newest"}
-    for record in found.values():
+    assert records.keys() == {"oldest", "pinned", "newest"}
+    for record in records.values():
         assert record["tests"]["passed"] > 5000 and record["machine code"]["passed"] > 300
         assert record["tests"]["failed"] == record["machine code"]["failed"] == 0
     pins = dict(re.findall(r"^([a-z]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M))
-    assert found["pinned"]["versions"]["torch"].startswith(pins["torch"])
-    assert found["oldest"]["versions"]["torch"].startswith("2.11.")
+    assert records["pinned"]["versions"]["torch"].startswith(pins["torch"])
+    assert records["oldest"]["versions"]["torch"].startswith("2.11.")

@@ -60,18 +60,22 @@ def length(source: str, most: int) -> Iterator[Complaint]:
 
 
 def names(tree: ast.AST) -> Iterator[Complaint]:
-    """Complains about variables, parameters, attributes and functions named by an ambiguous word."""
+    """Complains about variables, parameters, attributes and functions named by an ambiguous word.
+
+    Names of other libraries, such as hypothesis's `given`, are theirs.
+    """
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    allowed = {alias.name for node in imports for alias in node.names}
     # `every: int` is a period, by the name that such parameters have everywhere.
-    period = any(
-        isinstance(n, ast.arg) and n.arg == "every" and _is_int(n.annotation) for n in ast.walk(tree)
-    )
+    if any(isinstance(n, ast.arg) and n.arg == "every" and _is_int(n.annotation) for n in ast.walk(tree)):
+        allowed.add("every")
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword):  # names what somebody else has defined
             continue
         name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name
-        if isinstance(name, str) and name.strip("_") in AMBIGUOUS and not (period and name == "every"):
+        if isinstance(name, str) and name.strip("_") in AMBIGUOUS and name not in allowed:
             yield getattr(node, "lineno", 1), f"`{name}` may mean many things: say what it holds"
 
 

@@ -1,4 +1,4 @@
-"""`fastreg precompile`: kernels compiled ahead of time into Triton's cache, without a GPU."""
+"""Implements `fastreg precompile`, which compiles kernels into Triton's cache without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ All kernels take about a minute on two cores and 19 MB for each target; --only t
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
+    """Adds the subcommand to the parser."""
     parser = commands.add_parser(
         "precompile", help="compile kernels ahead of time, without a GPU",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile."""
+    """Compiles the kernels that the arguments name."""
     if args.list:
         from fastreg_benchmarks.families import FAMILIES
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("there is nothing to compile: none of these names has kernels of these dtypes")
     if args.out == "":
         raise UsageError("--out names no folder")
-    place = (Path(args.out) if args.out else kernel_cache.folder()).absolute()  # Triton stores paths
+    cache = (Path(args.out) if args.out else kernel_cache.folder()).absolute()  # Triton stores paths
     status = 0
     for target in targets:
         done = iter(range(1, len(work) + 1))
@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
                 print(f"\r{target}  {next(done)}/{len(work)}  {item!s:<44}", end="", flush=True)
 
         try:
-            found = precompile.fill(target, place, work, args.jobs, report)
+            filled = precompile.fill(target, cache, work, args.jobs, report)
         except OSError as error:
-            raise UsageError(f"{place} cannot be written ({error.strerror}): name another --out") from None
-        counts = f"{found.kernels} kernels in {place}, {found.compiled} of them new"
-        line = f"{target}: {counts}, {found.seconds:.0f} s"
+            raise UsageError(f"{cache} cannot be written ({error.strerror}): name another --out") from None
+        counts = f"{filled.kernels} kernels in {cache}, {filled.compiled} of them new"
+        line = f"{target}: {counts}, {filled.seconds:.0f} s"
         print(f"\r{line:<70}" if sys.stdout.isatty() else line)
-        for item, why in found.failed.items():
+        for item, why in filled.failed.items():
             print(f"  {item} did not compile: {why}")
             status = 1
     return status
@@ -105,41 +105,44 @@ def _here() -> str:
     return device.architecture(torch.device("cuda", torch.cuda.current_device())).name
 
 
-def _names(given: str | None) -> list[str]:
+def _names(argument: str | None) -> list[str]:
     from fastreg_benchmarks.chains import known
     from fastreg_benchmarks.families import FAMILIES
 
-    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    names = [name.strip() for name in (argument or "").split(",") if name.strip()]
     for name in names:
         if name not in FAMILIES and not known(name):
             raise UsageError(
                 f"--only: unknown name {name!r}; --list shows the names, and parts may be combined with a "
                 "rule, as in EMA+SGD"
             )
-    if given is not None and not names:
-        raise UsageError(f"--only names nothing, got {given!r}; for example --only AdamW,dropout")
+    if argument is not None and not names:
+        raise UsageError(f"--only names nothing, got {argument!r}; for example --only AdamW,dropout")
     return names
 
 
-def _features(given: str | None) -> list[int]:
+def _features(argument: str | None) -> list[int]:
     from fastreg_benchmarks.precompile import FEATURES
 
-    if given is None:
+    if argument is None:
         return list(FEATURES)
     try:
-        found = [count(number.strip()) for number in given.split(",")]
+        return [count(number.strip()) for number in argument.split(",")]
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"--features: {error}; for example --features 768,1024") from None
-    return found
 
 
-def _kinds(given: str | None) -> list[str]:
+def _kinds(argument: str | None) -> list[str]:
     from fastreg_benchmarks.chains import STORAGES
     from fastreg_benchmarks.precompile import DTYPES, KINDS
 
-    kinds = [kind.strip() for kind in given.split(",") if kind.strip()] if given is not None else list(KINDS)
+    kinds = (
+        [kind.strip() for kind in argument.split(",") if kind.strip()]
+        if argument is not None
+        else list(KINDS)
+    )
     if not kinds:
-        raise UsageError(f"--dtype names nothing, got {given!r}; for example --dtype fp32,bf16")
+        raise UsageError(f"--dtype names nothing, got {argument!r}; for example --dtype fp32,bf16")
     for kind in kinds:
         if kind not in (known := dict.fromkeys((*DTYPES, *STORAGES))):
             raise UsageError(f"--dtype: unknown dtype {kind!r}; choose from {', '.join(known)}")

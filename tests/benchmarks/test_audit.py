@@ -40,8 +40,8 @@ def test_holds_elsewhere(name, target):
 
 def test_every_entry_point_is_audited():
     """Every `@triton.jit` function that is launched, by the convention of its name and by being called so."""
-    found = entry_points()
-    assert found and found.keys() == {entry.kernel.__name__ for entry in ENTRIES}
+    points = entry_points()
+    assert points and points.keys() == {entry.kernel.__name__ for entry in ENTRIES}
 
 
 def test_what_is_launched_is_named_as_an_entry_point():
@@ -115,8 +115,8 @@ def test_adversarial():
     """A step along the gradient moves what it must: an element is read and written once."""
     bytes_moved = {"FGSM": (12, 6), "PGD": (16, 14), "PGD, L2": (16, 14), "random start": (8, 8)}
     for name, (fp32, bf16) in bytes_moved.items():
-        found = {entry.name: entry.bytes for entry in ENTRIES}
-        assert (found[f"{name} fp32"], found[f"{name} bf16"]) == (fp32, bf16)
+        sizes = {entry.name: entry.bytes for entry in ENTRIES}
+        assert (sizes[f"{name} fp32"], sizes[f"{name} bf16"]) == (fp32, bf16)
     plain = audit.audit(next(entry for entry in ENTRIES if entry.name == "PGD fp32"), "sm_90")
     assert (plain.shared, plain.loads, plain.stores) == (0, [128], [128]) and plain.instructions <= 17
 
@@ -144,14 +144,16 @@ def test_documented_bytes_of_norms(name):
 )
 def test_what_is_audited_is_what_runs(make, expected, dtype, storage, monkeypatch):
     """Chains and dtypes of the table are those of the batches that the library makes."""
-    found = []
-    monkeypatch.setattr(fastreg.engine.launch, "run", lambda batch: found.append((batch.chain, batch.dtypes)))
+    launched = []
+    monkeypatch.setattr(
+        fastreg.engine.launch, "run", lambda batch: launched.append((batch.chain, batch.dtypes))
+    )
     parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     with fastreg.use_backend("reference"):
         chains.whole_step(make([parameter]))()
     rows = {c.name: (c.chain, c.dtypes) for c in chains.shipped() if c.storage == storage}
-    assert found == [rows[name] for name in expected]
+    assert launched == [rows[name] for name in expected]
 
 
 def averaged(params):

@@ -54,10 +54,10 @@ def test_every_stage_runs_without_a_gpu(dry):
     written = {f"{name}.json" for name in gpu.LIMITS} | {"bench.png", "log.txt"}
     assert {file.name for file in out.iterdir()} == written and len(written) <= 8
     for name in gpu.LIMITS:
-        found = read(out / f"{name}.json")
-        assert found["complete"] and found["machine"]["versions"]["torch"] == version("torch")
+        contents = read(out / f"{name}.json")
+        assert contents["complete"] and contents["machine"]["versions"]["torch"] == version("torch")
         if name != "bench":
-            assert found["rows"] and not any(map(failed, found["rows"].values()))
+            assert contents["rows"] and not any(map(failed, contents["rows"].values()))
     assert device_tests.counts(read(out / "tests.json")["rows"])["passed"] > 30
     assert read(out / "bench.json")["copy_gbps"] > 1
 
@@ -75,9 +75,9 @@ def test_a_second_call_does_what_has_failed_and_what_is_missing(dry, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(contents))
     run = script("--dry", "smoke", "tests", "bench", out=tmp_path)
     assert run.returncode == 0, run.stdout
-    told = [line.partition(":")[0] for line in run.stdout.splitlines()]
+    names = [line.partition(":")[0] for line in run.stdout.splitlines()]
     assert {"dropout fp32", "penalty fp32"} == {
-        name for name in told if name in smoke["rows"] or "penalty fp32" in name
+        name for name in names if name in smoke["rows"] or "penalty fp32" in name
     }
     assert "1 passed" in run.stdout
     assert [result["case"] for result in read(tmp_path / "bench.json")["results"]].count(gone["case"]) == 1
@@ -116,8 +116,12 @@ def test_a_stage_that_is_stopped_in_its_middle_leaves_whole_json(tmp_path, how):
             process.stdout.readline()
         process.send_signal(how)
         assert process.wait(30) != 0
-    found = read(tmp_path / "smoke.json")
-    assert not found["complete"] and len(found["rows"]) >= 3 and not any(map(failed, found["rows"].values()))
+    contents = read(tmp_path / "smoke.json")
+    assert (
+        not contents["complete"]
+        and len(contents["rows"]) >= 3
+        and not any(map(failed, contents["rows"].values()))
+    )
 
 
 @pytest.mark.slow
@@ -127,8 +131,8 @@ def test_a_stage_is_stopped_at_its_limit_and_the_others_run(tmp_path, monkeypatc
     start = time.monotonic()
     assert gpu.run(["tests", "counters", "tune"], tmp_path, True, False, 20.0) == 1
     assert time.monotonic() - start < 40
-    told = capfd.readouterr().out
-    assert "== tests: stopped at its limit" in told and "== counters: ok" in told
+    output = capfd.readouterr().out
+    assert "== tests: stopped at its limit" in output and "== counters: ok" in output
     assert not read(tmp_path / "tests.json")["complete"] and read(tmp_path / "counters.json")["complete"]
     assert gpu.run(["smoke"], tmp_path, True, False, 1.0) == 1
     assert "smoke (no time was left)" in capfd.readouterr().out
@@ -138,11 +142,13 @@ def test_a_failure_is_told_and_kept(tmp_path):
     ledger = Ledger(tmp_path / "stage.json", {"stage": "toy"})
     ledger.attempt("good", lambda: {"value": float("nan")})
     ledger.attempt("bad", lambda: 1 / 0)
-    found = read(tmp_path / "stage.json")
+    contents = read(tmp_path / "stage.json")
     assert (
-        found["rows"]["good"]["value"] is None and "trace" in found["rows"]["bad"] and not found["complete"]
+        contents["rows"]["good"]["value"] is None
+        and "trace" in contents["rows"]["bad"]
+        and not contents["complete"]
     )
-    assert found["rows"]["bad"]["failed"] == "ZeroDivisionError: division by zero"
+    assert contents["rows"]["bad"]["failed"] == "ZeroDivisionError: division by zero"
     again = Ledger(tmp_path / "stage.json", {"stage": "toy"})
     assert again.pending(["good", "bad", "new"]) == ["bad", "new"]
     again.add("bad", {})
@@ -157,14 +163,14 @@ GPU = {"stage": "toy", "dry": False, "machine": {"device": "NVIDIA H100"}}
 
 
 @pytest.mark.parametrize(
-    "other, told",
+    "other, message",
     [
         ({"dry": True}, "differ in --dry and are kept"),
         ({"machine": {"device": "NVIDIA H200"}}, "differ in machine and are kept"),
         ({}, "differ in version of fastreg or triton and are kept"),
     ],
 )
-def test_results_of_another_machine_or_version_are_kept_beside(tmp_path, monkeypatch, capfd, other, told):
+def test_results_of_another_machine_or_version_are_kept_beside(tmp_path, monkeypatch, capfd, other, message):
     Ledger(tmp_path / "stage.json", GPU | other).add("good", {})
     if not other:
         monkeypatch.setattr(kernel_cache, "identity", lambda: "mended")
@@ -172,7 +178,7 @@ def test_results_of_another_machine_or_version_are_kept_beside(tmp_path, monkeyp
         ledger = Ledger(tmp_path / "stage.json", GPU)
         assert ledger.pending(["good"]) == left and len(list(tmp_path.iterdir())) == 2
         ledger.add("good", {"value": 2})
-    assert told in capfd.readouterr().out
+    assert message in capfd.readouterr().out
     assert read(tmp_path / "stage.old-1.json")["rows"] == {"good": {}}
     assert Ledger(tmp_path / "stage.json", GPU, again=True).rows == {}
     assert read(tmp_path / "stage.old-2.json")["rows"] == {"good": {"value": 2}}
@@ -226,9 +232,9 @@ def test_benchmarks_go_on_with_what_is_missing_then_with_what_was_wrong_or_skipp
     done.clear()
     outcomes.clear()
     assert gpu.bench(path, cpu, True, False) == 0 and done == ["f", "a", "b", "c", "e"]
-    found = read(path)
-    assert [result["case"] for result in found["results"]] == list("abcdef") and found["complete"]
-    assert all("skipped" not in result for result in found["results"])
+    contents = read(path)
+    assert [result["case"] for result in contents["results"]] == list("abcdef") and contents["complete"]
+    assert all("skipped" not in result for result in contents["results"])
     assert gpu.bench(path, cpu, True, False) == 0 and len(done) == 5
 
 
@@ -238,8 +244,12 @@ def test_benchmarks_of_two_machines_are_not_mixed(tmp_path, toys, monkeypatch):
     for i, name in enumerate(("NVIDIA H200", "NVIDIA H100")):
         monkeypatch.setattr(measure, "machine", lambda where, name=name: machine | {"device": name})
         gpu.bench(path, cpu, False, False)
-        found = read(path)
-        assert found["machine"]["device"] == name and found["copy_gbps"] == 6 * i and len(done) == 6 * i + 6
+        contents = read(path)
+        assert (
+            contents["machine"]["device"] == name
+            and contents["copy_gbps"] == 6 * i
+            and len(done) == 6 * i + 6
+        )
     assert read(tmp_path / "bench.old-1.json")["machine"]["device"] == "NVIDIA H200"
     monkeypatch.setattr(kernel_cache, "identity", lambda: "mended")
     gpu.bench(path, cpu, False, False)
@@ -259,8 +269,8 @@ def test_what_is_kept_beside_is_told_whatever_follows(tmp_path, capfd):
     code = "print('earlier results in a.json are kept'); [print(i) for i in range(50)]"
     with (tmp_path / "log.txt").open("a") as log:
         assert gpu._within(30, [sys.executable, "-c", code], dict(os.environ), log)[0] == "ok"
-    told = capfd.readouterr().out.splitlines()
-    assert told == ["earlier results in a.json are kept", *map(str, range(38, 50))]
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == ["earlier results in a.json are kept", *map(str, range(38, 50))]
 
 
 def test_benchmarks_come_in_the_order_of_what_is_told():
@@ -271,9 +281,9 @@ def test_benchmarks_come_in_the_order_of_what_is_told():
 
     from fastreg_benchmarks import SUITES
 
-    every = [case for name in SUITES for case in suite.cases(name, Gpu(), quick=True)]
-    found = [case.name for case in gpu.ordered(every)]
-    assert found[: len(gpu.HEADLINES)] == list(gpu.HEADLINES) and len(found) == len(every)
+    cases = [case for name in SUITES for case in suite.cases(name, Gpu(), quick=True)]
+    names = [case.name for case in gpu.ordered(cases)]
+    assert names[: len(gpu.HEADLINES)] == list(gpu.HEADLINES) and len(names) == len(cases)
 
 
 def test_activations_on_a_gpu_have_real_sizes():
@@ -349,7 +359,7 @@ def test_steps_of_every_setting_are_compared(monkeypatch, what):
     def step(self):
         honest(self)
         (p,) = self.param_groups[0]["params"]
-        state = next(held for held in self.state[p].values() if held.shape == p.shape)
+        state = next(tensor for tensor in self.state[p].values() if tensor.shape == p.shape)
         changed = {"parameter": p.detach(), "state": state, "nothing": torch.zeros(1)}
         changed[what] += launch_parameters("step", target).warps == 8
 
@@ -365,7 +375,7 @@ def test_steps_of_every_setting_are_compared(monkeypatch, what):
 
 def test_a_winner_is_a_line_to_paste():
     parameters = DEFAULTS["norm"]._replace(block=8192, warps=8)
-    assert eval(tune._told(parameters), {"LaunchParameters": type(parameters)}) == parameters
+    assert eval(tune._describe(parameters), {"LaunchParameters": type(parameters)}) == parameters
 
 
 def test_counters_are_read_from_what_ncu_prints():
@@ -421,38 +431,38 @@ def foreign(folder):
 @pytest.mark.parametrize("make", [shared, linked, foreign])
 def test_launchers_of_others_are_not_run(tmp_path, monkeypatch, capsys, make):
     """Neither unpacked over, nor filled."""
-    place = tmp_path / "fastreg-triton"
-    make(place)
-    run = unpacking(place)
-    assert run.returncode == 2 and f"{place} is not a folder that you alone can write to" in run.stderr
-    assert "remove it" in run.stderr and not list(place.iterdir())
-    monkeypatch.setattr(pack, "PLACE", place)
+    folder = tmp_path / "fastreg-triton"
+    make(folder)
+    run = unpacking(folder)
+    assert run.returncode == 2 and f"{folder} is not a folder that you alone can write to" in run.stderr
+    assert "remove it" in run.stderr and not list(folder.iterdir())
+    monkeypatch.setattr(pack, "PLACE", folder)
     with pytest.raises(SystemExit, match="2"):
         pack.main([])
-    told = capsys.readouterr().err
-    assert f"{place} is not a folder that you alone can write to" in told and "remove it" in told
+    error = capsys.readouterr().err
+    assert f"{folder} is not a folder that you alone can write to" in error and "remove it" in error
 
 
 def test_launchers_of_ones_own_are_unpacked_and_filled_anew(tmp_path):
-    place = tmp_path / "fastreg-triton"
+    folder = tmp_path / "fastreg-triton"
     for _ in range(2):
-        run = unpacking(place)
+        run = unpacking(folder)
         assert run.returncode == 0 and not run.stderr, run.stderr
-        assert (place / "launcher").read_text() == "packed" and place.stat().st_mode & 0o077 == 0o055
-        assert place.stat().st_uid == os.getuid()
-    pack.claim(place)
-    assert not list(place.iterdir()) and place.stat().st_mode & 0o777 == 0o700
+        assert (folder / "launcher").read_text() == "packed" and folder.stat().st_mode & 0o077 == 0o055
+        assert folder.stat().st_uid == os.getuid()
+    pack.claim(folder)
+    assert not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
 
 
-def unpacking(place):
+def unpacking(folder):
     """Run the script on a packed folder that anyone can write to, with another place and without Python."""
-    site = place.parent / "checkout" / "benchmarks"
-    (site / "made" / place.name).mkdir(parents=True, exist_ok=True)
-    (site / "made" / place.name).chmod(0o777)
-    (site / "made" / place.name / "launcher").write_text("packed")
-    subprocess.run(["tar", "-czf", "packed", "-C", "made", place.name], cwd=site, check=True)
+    site = folder.parent / "checkout" / "benchmarks"
+    (site / "made" / folder.name).mkdir(parents=True, exist_ok=True)
+    (site / "made" / folder.name).chmod(0o777)
+    (site / "made" / folder.name / "launcher").write_text("packed")
+    subprocess.run(["tar", "-czf", "packed", "-C", "made", folder.name], cwd=site, check=True)
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    (site / "gpu.sh").write_text(text.replace("/tmp/fastreg-triton", str(place)))
+    (site / "gpu.sh").write_text(text.replace("/tmp/fastreg-triton", str(folder)))
     settings = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}
     settings |= {"CARRY": "benchmarks/packed", "PYTHON": shutil.which("true")}
     return subprocess.run(["bash", site / "gpu.sh"], env=settings, capture_output=True, text=True)
@@ -463,8 +473,8 @@ def test_targets_without_launchers_are_refused(target, monkeypatch, capsys, tmp_
     monkeypatch.setattr(pack, "PLACE", tmp_path / "place")
     with pytest.raises(SystemExit, match="2"):
         pack.main(["--target", target])
-    told = " ".join(capsys.readouterr().err.split())
-    assert "--target: " in told and f"got {target!r}" in told and not (tmp_path / "place").exists()
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--target: " in error and f"got {target!r}" in error and not (tmp_path / "place").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")

@@ -31,16 +31,16 @@ LATER = """
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    place = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("cache")
     work = precompile.items(WORK, ["fp32", "bf16"])
-    filled = precompile.fill("sm_90", place, work, jobs=2)
-    assert not filled.failed and filled.kernels == filled.compiled == len(precompile.hashes(place))
-    return place
+    filled = precompile.fill("sm_90", folder, work, jobs=2)
+    assert not filled.failed and filled.kernels == filled.compiled == len(precompile.hashes(folder))
+    return folder
 
 
-def later(place, names, *arguments):
+def later(cache, names, *arguments):
     """Compilations that a fresh process asks for, and how many of them are there."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(place)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", textwrap.dedent(LATER), ",".join(names), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return tuple(map(int, done.stdout.split()))
@@ -48,13 +48,13 @@ def later(place, names, *arguments):
 
 @pytest.mark.parametrize("driver", [pytest.param("stub", marks=pytest.mark.slow), "recording"])
 def test_a_fresh_process_compiles_nothing(cache, driver):
-    asked, found = later(cache, WORK, driver)
-    assert asked == found == len(precompile.hashes(cache))
+    asked, hits = later(cache, WORK, driver)
+    assert asked == hits == len(precompile.hashes(cache))
 
 
 def test_an_empty_cache_is_not_hit(tmp_path):
-    asked, found = later(tmp_path, ["Lion"])
-    assert found == 0 < asked
+    asked, hits = later(tmp_path, ["Lion"])
+    assert hits == 0 < asked
 
 
 def test_only_what_a_run_needs_is_stored(cache):
@@ -90,8 +90,8 @@ def test_what_is_cached_adds_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", ["sm_200", pytest.param("gfx000", marks=pytest.mark.slow)])
 def test_a_target_that_the_compiler_dies_of(tmp_path, capfd, target):
-    given = ["precompile", "--target", target, "--only", "SGD", "--dtype", "fp32", "--out", str(tmp_path)]
-    assert main(given) == 1
+    arguments = ["precompile", "--target", target, "--only", "SGD", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert main(arguments) == 1
     assert "did not compile" in capfd.readouterr().out and not kernel_cache.read(tmp_path)
 
 
@@ -125,9 +125,9 @@ def test_all_that_is_shipped_is_compiled_by_default():
     assert names == families.FAMILIES.keys() >= {c for c in chains.BUDGETS if "dp" not in c.split("+")}
     kinds = {(item.kind, item.nonfinite) for item in precompile.items(["AdamW"])}
     assert kinds == {(kind, what) for kind in chains.STORAGES for what in ("propagate", "skip")}
-    found = precompile.items(["dropout"])
-    assert {item.kind for item in found} == {"fp32", "bf16"}
-    assert {item.features for item in found} == set(precompile.FEATURES)
+    items = precompile.items(["dropout"])
+    assert {item.kind for item in items} == {"fp32", "bf16"}
+    assert {item.features for item in items} == set(precompile.FEATURES)
 
 
 def test_families_need_the_kernels_that_the_audit_reads():

@@ -30,7 +30,7 @@ def test_parameters_arrive_as_they_were_given(name, dtype):
         families.run(name, Inputs(dtype, "cpu", "triton", [(3, 5, 16), (1, 1, 4097)], [0, 1]))
     assert launches
     for launch in launches:
-        assert launch.parameters == launch.given and launch.parameters, launch.kernel
+        assert launch.parameters == launch.arguments and launch.parameters, launch.kernel
         assert launch.grid[1:] == (1, 1) and launch.threads == THREADS.get(launch.kernel, 128)
 
 
@@ -111,6 +111,6 @@ def test_ghost_norms_of_too_many_tiles_take_several_launches(monkeypatch):
     """A launch has fewer than 2³¹ programs: samples times tiles squared."""
     monkeypatch.setattr(ghost_ops, "MOST_PROGRAMS", 3 * 2**2)
     with recording_driver() as launches:
-        found = ghost_ops.ghost_sums(torch.ones(7, 65, 2), torch.ones(7, 65, 3))
+        sums = ghost_ops.ghost_sums(torch.ones(7, 65, 2), torch.ones(7, 65, 3))
     assert grids(launches) == [("ghost_sums", 12), ("ghost_sums", 12), ("ghost_sums", 4)]
-    assert found.shape == (5, 7)
+    assert sums.shape == (5, 7)

@@ -42,9 +42,9 @@ def with_gpu(tmp_path, monkeypatch):
 
 def test_a_gpu_comes_first(with_gpu):
     assert list(render.runs()) == ["h200", "cpu"]
-    told = render.performance()
-    assert told.startswith("NVIDIA H200, torch for CUDA 13.0") and "123 µs" in told
-    assert "No GPU" not in told
+    text = render.performance()
+    assert text.startswith("NVIDIA H200, torch for CUDA 13.0") and "123 µs" in text
+    assert "No GPU" not in text
     gpu, cpu = (f"## {report.machine_line(run)}" for run in render.runs().values())
     assert render.everything().index(gpu) < render.everything().index(cpu)
 
@@ -72,12 +72,12 @@ def test_steps_of_several_passes_are_told_as_one(tmp_path, monkeypatch):
     ]
     (tmp_path / "audit.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    told = render._machine_code()
-    lines = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")][2:]
+    text = render._machine_code()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
     assert lines == [
         ["AdamW", "28", "29", "40", "28"],
         ["SAM+AdamW", "48", "44", "40", "76"],
         ["MSAM+AdamW", "36", "40", "40"],
         ["AdamW+Lookahead", "36", "33", "40", "48"],
     ]
-    assert "davda54" in told
+    assert "davda54" in text

@@ -147,9 +147,9 @@ BYTES = {
 
 @pytest.mark.parametrize("chain", BYTES)
 def test_every_sam_is_right(chain):
-    found = sharpness(chain)
-    assert found.bytes == BYTES[chain] * found.elements
-    measured = rows(found)
+    case = sharpness(chain)
+    assert case.bytes == BYTES[chain] * case.elements
+    measured = rows(case)
     assert len(measured) == (2 if "MSAM" in chain else 4 if chain == "SAM+AdamW" else 3)
     assert all("ms" in row for row in measured.values()), measured
 
@@ -159,8 +159,8 @@ def test_averages_are_right():
     assert steps_of_lookahead.bytes == (5 * 28 + 8) * steps_of_lookahead.elements
     assert AVERAGED.bytes == 12 * steps_of_lookahead.elements
     for some_case in (steps_of_lookahead, AVERAGED, case("AdamW+EMA")):
-        found = {name: row for name, row in rows(some_case).items() if "skipped" not in row}
-        assert found["fastreg"]["ratio"] and all("ms" in row for row in found.values()), found
+        results = {name: row for name, row in rows(some_case).items() if "skipped" not in row}
+        assert results["fastreg"]["ratio"] and all("ms" in row for row in results.values()), results
 
 
 def no_perturbation(monkeypatch):
@@ -177,7 +177,7 @@ def not_restored(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault, told",
+    "fault, quantity",
     [
         (no_perturbation, "perturbed weights"),
         (gradients_of_both, "perturbed weights"),
@@ -185,11 +185,11 @@ def not_restored(monkeypatch):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_wrong_sam_is_noticed(fault, told, monkeypatch):
+def test_a_wrong_sam_is_noticed(fault, quantity, monkeypatch):
     fault(monkeypatch)
-    found = rows(sharpness("SAM+AdamW"))
-    assert found["fastreg"]["wrong"].startswith(f"{told} off by")
-    assert "ms" in found["davda54 + torch fused"]
+    results = rows(sharpness("SAM+AdamW"))
+    assert results["fastreg"]["wrong"].startswith(f"{quantity} off by")
+    assert "ms" in results["davda54 + torch fused"]
 
 
 def test_a_wrong_msam_is_noticed(monkeypatch):
@@ -199,9 +199,9 @@ def test_a_wrong_msam_is_noticed(monkeypatch):
 
 def test_a_wrong_lookahead_is_noticed(monkeypatch):
     monkeypatch.setattr(fastreg.SlowWeights, "step_scalars", lambda self, group, step: (0.4, 1.0))
-    found = rows(lookahead())
-    assert "weights off" in found["fastreg"]["wrong"]
-    assert "ms" in found["fastreg without Lookahead"]
+    results = rows(lookahead())
+    assert "weights off" in results["fastreg"]["wrong"]
+    assert "ms" in results["fastreg without Lookahead"]
 
 
 def test_a_wrong_averaged_model_is_noticed(monkeypatch):
@@ -232,15 +232,15 @@ def test_a_peer_that_fails_is_refused_alone(monkeypatch):
         return peers.Step(lambda: params.missing, torch.optim.SGD(params))
 
     monkeypatch.setattr(peers, "foreach", fails)
-    found = rows(case("AdamW"))
-    assert "AttributeError" in found["torch foreach"]["wrong"] and "ms" in found["fastreg"]
+    results = rows(case("AdamW"))
+    assert "AttributeError" in results["torch foreach"]["wrong"] and "ms" in results["fastreg"]
 
 
 def test_what_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optimi", None)
-    found = rows(case("AdamW"))
-    assert "pip install 'fastreg[bench]'" in found["optimi"]["skipped"]
-    assert found["flashoptim"]["skipped"] == "flashoptim needs CUDA"
+    results = rows(case("AdamW"))
+    assert "pip install 'fastreg[bench]'" in results["optimi"]["skipped"]
+    assert results["flashoptim"]["skipped"] == "flashoptim needs CUDA"
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):
@@ -268,14 +268,14 @@ def test_the_norm_is_verified(monkeypatch):
 
 @pytest.mark.parametrize("count", [148, 1000])
 def test_the_host_spends_no_more_than_torch(count):
-    found = rows(HostCase(count, 200))
-    assert found["fastreg"]["errors"] == {"step count": 0, "launches": 0}
-    assert found["fastreg"]["ratio"]["median"] >= 1
+    results = rows(HostCase(count, 200))
+    assert results["fastreg"]["errors"] == {"step count": 0, "launches": 0}
+    assert results["fastreg"]["ratio"]["median"] >= 1
 
 
 def test_what_a_tensor_costs_on_the_cpu():
-    found = rows(PerTensorCase(20, 3))
-    assert found["fastreg"]["tensors"] == 20 and found["fastreg"]["ms"]["median"] > 0
+    results = rows(PerTensorCase(20, 3))
+    assert results["fastreg"]["tensors"] == 20 and results["fastreg"]["ms"]["median"] > 0
 
 
 @pytest.mark.slow
