@@ -81,13 +81,13 @@ Family = Callable[[Inputs], list[Tensor]]
 def dropout(inputs: Inputs) -> list[Tensor]:
     """Dropout, with one rate and one for each channel, and with all that is fused around it; gradients."""
     outputs = []
-    one = rates.thresholds(0.3, torch.device(inputs.device))
+    one = rates.drop_thresholds(0.3, torch.device(inputs.device))
     for *tensors, gradient in inputs.draw(3):
         x, residual = (t.requires_grad_() for t in tensors)
         bias = x.detach()[0, 0].clone().requires_grad_()
-        each = rates.thresholds(torch.linspace(0, 1, x.shape[-1]), torch.device(inputs.device))
-        for thresholds in (one, each):
-            y = dropout_ops.Dropout.apply(x, inputs.seed, thresholds, 1, None)
+        each = rates.drop_thresholds(torch.linspace(0, 1, x.shape[-1]), torch.device(inputs.device))
+        for drop_thresholds in (one, each):
+            y = dropout_ops.Dropout.apply(x, inputs.seed, drop_thresholds, 1, None)
             outputs += [y, *torch.autograd.grad(y, x, gradient)]
         for activation in ACTIVATIONS:
             y = dropout_ops.BiasActDropoutAdd.apply(x, bias, residual, inputs.seed, one, 1, activation)

@@ -11,6 +11,7 @@ import triton.language as tl
 from fastreg.engine.batch import NormSpec
 from fastreg.engine.launch import triton as launchers
 from fastreg.engine.stage import Chain
+from fastreg.ops import _elementwise as elementwise
 from fastreg.ops import adversarial as adversarial
 from fastreg.ops import dropout as dropout_ops
 from fastreg.ops import ghost as ghost_ops
@@ -310,16 +311,18 @@ def dropout_entry(name: str, storage: str, target: Architecture, budget: float) 
     parts, channels = what.split("+"), name.endswith("channel")
     dtype = STORAGES[storage][0]
     activation = next((part for part in parts if part in ACTIVATIONS), "identity")
-    thresholds = torch.zeros(FEATURES if channels else (), dtype=torch.int32)
+    drop_thresholds = torch.zeros(FEATURES if channels else (), dtype=torch.int32)
     bias = torch.zeros(FEATURES) if "bias" in parts else None
     chosen = launch_parameters("dropout", target)
-    constants = dropout_ops.constants(bias, thresholds, 1, activation, dtype, chosen, target.lanes)
+    constants = elementwise.constants(
+        dropout_ops.DROPOUT, (bias, drop_thresholds), 1, (activation,), dtype, chosen, target.lanes
+    )
     constants["ACTIVATION"] = tl.constexpr(activation)
     pointer = f"*{storage}"
     arguments = {
         "x": pointer, "bias": pointer if "bias" in parts else None,
         "residual": pointer if "add" in parts else None, "gradient": pointer if backward else None,
-        "out": pointer, "seed": "*i64", "thresholds": "*i32", "n": "i32", "inner": "i32",
+        "out": pointer, "seed": "*i64", "drop_thresholds": "*i32", "n": "i32", "inner": "i32",
         "turns": "i32",
     }  # fmt: skip
     kernel = dropout_kernels.dropout_kernel
@@ -425,7 +428,9 @@ def noise_entries(target: Architecture) -> list[Entry]:
             size, scale = STORAGES[storage][0].itemsize, torch.zeros(2 if inner else ())
             chosen = launch_parameters("noise", target)
             dtype = STORAGES[storage][0]
-            constants = noise_ops.constants(scale, inner or 1, kind, dtype, chosen, target.lanes)
+            constants = elementwise.constants(
+                noise_ops.NOISE, (scale,), inner or 1, (kind,), dtype, chosen, target.lanes
+            )
             gathers = 0 if inner is None else 1 / constants["VECTOR"] if constants["GROUPED"] else 1
             constants["KIND"] = tl.constexpr(kind)
             arguments = {

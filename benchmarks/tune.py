@@ -84,12 +84,12 @@ def _activations(dry: bool, where: torch.device, large: bool) -> Tensor:
 
 
 def _dropout(large: bool, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
-    x, seed, threshold = (
+    x, seed, drop_threshold = (
         _activations(dry, where, large),
         torch.tensor(7, device=where),
-        rates.thresholds(0.1, where),
+        rates.drop_thresholds(0.1, where),
     )
-    return lambda: dropout_ops.dropout(x, seed, threshold, 1, None), 4 * x.numel()
+    return lambda: dropout_ops.dropout(x, seed, drop_threshold, 1, None), 4 * x.numel()
 
 
 def _noise(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:

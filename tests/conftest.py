@@ -1,6 +1,5 @@
 """What the tests share: the rules with their oracles, and the backends."""
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,9 +15,8 @@ import fastreg
 from fastreg.engine import table
 from fastreg.engine.batch import Batch, NormSpec
 from fastreg.engine.launch import triton as launchers
+from fastreg.ops import _elementwise as elementwise
 from fastreg.ops import adversarial as adversarial_ops
-from fastreg.ops import dropout as dropout_ops
-from fastreg.ops import noise as noise_ops
 
 DEVICE = os.environ.get("FASTREG_TEST_DEVICE")
 """Where kernels run in every test that has CPU tensors, on copies of them: "cuda" on a GPU; "cpu" in the
@@ -164,13 +162,16 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def unit_squares_there(batch: Batch) -> Tensor:
         return unit_squares(batch) if batch.device.type != "cpu" else unit_squares(moved(batch)).cpu()
 
-    def launch_there(launch, x, *others_and_out):
-        *others, out = others_and_out
+    launch_elementwise = elementwise.launch
+
+    def elementwise_there(operator, elements, shared, seed, inner, options, out):
         if out.device.type != "cpu":
-            return launch(x, *others, out)
+            return launch_elementwise(operator, elements, shared, seed, inner, options, out)
         result = there(out)
-        moved_others = (there(other) if isinstance(other, Tensor) else other for other in others)
-        launch(result if x is out else there(x), *moved_others, result)
+        first, *others = (None if t is None else there(t) for t in elements)
+        elements = [result if elements[0] is out else first, *others]
+        shared = [None if t is None else there(t) for t in shared]
+        launch_elementwise(operator, elements, shared, there(seed), inner, options, result)
         out.copy_(result)
 
     launch_step, launch_norm = adversarial_ops.launch_step, adversarial_ops.launch_norm
@@ -194,8 +195,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adversarial_ops, "launch_step", step_there)
     monkeypatch.setattr(adversarial_ops, "launch_norm", norm_there)
     monkeypatch.setattr(fastreg.runtime.backend, "_no_triton", lambda device: None)
-    for module in (dropout_ops, noise_ops):
-        monkeypatch.setattr(module, "launch", functools.partial(launch_there, module.launch))
+    monkeypatch.setattr(elementwise, "launch", elementwise_there)
     monkeypatch.setattr(launchers, "unit_squares", unit_squares_there)
     monkeypatch.setattr(launchers, "run", run_there)
     monkeypatch.setattr(launchers, "partial_norms", partial_norms_there)

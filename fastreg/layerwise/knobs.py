@@ -21,8 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..common.blocks import stacks
 from ..nn import BiasActDropout
-from ..nn.dropout import Rated
-from ..nn.fused import Fused
+from ..nn.dropout import _DropoutBase
+from ..nn.fused import _FusedDropoutBase
 
 ROLES = ("hidden", "attention", "activation", "embedding", "head", "path", "layerdrop", "adapter")
 """What is dropped: outputs of attention and MLP, attention probabilities, what is between the two linear maps
@@ -149,11 +149,11 @@ def _all(model: nn.Module) -> Iterator[tuple[str, Any, str, str]]:
 
 def _kind(module: nn.Module, name: str) -> str | None:
     label = type(module).__name__.lower()
-    if isinstance(module, Fused):
+    if isinstance(module, _FusedDropoutBase):
         return "fused"
     if isinstance(module, nn.Identity):
         return "identity" if "drop" in name.lower() else None
-    if isinstance(module, (_DropoutNd, Rated)) and not hasattr(module, "drop_prob"):
+    if isinstance(module, (_DropoutNd, _DropoutBase)) and not hasattr(module, "drop_prob"):
         return "module"
     if any(True for _ in module.children()) or not (hasattr(module, "drop_prob") or hasattr(module, "p")):
         return None
@@ -185,7 +185,7 @@ def _named_role(path: str, owner: Any, kind: str, inside: bool) -> str:
         return "activation"
     if not inside:
         return "head" if any(word in path.lower() for word in HEADS) else "embedding"
-    if name == INJECTED or isinstance(owner, Fused):
+    if name == INJECTED or isinstance(owner, _FusedDropoutBase):
         return "hidden"
     if "attention" in label or name.startswith(("attn_", "attention_")) or parent.endswith("attention.self"):
         return "attention"

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.validation import check_choice, check_int, check_range
 from ..ops._elementwise import draw_seed, transformed
-from ..reference.dropout import LEVELS
-from . import functional, rates
-from .dropout import Rated
+from ..ops.dropout import drop
+from ..reference.dropout import DROP_LEVELS
+from . import rates
+from .dropout import _DropoutBase
 from .rates import Rate
 
 IMPORTANCES = ("activation", "activation_gradient")
@@ -25,7 +27,7 @@ RECENT = 8
 """Passes that recomputation may lie behind."""
 
 
-class AdaptiveDropout(Rated):
+class AdaptiveDropout(_DropoutBase):
     """Drops less important neurons more often, at the same mean rate.
 
     Neurons are ranked by a running mean of |x|, or of |x · ∂L/∂y|, to first order what leaving a neuron out
@@ -72,17 +74,11 @@ class AdaptiveDropout(Rated):
         strength: float = 1.0, dim: int = -1, max_rate: float = 0.9,
     ) -> None:  # fmt: skip
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
-        if importance not in IMPORTANCES:
-            raise ValueError(
-                f"importance must be one of {', '.join(map(repr, IMPORTANCES))}, got {importance!r}"
-            )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {strength}")
-        rates.checked(max_rate, "max_rate")
+        check_int("features", features)
+        check_choice("importance", importance, IMPORTANCES)
+        check_range("momentum", momentum, 0, 1, below=True)
+        check_range("strength", strength, 0, 1)
+        check_range("max_rate", max_rate, 0, 1)
         self.features, self.kind, self.dim = features, importance, dim
         self.momentum, self.strength, self.max_rate = momentum, strength, max_rate
         self.register_buffer("importance", torch.zeros(features, dtype=torch.float32))
@@ -97,12 +93,12 @@ class AdaptiveDropout(Rated):
 
     @p.setter
     def p(self, value: Rate) -> None:
-        Rated.p.fset(self, rates.single(value))  # type: ignore[attr-defined]
+        _DropoutBase.p.fset(self, rates.check_rate(value))  # type: ignore[attr-defined]
 
     @property
     def rates(self) -> Tensor:
         """What each neuron is dropped at in the next pass: `[features]`."""
-        return self._next_levels().double() / LEVELS
+        return self._next_levels().double() / DROP_LEVELS
 
     def reset_parameters(self) -> None:
         """Forget all that was measured."""
@@ -127,7 +123,7 @@ class AdaptiveDropout(Rated):
             repeated = self.seeds == seed
             again = repeated.any()
             levels = torch.where(again, (self.levels * repeated[:, None]).sum(0, dtype=torch.int32), levels)
-        output = functional.by_thresholds(input, levels, dim=self.dim, seed=seed)
+        output = drop(input, levels, dim=self.dim, seed=seed)
         if watched:
             self._remember(again, seed, levels)
             if self.kind == "activation":
@@ -141,8 +137,9 @@ class AdaptiveDropout(Rated):
         ordered = self.importance.sort().values
         below = torch.searchsorted(ordered, self.importance)
         above = self.features - torch.searchsorted(ordered, self.importance, right=True)
-        target = self.thresholds.double()
-        reach = torch.minimum(self.strength * target, rates.threshold(self.max_rate) - target).clamp(min=0)
+        target = self.drop_thresholds.double()
+        most = rates.drop_threshold(self.max_rate)
+        reach = torch.minimum(self.strength * target, most - target).clamp(min=0)
         # Halves round to even, so that what is above and below the target is equal.
         return (target + reach * ((above - below).double() / max(self.features - 1, 1))).round().int()
 

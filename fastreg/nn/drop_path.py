@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dropout import Rated
-from .functional import path_by_threshold
-from .rates import single
+from ..ops.dropout import drop_samples
+from .dropout import _DropoutBase
+from .rates import check_rate
 
 
-class DropPath(Rated):
+class DropPath(_DropoutBase):
     """Drop-in for timm's `DropPath`: leaves out what a residual branch adds, sample by sample.
 
     ```python
@@ -44,13 +44,13 @@ class DropPath(Rated):
 
     @drop_prob.setter
     def drop_prob(self, value: float) -> None:
-        self.p = single(value, "drop_prob")
+        self.p = check_rate(value, "drop_prob")
 
     def forward(self, input: Tensor) -> Tensor:
         """`[batch, ...]`, and the same."""
         if self.idle:
             return input
-        return path_by_threshold(input, self.thresholds, self.scale_by_keep)
+        return drop_samples(input, self.drop_thresholds, self.scale_by_keep)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -78,7 +78,7 @@ def drop_add_residual(
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth"; Oquab et al. 2023, "DINOv2", for the subset.
     """
-    single(drop_prob, "drop_prob")
+    check_rate(drop_prob, "drop_prob")
     if not training or drop_prob == 0 or not len(x):
         return x + branch(x)
     batch = len(x)

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, rates
+from ..ops.dropout import drop
+from . import rates
 from .rates import Rate
 
 
-class Rated(nn.Module):
+class _DropoutBase(nn.Module):
     """Base of modules with a rate `p`: a number to read and set, and thresholds in a tensor to compute with.
 
     The tensor is neither saved nor rounded by `.bfloat16()`, and a new rate compiles nothing anew.
     """
 
-    thresholds: Tensor
+    drop_thresholds: Tensor
     _p: Any = 0.0
 
     @property
@@ -28,15 +29,15 @@ class Rated(nn.Module):
 
     @p.setter
     def p(self, value: Rate) -> None:
-        self._p = rates.checked(value)
-        held = self._buffers.get("thresholds")
-        new = rates.thresholds(self._p)
+        self._p = rates.check_rates(value)
+        held = self._buffers.get("drop_thresholds")
+        new = rates.drop_thresholds(self._p)
         if held is None or held.shape != new.shape:
             new = new if held is None else new.to(held.device)
-            self.register_buffer("thresholds", new, persistent=False)
+            self.register_buffer("drop_thresholds", new, persistent=False)
         else:
             with torch.no_grad():
-                held.copy_(new) if new.dim() else held.fill_(rates.threshold(float(value)))  # type: ignore[arg-type]
+                held.copy_(new) if new.dim() else held.fill_(rates.drop_threshold(float(value)))  # type: ignore[arg-type]
 
     @property
     def idle(self) -> bool:
@@ -47,12 +48,12 @@ class Rated(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if not self.thresholds.is_meta:  # after `to_empty` it would hold anything
+        if not self.drop_thresholds.is_meta:  # after `to_empty` it would hold anything
             self.p = self._p
         return self
 
 
-class Dropout(Rated, nn.Dropout):
+class Dropout(_DropoutBase, nn.Dropout):
     """Drop-in for `torch.nn.Dropout`: elements become 0 with probability p while training.
 
     See `fastreg.nn.functional.dropout` for what differs.  The `state_dict` is that of `nn.Dropout`.  `p` may
@@ -94,4 +95,4 @@ class Dropout(Rated, nn.Dropout):
                     f"noise_shape {tuple(shape)} does not fit an input of shape {tuple(input.shape)}"
                 )
             shape = [b if a is None else a for a, b in zip(shape, input.shape, strict=True)]
-        return functional.by_thresholds(input, self.thresholds, self.inplace, dim=self.dim, noise_shape=shape)
+        return drop(input, self.drop_thresholds, self.inplace, dim=self.dim, noise_shape=shape)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import noise_functional as functional
+from ..ops.noise import add_noise
 from .attached import Attached
-from .noise import Leveled
+from .noise import _NoiseBase
 
 LENGTHS = ("padded", "true")
 GENERATORS = ("torch", "counter")
 
 
-class EmbeddingNoise(Leveled):
+class EmbeddingNoise(_NoiseBase):
     """Noise on embeddings while training: x + alpha / √(L d) · U(-1, 1) for L tokens in d numbers.
 
     With `length="padded"`, L is the length of the batch, and padding gets noise as well: so does the Trainer
@@ -116,7 +116,7 @@ class EmbeddingNoise(Leveled):
         if self.length == "padded" or attention_mask is None:
             if not self.gaussian:
                 level = level * (input.shape[-2] * input.shape[-1]) ** -0.5
-            return functional.by_scale(input, level, kind)
+            return add_noise(input, level, kind)
         if attention_mask.shape != input.shape[:-1]:
             raise ValueError(
                 f"attention_mask must have shape {tuple(input.shape[:-1])}, as the embeddings "
@@ -126,7 +126,7 @@ class EmbeddingNoise(Leveled):
         held = (attention_mask != 0).to(level.dtype)
         if not self.gaussian:
             held = held * torch.rsqrt(held.sum(-1, keepdim=True).clamp(min=1) * input.shape[-1])
-        return functional.by_scale(input, (level * held).reshape(-1), kind, input.shape[-1])
+        return add_noise(input, (level * held).reshape(-1), kind, input.shape[-1])
 
     def _as_trainer(self, x: Tensor) -> Tensor:
         count = x.shape[-2] * x.shape[-1]

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .dropout import Rated
+from ..common.validation import check_choice
+from ..ops.dropout import fused_drop
+from ..reference.activations import ACTIVATIONS
+from .dropout import _DropoutBase
 from .rates import Rate
 
 
-class Fused(Rated):
+class _FusedDropoutBase(_DropoutBase):
     """Base of the modules.  Outside of training all but dropping is done.
 
     Args:
@@ -39,7 +41,8 @@ class Fused(Rated):
     def __init__(self, features: int | None, p: Rate, activation: str = "identity", **factory: Any) -> None:
         super().__init__()
         self.p = p
-        self.features, self.activation = features, functional.known_activation(activation)
+        check_choice("activation", activation, ACTIVATIONS)
+        self.features, self.activation = features, activation
         self.bias = None if features is None else nn.Parameter(torch.empty(features, **factory))
         self.reset_parameters()
 
@@ -50,8 +53,8 @@ class Fused(Rated):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        thresholds = self.thresholds if self.training else None
-        return functional.fused_by_thresholds(x, self.bias, residual, thresholds, self.activation)
+        drop_thresholds = self.drop_thresholds if self.training else None
+        return fused_drop(x, self.bias, residual, drop_thresholds, self.activation)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -61,7 +64,7 @@ class Fused(Rated):
         return ", ".join(shown)
 
 
-class DropoutAdd(Fused):
+class DropoutAdd(_FusedDropoutBase):
     """The sum of the residual and of dropout(x), in one pass.
 
     Args:
@@ -76,7 +79,7 @@ class DropoutAdd(Fused):
         return self._fused(x, residual)
 
 
-class BiasDropoutAdd(Fused):
+class BiasDropoutAdd(_FusedDropoutBase):
     """The sum of the residual and of dropout(x + bias), in one pass: behind `nn.Linear(..., bias=False)`.
 
     Args:
@@ -96,7 +99,7 @@ class BiasDropoutAdd(Fused):
         return self._fused(x, residual)
 
 
-class _BiasAct(Fused):
+class _BiasAct(_FusedDropoutBase):
     def __init__(
         self, features: int, p: Rate = 0.5, activation: str = "gelu", *, device: Any = None,
         dtype: torch.dtype | None = None,

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.noise import add_noise
 from . import noise_functional as functional
 from . import rates
-from .dropout import Rated
+from .dropout import _DropoutBase
 from .rates import Rate
 
 
-class Leveled(nn.Module):
+class _NoiseBase(nn.Module):
     """Base of modules with a level of noise: a number to read and set, and a tensor to compute with.
 
     The tensor is neither saved nor rounded by `.bfloat16()`, and a new level compiles nothing anew.
@@ -46,7 +47,7 @@ class Leveled(nn.Module):
         return self
 
 
-class ActivationNoise(Leveled):
+class ActivationNoise(_NoiseBase):
     """Gaussian noise on activations while training: x + std · N(0, 1), or x · (1 + std · N(0, 1)).
 
     Multiplicative noise is Gaussian dropout: std = √(p / (1 - p)) for a rate of p.  See
@@ -86,7 +87,7 @@ class ActivationNoise(Leveled):
         Raises:
             TypeError: If it is not of a floating dtype.
         """
-        return input if self.idle else functional.by_scale(input, self.level, self.kind)
+        return input if self.idle else add_noise(input, self.level, self.kind)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -127,7 +128,7 @@ class InputNoise(ActivationNoise):
         return super().forward(input)
 
 
-class TokenNoise(Rated):
+class TokenNoise(_DropoutBase):
     """Replaces tokens by random ones while training, at a rate: noise for inputs that are no quantities.
 
     Adding 0.01 to integer ids and truncating changes nothing (and subtracting it makes each the id before):
@@ -166,7 +167,7 @@ class TokenNoise(Rated):
 
     @rate.setter
     def rate(self, value: Rate) -> None:
-        self.p = rates.single(value, "rate")
+        self.p = rates.check_rate(value, "rate")
 
     def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The tokens, some replaced; as they are when not training.
@@ -181,7 +182,7 @@ class TokenNoise(Rated):
         """
         if self.idle:
             return input
-        return functional.replaced(input, self.thresholds, self.vocab_size, self.special, attention_mask)
+        return functional.replaced(input, self.drop_thresholds, self.vocab_size, self.special, attention_mask)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

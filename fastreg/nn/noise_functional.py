@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import noise as noise_ops
-from ..ops._elementwise import draw_seed
-from ..reference.dropout import LEVELS
+from ..ops.noise import add_noise
+from ..reference.dropout import DROP_LEVELS
 from . import rates
 from .rates import Rate
 
@@ -102,18 +101,18 @@ def token_noise(
         ValueError: If the rate or a special token is out of range, the mask has another shape, or the dtype
             does not hold every token.
     """
-    rates.single(rate, "rate")
+    rates.check_rate(rate, "rate")
     special = torch.tensor(checked_special(special_tokens, vocab_size), dtype=torch.int64)
     if not training:
         return input
-    thresholds = rates.thresholds(rate, input.device)
-    return replaced(input, thresholds, vocab_size, special.to(input.device), mask)
+    drop_thresholds = rates.drop_thresholds(rate, input.device)
+    return replaced(input, drop_thresholds, vocab_size, special.to(input.device), mask)
 
 
 def replaced(
-    input: Tensor, threshold: Tensor, vocab_size: int, special: Tensor, mask: Tensor | None = None
+    input: Tensor, drop_threshold: Tensor, vocab_size: int, special: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """`token_noise` with the rate as an int32 tensor, see `rates.thresholds`, and sorted special tokens."""
+    """Replaces tokens as `token_noise` does, by a rate as an int32 tensor and sorted special tokens."""
     if input.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(
             f"token noise needs tokens of an integer dtype, got {input.dtype}; for continuous inputs use "
@@ -126,7 +125,7 @@ def replaced(
             f"mask must have the shape of the tokens, {tuple(input.shape)}, got {tuple(mask.shape)}"
         )
     count = vocab_size - len(special)
-    hit = torch.randint(LEVELS, input.shape, device=input.device) < threshold
+    hit = torch.randint(DROP_LEVELS, input.shape, device=input.device) < drop_threshold
     token = torch.randint(count, input.shape, device=input.device)
     if len(special):
         # The n-th token that is not special: n, and one more for each special one up to there.
@@ -136,16 +135,6 @@ def replaced(
     if mask is not None:
         hit = hit & (mask != 0)
     return torch.where(hit, token.to(input.dtype), input)
-
-
-def by_scale(input: Tensor, scale: Tensor, kind: str, inner: int = 1, seed: Tensor | None = None) -> Tensor:
-    """Noise with scales in a tensor on the device of the input: 0-d, or one for each `inner` elements."""
-    if not input.is_floating_point():
-        raise TypeError(f"noise needs a floating dtype, got {input.dtype}")
-    if seed is None:
-        seed = draw_seed(input.device)
-    function = noise_ops.Noise if torch.compiler.is_compiling() else noise_ops.ForwardNoise
-    return function.apply(input, seed, scale, inner, kind)
 
 
 def spread_level(level: Tensor, mask: Tensor | None, input: Tensor) -> tuple[Tensor, int]:
@@ -180,7 +169,7 @@ def _noisy(input: Tensor, level: Level, training: bool, kind: str, mask: Tensor 
     else:
         scale = torch.full((), level, dtype=torch.float32, device=input.device)
     scale, inner = spread_level(scale, mask, input)
-    return by_scale(input, scale, kind, inner)
+    return add_noise(input, scale, kind, inner)
 
 
 def known_kind(kind: str) -> str:

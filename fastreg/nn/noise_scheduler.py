@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .noise import Leveled, TokenNoise
+from .noise import TokenNoise, _NoiseBase
 
-LEVELS = ("std", "alpha", "rate")
+LEVEL_NAMES = ("std", "alpha", "rate")
 """What a level is called."""
 
 
@@ -103,10 +103,10 @@ def _knobs(target: Any) -> list[tuple[Any, str]]:
         if groups:
             return groups
     if isinstance(target, nn.Module):  # before its own: a model may well have an `alpha` that is no noise
-        held = [m for m in target.modules() if m is not target and isinstance(m, (Leveled, TokenNoise))]
+        held = [m for m in target.modules() if m is not target and isinstance(m, (_NoiseBase, TokenNoise))]
         if held:
             return [knob for module in held for knob in _knobs(module)]
-    own = [(target, name) for name in LEVELS if isinstance(getattr(target, name, None), (int, float))]
+    own = [(target, name) for name in LEVEL_NAMES if isinstance(getattr(target, name, None), (int, float))]
     if own:
         return own
     raise TypeError(

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.dropout import LEVELS
+from ..reference.dropout import DROP_LEVELS
 
 Rate = float | Sequence[float] | Tensor
 """A rate in [0, 1], or one for each channel."""
 
 
-def checked(p: Rate, name: str = "p") -> Rate:
+def check_rates(p: Rate, name: str = "p") -> Rate:
     """The rate.
 
     Tensors that are elsewhere than on the CPU, or compiled code, would have to be waited for: there rates out
@@ -39,7 +39,7 @@ def checked(p: Rate, name: str = "p") -> Rate:
     return p
 
 
-def single(p: Rate, name: str = "p") -> float:
+def check_rate(p: Rate, name: str = "p") -> float:
     """The rate, of which there must be one.
 
     Raises:
@@ -48,18 +48,18 @@ def single(p: Rate, name: str = "p") -> float:
     """
     if not isinstance(p, (int, float)):
         raise TypeError(f"{name} must be one rate in [0, 1], got {p!r}")
-    return float(checked(p, name))  # type: ignore[arg-type]
+    return float(check_rates(p, name))  # type: ignore[arg-type]
 
 
-def thresholds(p: Rate, device: torch.device | None = None) -> Tensor:
+def drop_thresholds(p: Rate, device: torch.device | None = None) -> Tensor:
     """Rates times 65536, rounded, as int32; only rates of 0 and 1 become 0 and 65536."""
     if isinstance(p, (int, float)):
-        return torch.full((), threshold(p), dtype=torch.int32, device=device)
+        return torch.full((), drop_threshold(p), dtype=torch.int32, device=device)
     rates = torch.as_tensor(p, dtype=torch.float64, device=device)
-    levels = (rates * LEVELS).round().clamp(1, LEVELS - 1)
-    return torch.where(rates <= 0, 0, torch.where(rates >= 1, LEVELS, levels)).to(torch.int32)
+    levels = (rates * DROP_LEVELS).round().clamp(1, DROP_LEVELS - 1)
+    return torch.where(rates <= 0, 0, torch.where(rates >= 1, DROP_LEVELS, levels)).to(torch.int32)
 
 
-def threshold(p: float) -> int:
+def drop_threshold(p: float) -> int:
     """The same of one rate."""
-    return 0 if p <= 0 else LEVELS if p >= 1 else min(max(round(p * LEVELS), 1), LEVELS - 1)
+    return 0 if p <= 0 else DROP_LEVELS if p >= 1 else min(max(round(p * DROP_LEVELS), 1), DROP_LEVELS - 1)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from . import functional
-from .dropout import Rated
+from ..ops.dropout import drop
+from .dropout import _DropoutBase
 from .rates import Rate
 
 
-class _Spatial(Rated):
+class _Spatial(_DropoutBase):
     """Base: how many dimensions lie behind the channels, and which ranks torch takes without a word."""
 
     _dims: int
@@ -32,8 +32,8 @@ class _Spatial(Rated):
         if self.idle:
             return input
         masked = 2 if rank == self._dims + 2 or self._dims == 2 else 1  # batch and channels, or channels
-        return functional.by_thresholds(
-            input, self.thresholds, self.inplace, dim=min(masked, rank) - 1,
+        return drop(
+            input, self.drop_thresholds, self.inplace, dim=min(masked, rank) - 1,
             noise_shape=[size if d < masked else 1 for d, size in enumerate(input.shape)],
         )  # fmt: skip
 

@@ -1,82 +1,222 @@
-"""What operators over the elements of a tensor share: how they run, their seeds, and samples of `vmap`."""
+"""Runs the operators that compute each element of a tensor by itself.
+
+An operator is a row of data, `Elementwise`: a kernel and its reference.  `run` computes it on the backend of
+its tensors.  `operator` registers it with torch, `one_by_one` is its `vmap`, and `run_compiled` compiles the
+reference of any operator, elementwise or not.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..runtime import backend
+from ..reference.step import compute_dtype
+from ..runtime import backend, device
+from ..runtime.compile_ahead import LENGTH, compile_ahead
+from ..runtime.launch_parameters import LaunchParameters, launch_parameters
 
-CHUNK = 2**17
+REFERENCE_CHUNK = 2**17
 """Elements the reference works on at a time: its integers stay in the cache, and what a call of torch costs
 is spread over many (4 M elements take 48 ms, in chunks of 2¹⁵ 74)."""
+SHARED_LENGTHS = 769, 773
+"""Example sizes of shared tensors for the compiler: equal to no other size."""
 
-Parts = Sequence[Tensor | None]
-"""Runs of the tensors an operator was given; `None` for one that is not there."""
+Tensors = Sequence[Tensor | None]
+"""Arguments of an operator; `None` for an optional one that is absent."""
+
+
+class Elementwise(NamedTuple):
+    """An operator that computes each element by itself, for every backend.
+
+    Attributes:
+        name: Stem of the kernel, which is `fastreg_kernels.<name>.<name>_kernel`.
+        reference: Computes a run of flat elements, `(elements, shared, seed, inner, first, dtype, *options)`:
+            `first`, the index of the first one, is a multiple of 8; for the other arguments see `run`.
+        constants: Returns the compile-time arguments of the kernel for `(shared, inner, dtype, *options)`.
+    """
+
+    name: str
+    reference: Callable[..., Tensor]
+    constants: Callable[..., dict[str, Any]]
+
+
+def operator(name: str, result_dtype: Callable[..., torch.dtype] | None = None) -> Callable[..., Any]:
+    """Registers a function as `fastreg::name`, whose result has the shape of its first argument.
+
+    Args:
+        name: Name of the operator.
+        result_dtype: Returns the dtype of the result for the arguments; by default that of the first one.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Any:
+        registered = torch.library.custom_op(f"fastreg::{name}", function, mutates_args=())
+
+        @registered.register_fake
+        def _(x: Tensor, *others: Any) -> Tensor:
+            dtype = x.dtype if result_dtype is None else result_dtype(x, *others)
+            return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+        return registered
+
+    return register
 
 
 def run(
-    given: Parts, dtype: torch.dtype, out: Tensor | None, plain: Callable[[Parts, int], Tensor],
-    compiled: Callable[[], Callable[[], Tensor]], launch: Callable[[Tensor], None],
+    operator: Elementwise, elements: Tensors, shared: Tensors, seed: Tensor, inner: int,
+    options: tuple[Any, ...], dtype: torch.dtype, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The result of an operator, by the backend's way.
+    """Returns the result of an operator, computed on the backend of its first tensor.
 
     Args:
-        given: Tensors of the shape of the result, contiguous; the first is there.
+        operator: The operator.
+        elements: Tensors of the shape of the result; the first is not `None`.
+        shared: 1-d or 0-d tensors whose values are shared by many elements, such as a bias.
+        seed: int64, 0-d.
+        inner: Elements that follow each other and share a value.
+        options: Further arguments of the reference; hashable.
         dtype: Of the result.
-        out: Where it goes, contiguous; may be the first of those given.
-        plain: The reference for flat runs of these that start at an element, a multiple of 8.
-        compiled: Makes the compiled reference for all of them, whose result is flat.
-        launch: Fills a tensor by the kernel.
+        out: Where the result goes, contiguous; may be the first tensor.
     """
-    x = given[0]
+    elements, shared = ([t if t is None else t.contiguous() for t in group] for group in (elements, shared))
+    x = elements[0]
     assert x is not None
     name = backend.resolve(x.device, x.numel())
-    if name == "compiled" and x.numel() > 1:
-        try:
-            fused = compiled()
-        except Exception as error:
-            backend.cannot_compile(error)
-        else:
-            result = fused().view(x.shape)
-            return result if out is None else out.copy_(result)
-    if out is None:
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if name == "triton":
-        launch(out)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
+        launch(operator, elements, shared, seed, inner, options, out)
         return out
-    flat = [t if t is None else t.view(-1) for t in given]
-    for first in range(0, x.numel(), CHUNK):
-        parts = [t if t is None else t[first : first + CHUNK] for t in flat]
-        out.view(-1)[first : first + CHUNK].copy_(plain(parts, first))
+    flat = [t if t is None else t.view(-1) for t in elements]
+    # The compiler takes a size of 1 for another kind of tensor.
+    shared = [t.view(()) if t is not None and t.numel() == 1 else t for t in shared]
+    if name == "compiled" and x.numel() > 1:
+        tensors = [*flat, *shared, seed, torch.tensor(inner, device=x.device)]
+        lengths = [LENGTH] * len(flat) + list(SHARED_LENGTHS[: len(shared)])
+        sizes = tuple((length,) for length in lengths)
+        result = run_compiled(_whole, tensors, sizes, (operator.reference, len(flat), dtype, *options))
+        if result is not None:
+            return result.view(x.shape) if out is None else out.copy_(result.view(x.shape))
+    out = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
+    known = known_seed(seed)
+    for first in range(0, x.numel(), REFERENCE_CHUNK):
+        chunk = slice(first, first + REFERENCE_CHUNK)
+        parts = [t if t is None else t[chunk] for t in flat]
+        out.view(-1)[chunk] = operator.reference(parts, shared, known, inner, first, dtype, *options)
     return out
 
 
+def _whole(
+    tensors: list[Any], reference: Callable[..., Tensor], elements: int, dtype: torch.dtype, *options: Any
+) -> Tensor:
+    """Calls a reference for all elements at once."""
+    *tensors, seed, inner = tensors
+    return reference(tensors[:elements], tensors[elements:], seed, inner, 0, dtype, *options)
+
+
+def run_compiled(
+    body: Callable[..., Any], tensors: Tensors, sizes: tuple[tuple[int, ...], ...], options: tuple[Any, ...]
+) -> Any:
+    """Returns `body(tensors, *options)`, computed by one program for all sizes, or `None` if compiling fails.
+
+    Args:
+        body: A function at the top level of a module.
+        tensors: Its tensors, contiguous, without sizes of 0 or 1.
+        sizes: An example of the size of each tensor, except for 0-d ones at the end; equal only where sizes
+            always are.
+        options: Further arguments of the body; hashable.
+    """
+    kinds = tuple(None if t is None else (t.dtype, t.dim()) for t in tensors)
+    present = [t for t in tensors if t is not None]
+    try:
+        program = _program(body, kinds, sizes, options, present[0].device, torch.get_num_threads())
+    except Exception as error:
+        backend.cannot_compile(error)
+        return None
+    return program(present)
+
+
+@functools.cache
+def _program(
+    body: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int] | None, ...],
+    sizes: tuple[tuple[int, ...], ...], options: tuple[Any, ...], where: torch.device, threads: int,
+) -> Callable[..., Any]:  # fmt: skip
+    """Compiles the body for dtypes and dimensions; Inductor builds in the number of threads."""
+
+    def program(present: list[Tensor]) -> Any:
+        remaining = iter(present)
+        return body([kind if kind is None else next(remaining) for kind in kinds], *options)
+
+    padded = [*sizes, *[()] * (len(kinds) - len(sizes))]
+    examples = [
+        torch.ones(size if kind[1] else (), dtype=kind[0], device=where)
+        for kind, size in zip(kinds, padded, strict=True)
+        if kind is not None
+    ]
+    return compile_ahead(program, (examples,))
+
+
+def launch(
+    operator: Elementwise, elements: Tensors, shared: Tensors, seed: Tensor, inner: int,
+    options: tuple[Any, ...], out: Tensor,
+) -> None:  # fmt: skip
+    """Fills `out` with the kernel; for the arguments see `run`."""
+    kernels = importlib.import_module(f"fastreg_kernels.{operator.name}")
+    target = device.architecture(out.device)
+    chosen = launch_parameters(operator.name, target)
+    block = chosen.block_for(out.numel(), target)
+    result = device.aligned(out)
+    device.launch(
+        getattr(kernels, f"{operator.name}_kernel"), -(-out.numel() // block), out.device,
+        *_aligned(elements), result, seed, *_aligned(shared), out.numel(), inner,
+        block // chosen.chunk(target.lanes),
+        **constants(operator, shared, inner, options, out.dtype, chosen, target.lanes), **chosen.options,
+    )  # fmt: skip
+    if result is not out:
+        out.copy_(result)
+
+
+def constants(
+    operator: Elementwise, shared: Tensors, inner: int, options: tuple[Any, ...], dtype: torch.dtype,
+    chosen: LaunchParameters, lanes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the compile-time arguments of a kernel, for warps of so many lanes."""
+    return {
+        **operator.constants(shared, inner, dtype, *options),
+        "COMPUTE": device.triton_dtype(compute_dtype(dtype)),
+        "CHUNK": chosen.chunk(lanes),
+    }
+
+
+def _aligned(tensors: Tensors) -> list[Tensor | None]:
+    return [t if t is None else device.aligned(t) for t in tensors]
+
+
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's generator, on the device: int64, 0-d."""
+    """Draws a seed from torch's generator, on the device: int64, 0-d."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def known_seed(seed: Tensor) -> Tensor | int:
-    """As an integer, with which the reference works faster, where nobody has to be waited for."""
+    """Returns the seed as an integer, with which the reference works faster, if that waits for no device."""
     return int(seed) if seed.device.type == "cpu" else seed
 
 
 def transformed() -> bool:
-    """Whether `torch.func` is at work."""
+    """Returns whether a transformation of `torch.func` is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def one_by_one(
-    function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+    apply: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Tensor, int]:
-    """`vmap` of an `autograd.Function`: each sample on its own."""
-    given = [_each(*each, info.batch_size) for each in zip(inputs, in_dims, strict=True)]
-    return torch.stack([function.apply(*own) for own in zip(*given, strict=True)]), 0
+    """Computes the `vmap` of an `autograd.Function`, given its `apply`, sample by sample."""
+    samples = zip(*map(functools.partial(_samples, info.batch_size), inputs, in_dims), strict=True)
+    return torch.stack([apply(*arguments) for arguments in samples]), 0
 
 
-def _each(value: Any, dim: Any, count: int) -> Sequence[Any]:
+def _samples(count: int, value: Any, dim: Any) -> Sequence[Any]:
     return value.unbind(dim) if isinstance(value, Tensor) and dim is not None else [value] * count

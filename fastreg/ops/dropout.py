@@ -1,18 +1,18 @@
-"""The operators behind dropout and what is fused around it, as torch sees them.
+"""Registers dropout, and the operators fused around it, with torch, and defines their derivatives.
 
-`fastreg::dropout` and its fused relatives are registered once, for every device: `backend` decides at each
-call whether a kernel, the compiled reference or the reference runs.  They draw no random numbers: seeds come
-in tensors, from `torch.randint`, which a compiler takes care not to merge, replays and recomputes.
+`fastreg::dropout` and its fused relatives are registered once, for all devices.  They draw no random numbers:
+seeds come in tensors, from `torch.randint`, whose calls a compiler does not merge, and which it replays and
+recomputes.
 
-Operators know nothing of derivatives.  Those are in the `autograd.Function` classes below, which also do what
-`torch.func` asks for.
+Operators have no derivatives.  Those are in the `autograd.Function` classes below, which also implement the
+transformations of `torch.func`.  `drop` and `fused_drop` are what modules and functions call.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,337 +21,206 @@ from torch import Tensor
 from ..reference import dropout as reference
 from ..reference.random import PhiloxPosition
 from ..reference.step import compute_dtype
-from ..runtime.compile_ahead import LENGTH, compile_ahead
-from ..runtime.device import aligned, architecture, triton_dtype
-from ..runtime.device import launch as launch_kernel
-from ..runtime.launch_parameters import LaunchParameters, launch_parameters
 from . import _elementwise as elementwise
-from ._elementwise import Parts, one_by_one
+from ._elementwise import Elementwise, Tensors, draw_seed, one_by_one, transformed
+
+
+def _reference(
+    elements: Sequence[Any], shared: Tensors, seed: Tensor | int, inner: int | Tensor, first: int,
+    dtype: torch.dtype, activation: str,
+) -> Tensor:  # fmt: skip
+    """Computes a run of elements; with a gradient, its product with the derivative by x."""
+    x, residual, gradient = elements
+    bias, drop_thresholds = shared
+    assert drop_thresholds is not None
+    if bias is not None:
+        bias = reference.spread(bias, 1, first, len(x))
+    drop_thresholds = reference.spread(drop_thresholds, inner, first, len(x))
+    at = PhiloxPosition(first, 0, 0, 0)
+    if gradient is None:
+        return reference.dropout(x, bias, residual, seed, drop_thresholds, at, activation, dtype)
+    return reference.dropout_backward(gradient, x, bias, seed, drop_thresholds, at, activation, dtype)
+
+
+def _constants(shared: Tensors, inner: int, dtype: torch.dtype, activation: str) -> dict[str, Any]:
+    tl = importlib.import_module("triton.language")
+    bias, drop_thresholds = shared
+    assert drop_thresholds is not None
+    return {
+        "ACTIVATION": activation,
+        "COLUMNS": 1 if bias is None else bias.numel(),
+        "CHANNELS": drop_thresholds.numel() if drop_thresholds.dim() else 0,
+        "INDEX": tl.int32 if inner * drop_thresholds.numel() < 2**30 else tl.int64,
+    }
+
+
+DROPOUT = Elementwise("dropout", _reference, _constants)
+"""Of x, residual and gradient; a bias and drop thresholds are shared; the option is the activation."""
 
 # Operators --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastreg::dropout", mutates_args=())
+@elementwise.operator("dropout")
 def dropout(
-    x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+    x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
 ) -> Tensor:
-    """What stays of x, scaled; 0 elsewhere.
+    """Drops elements and scales the others.
 
     Args:
         x: Any shape; its elements count in row-major order.
         seed: int64, 0-d.
-        thresholds: int32, 0-d, or `[channels]`: rates times 65536.
+        drop_thresholds: int32, 0-d, or `[channels]`: rates times 65536.
         inner: Elements that follow each other in a channel, channels in turn.
         noise_shape: The shape of the mask, where that is broadcast.
     """
     if noise_shape is None:
-        return _forward(x, None, None, seed, thresholds, inner, "identity")
-    return _masked(x, seed, thresholds, inner, noise_shape)
-
-
-@dropout.register_fake
-def _(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return _drop(x, seed, drop_thresholds, inner)
+    ones = torch.ones(tuple(noise_shape), dtype=compute_dtype(x.dtype), device=x.device)
+    factors = _drop(ones, seed, drop_thresholds, inner)
+    return torch.where(factors != 0, x, 0).mul_(factors).contiguous()
 
 
 @torch.library.custom_op("fastreg::dropout_", mutates_args=("x",))
 def dropout_(
-    x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+    x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
 ) -> None:
-    """The same in place."""
+    """Drops elements of x and scales the others, in place."""
     if noise_shape is None and x.is_contiguous():
-        _forward(x, None, None, seed, thresholds, inner, "identity", out=x)
+        _drop(x, seed, drop_thresholds, inner, out=x)
     else:
-        x.copy_(dropout(x, seed, thresholds, inner, noise_shape))
+        x.copy_(dropout(x, seed, drop_thresholds, inner, noise_shape))
 
 
-@torch.library.custom_op("fastreg::bias_act_dropout_add", mutates_args=())
-def bias_act_dropout_add(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
-    activation: str,
-) -> Tensor:  # fmt: skip
-    """residual + dropout(activation(x + bias)); the bias lies along the last dimension."""
-    return _forward(x, bias, residual, seed, thresholds, inner, activation)
+def _drop(x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int, out: Tensor | None = None) -> Tensor:
+    shared = None, drop_thresholds
+    return elementwise.run(DROPOUT, (x, None, None), shared, seed, inner, ("identity",), x.dtype, out)
 
 
-@bias_act_dropout_add.register_fake
-def _(
-    x: Tensor, bias: Any, residual: Any, seed: Tensor, thresholds: Tensor, inner: int, activation: str
-) -> Tensor:
-    return torch.empty_like(x, dtype=_result(x, residual), memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fastreg::bias_act_dropout_backward", mutates_args=())
-def bias_act_dropout_backward(
-    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
-    activation: str,
-) -> Tensor:  # fmt: skip
-    """The gradient by x."""
-    return _run(x, bias, None, gradient, seed, thresholds, inner, activation, x.dtype)
-
-
-@bias_act_dropout_backward.register_fake
-def _(
-    gradient: Tensor, x: Tensor, bias: Any, seed: Tensor, thresholds: Tensor, inner: int, activation: str
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _result(x: Tensor, residual: Tensor | None) -> torch.dtype:
+def _promoted(x: Tensor, bias: Tensor | None, residual: Tensor | None, *_: Any) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _forward(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
-    activation: str, out: Tensor | None = None,
+@elementwise.operator("bias_act_dropout_add", _promoted)
+def bias_act_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, drop_thresholds: Tensor,
+    inner: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    return _run(x, bias, residual, None, seed, thresholds, inner, activation, _result(x, residual), out)
+    """Returns residual + dropout(activation(x + bias)); the bias lies along the last dimension."""
+    elements, shared, dtype = (x, residual, None), (bias, drop_thresholds), _promoted(x, bias, residual)
+    return elementwise.run(DROPOUT, elements, shared, seed, inner, (activation,), dtype)
 
 
-def _masked(x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int]) -> Tensor:
-    ones = torch.ones(tuple(noise_shape), dtype=compute_dtype(x.dtype), device=x.device)
-    factors = _forward(ones, None, None, seed, thresholds, inner, "identity")
-    return torch.where(factors != 0, x, 0).mul_(factors).contiguous()
-
-
-# What runs them ---------------------------------------------------------------------------------------------
-
-
-def _run(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor,
-    thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype, out: Tensor | None = None,
+@elementwise.operator("bias_act_dropout_backward")
+def bias_act_dropout_backward(
+    x: Tensor, bias: Tensor | None, gradient: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int,
+    activation: str,
 ) -> Tensor:  # fmt: skip
-    """`reference.dropout`, or with a gradient `reference.dropout_backward`, by the backend's way.
-
-    Args:
-        x: Any shape.
-        bias: `[columns]`, if there is one.
-        residual: Of the shape of x, if there is one.
-        gradient: Of the shape of x, of the result, in the backward pass.
-        seed: int64, 0-d.
-        thresholds: int32, 0-d or `[channels]`.
-        inner: Elements that follow each other in a channel.
-        activation: Of `reference.activations`.
-        dtype: Of the result.
-        out: Where it goes, contiguous; may be x.
-    """
-    x = x.contiguous()
-    bias, residual, gradient = (t if t is None else t.contiguous() for t in (bias, residual, gradient))
-    known = elementwise.known_seed(seed)
-
-    def plain(parts: Parts, first: int) -> Tensor:
-        part, beside, g = parts
-        return _plain(part, bias, beside, g, known, thresholds, first, inner, activation, dtype)
-
-    def compiled() -> Callable[[], Tensor]:
-        held = x, bias, residual, gradient
-        dtypes = tuple(t if t is None else t.dtype for t in held)
-        threads = torch.get_num_threads()
-        fused = _compiled(dtypes, bool(thresholds.dim()), activation, dtype, seed.device, threads)
-        flat = [t.view(-1) for t in held if t is not None]
-        return functools.partial(fused, flat, seed, thresholds, torch.tensor(inner, device=seed.device))
-
-    def fill(out: Tensor) -> None:
-        launch(x, bias, residual, gradient, seed, thresholds, inner, activation, out)
-
-    return elementwise.run((x, residual, gradient), dtype, out, plain, compiled, fill)
-
-
-def _plain(
-    x: Any, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor | int,
-    thresholds: Tensor, first: int, inner: int | Tensor, activation: str, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """For a run of elements that starts at `first`, a multiple of 8."""
-    own = None if bias is None else reference.spread(bias, 1, first, len(x))
-    if thresholds.dim():
-        thresholds = reference.spread(thresholds, inner, first, len(x))
-    at = PhiloxPosition(first, 0, 0, 0)
-    if gradient is None:
-        return reference.dropout(x, own, residual, seed, thresholds, at, activation, dtype)
-    return reference.dropout_backward(gradient, x, own, seed, thresholds, at, activation, dtype)
-
-
-@functools.cache
-def _compiled(
-    dtypes: tuple[torch.dtype | None, ...], channels: bool, activation: str, dtype: torch.dtype,
-    device: torch.device, threads: int,
-) -> Callable[..., Tensor]:  # fmt: skip
-    """The reference compiled for these dtypes and any size.
-
-    Args:
-        dtypes: Of x, bias, residual and gradient; `None` for those that are not there.
-        channels: Whether every channel has its own threshold.
-        activation: See `_run`.
-        dtype: Of the result.
-        device: Where all are.
-        threads: `torch.get_num_threads()`, which Inductor builds in.
-    """
-
-    def body(flat: list[Tensor], seed: Tensor, thresholds: Tensor, inner: Tensor) -> Tensor:
-        left = iter(flat)
-        x, bias, residual, gradient = (held if held is None else next(left) for held in dtypes)
-        return _plain(x, bias, residual, gradient, seed, thresholds, 0, inner, activation, dtype)
-
-    flat = [
-        torch.zeros(size, dtype=held, device=device)
-        for size, held in zip((LENGTH, 769, LENGTH, LENGTH), dtypes, strict=True)
-        if held is not None
-    ]
-    seed, inner = torch.zeros((), dtype=torch.int64, device=device), torch.tensor(1, device=device)
-    thresholds = torch.zeros(773 if channels else (), dtype=torch.int32, device=device)
-    return compile_ahead(body, (flat, seed, thresholds, inner))
-
-
-def launch(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, gradient: Tensor | None, seed: Tensor,
-    thresholds: Tensor, inner: int, activation: str, out: Tensor,
-) -> None:  # fmt: skip
-    """Fill `out` with the kernel; the arguments are those of `_run`, contiguous."""
-    kernels = importlib.import_module("fastreg_kernels.dropout")
-    target = architecture(out.device)
-    chosen = launch_parameters("dropout", target)
-    block = chosen.block_for(out.numel(), target)
-    filled = aligned(out)
-    given = (t if t is None else aligned(t) for t in (x, bias, residual, gradient))
-    launch_kernel(
-        kernels.dropout_kernel, -(-out.numel() // block), out.device,
-        *given, filled, seed, aligned(thresholds), out.numel(), inner, block // chosen.chunk(target.lanes),
-        **constants(bias, thresholds, inner, activation, out.dtype, chosen, target.lanes), **chosen.options,
-    )  # fmt: skip
-    if filled is not out:
-        out.copy_(filled)
-
-
-def constants(
-    bias: Tensor | None, thresholds: Tensor, inner: int, activation: str, dtype: torch.dtype,
-    chosen: LaunchParameters, lanes: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments of the kernel, for warps of so many lanes."""
-    tl = importlib.import_module("triton.language")
-    return {
-        "ACTIVATION": activation,
-        "COLUMNS": 1 if bias is None else bias.numel(),
-        "CHANNELS": thresholds.numel() if thresholds.dim() else 0,
-        "INDEX": tl.int32 if inner * thresholds.numel() < 2**30 else tl.int64,
-        "COMPUTE": triton_dtype(compute_dtype(dtype)),
-        "CHUNK": chosen.chunk(lanes),
-    }
+    """Returns the gradient by x."""
+    elements, shared = (x, None, gradient), (bias, drop_thresholds)
+    return elementwise.run(DROPOUT, elements, shared, seed, inner, (activation,), x.dtype)
 
 
 # Derivatives ------------------------------------------------------------------------------------------------
 
 
 class Dropout(torch.autograd.Function):
-    """`fastreg::dropout`, which is its own derivative, of any order.
+    """Differentiates `fastreg::dropout`, which is its own derivative, of any order.
 
-    What is saved for the backward pass are seed and thresholds: 12 bytes with one rate for all.
+    The backward pass needs seed and drop thresholds alone: 12 bytes with one rate for all.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
+        x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
     ) -> Tensor:
-        """Asks the operator."""
-        return dropout(x, seed, thresholds, inner, noise_shape)
+        """Calls the operator with its arguments."""
+        return dropout(x, seed, drop_thresholds, inner, noise_shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps what the mask follows from."""
-        _, seed, thresholds, ctx.inner, ctx.noise_shape = inputs
-        ctx.save_for_backward(seed, thresholds)
-        ctx.save_for_forward(seed, thresholds)
+        """Saves what the mask is computed from."""
+        _, seed, drop_thresholds, ctx.inner, ctx.noise_shape = inputs
+        ctx.save_for_backward(seed, drop_thresholds)
+        ctx.save_for_forward(seed, drop_thresholds)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The same to the gradient."""
-        return Dropout.apply(gradient, *ctx.saved_tensors, ctx.inner, ctx.noise_shape), None, None, None, None
+        """Drops the same elements of the gradient."""
+        return _apply(gradient, *ctx.saved_tensors, ctx.inner, ctx.noise_shape), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """See `_one_mask_or_many`."""
-        return _one_mask_or_many(Dropout, info, in_dims, *inputs)
+        """Draws one mask for all samples if they share a seed, as with `randomness="same"`."""
+        of_x, of_seed, of_thresholds, *_ = in_dims
+        if of_seed is not None or of_thresholds is not None:
+            return one_by_one(_apply, info, in_dims, inputs)
+        x, seed, drop_thresholds, inner, noise_shape = inputs
+        x = x.movedim(of_x, 0)
+        shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
+        return _apply(x, seed, drop_thresholds, inner, shape), 0
 
 
 class ForwardDropout(Dropout):
-    """With forward-mode derivatives of all that it does, which Dynamo does not take."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """The same to the gradient."""
-        found = ForwardDropout.apply(gradient, *ctx.saved_tensors, ctx.inner, ctx.noise_shape)
-        return found, None, None, None, None
+    """Adds forward-mode derivatives, which Dynamo does not support."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        """The same to the tangent."""
-        return ForwardDropout.apply(tangent, *ctx.saved_tensors, ctx.inner, ctx.noise_shape)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """See `_one_mask_or_many`."""
-        return _one_mask_or_many(ForwardDropout, info, in_dims, *inputs)
+        """Drops the same elements of the tangent."""
+        return _apply(tangent, *ctx.saved_tensors, ctx.inner, ctx.noise_shape)
 
 
-def _one_mask_or_many(
-    function: Any, info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, thresholds: Tensor,
-    inner: int, noise_shape: Sequence[int] | None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """One mask for all where the seed is one for all, as with `randomness="same"`."""
-    of_x, of_seed, of_thresholds, *_ = in_dims
-    if of_seed is not None or of_thresholds is not None:
-        return one_by_one(function, info, in_dims, (x, seed, thresholds, inner, noise_shape))
-    x = x.movedim(of_x, 0)
-    shape = (1, *(x.shape[1:] if noise_shape is None else noise_shape))
-    return function.apply(x, seed, thresholds, inner, shape), 0
+def _apply(*arguments: Any) -> Any:
+    return (Dropout if torch.compiler.is_compiling() else ForwardDropout).apply(*arguments)
 
 
 class InplaceDropout(torch.autograd.Function):
-    """`fastreg::dropout_`."""
+    """Differentiates `fastreg::dropout_`, in place."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seed: Tensor, thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
-    ) -> Tensor:
-        """Changes x."""
+        ctx: Any, x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int,
+        noise_shape: Sequence[int] | None,
+    ) -> Tensor:  # fmt: skip
+        """Drops elements of x."""
         ctx.mark_dirty(x)
-        ctx.save_for_backward(seed, thresholds)
+        ctx.save_for_backward(seed, drop_thresholds)
         ctx.inner, ctx.noise_shape = inner, noise_shape
-        dropout_(x, seed, thresholds, inner, noise_shape)
+        dropout_(x, seed, drop_thresholds, inner, noise_shape)
         return x
 
     backward = Dropout.backward
 
 
 class BiasActDropoutAdd(torch.autograd.Function):
-    """`fastreg::bias_act_dropout_add`; keeps x only for an activation's derivative."""
+    """Differentiates `fastreg::bias_act_dropout_add`; keeps x only for an activation's derivative."""
 
     @staticmethod
     def forward(
-        x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
-        activation: str,
+        x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor, drop_thresholds: Tensor,
+        inner: int, activation: str,
     ) -> Tensor:  # fmt: skip
-        """Asks the operator."""
-        return bias_act_dropout_add(x, bias, residual, seed, thresholds, inner, activation)
+        """Calls the operator with its arguments."""
+        return bias_act_dropout_add(x, bias, residual, seed, drop_thresholds, inner, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps what the mask follows from, and what the activation was given."""
-        x, bias, residual, seed, thresholds, ctx.inner, ctx.activation = inputs
+        """Saves what the mask is computed from, and the arguments of an activation."""
+        x, bias, residual, seed, drop_thresholds, ctx.inner, ctx.activation = inputs
         kept = (None, None) if ctx.activation == "identity" else (x, bias)
-        ctx.save_for_backward(*kept, seed, thresholds)
+        ctx.save_for_backward(*kept, seed, drop_thresholds)
         ctx.dtypes = [t if t is None else t.dtype for t in (x, bias, residual)]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """By x, by the bias as a sum over all but the last dimension, and by the residual."""
+        """Returns the gradients by x, bias (a sum over all but the last dimension) and residual."""
         x, bias, *mask = ctx.saved_tensors
         of_x, of_bias, of_residual = ctx.dtypes
         g = b = r = None
         if any(ctx.needs_input_grad[:2]):
             if ctx.activation == "identity":
-                g = Dropout.apply(gradient, *mask, ctx.inner, None).to(of_x)
+                g = _apply(gradient, *mask, ctx.inner, None).to(of_x)
             else:
-                g = _BiasActDropoutBackward.apply(gradient, x, bias, *mask, ctx.inner, ctx.activation)
+                g = _BiasActDropoutBackward.apply(x, bias, gradient, *mask, ctx.inner, ctx.activation)
         if ctx.needs_input_grad[1]:
             assert g is not None
             b = g[None].flatten(0, -2).sum(0, dtype=torch.promote_types(of_bias, torch.float32)).to(of_bias)
@@ -361,19 +230,19 @@ class BiasActDropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """Each sample on its own."""
-        return one_by_one(BiasActDropoutAdd, info, in_dims, inputs)
+        """Computes one sample after the other."""
+        return one_by_one(BiasActDropoutAdd.apply, info, in_dims, inputs)
 
 
 class _BiasActDropoutBackward(torch.autograd.Function):
-    """`fastreg::bias_act_dropout_backward`, which has no derivative."""
+    """Calls `fastreg::bias_act_dropout_backward`, which has no derivative."""
 
     @staticmethod
     def forward(
-        gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor, thresholds: Tensor, inner: int,
+        x: Tensor, bias: Tensor | None, gradient: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int,
         activation: str,
     ) -> Tensor:  # fmt: skip
-        return bias_act_dropout_backward(gradient, x, bias, seed, thresholds, inner, activation)
+        return bias_act_dropout_backward(x, bias, gradient, seed, drop_thresholds, inner, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -388,4 +257,118 @@ class _BiasActDropoutBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return one_by_one(_BiasActDropoutBackward, info, in_dims, inputs)
+        return one_by_one(_BiasActDropoutBackward.apply, info, in_dims, inputs)
+
+
+# Calls ------------------------------------------------------------------------------------------------------
+
+
+def drop(
+    input: Tensor, drop_thresholds: Tensor, inplace: bool = False, *, dim: int = -1,
+    noise_shape: Sequence[int] | None = None, return_mask: bool = False, seed: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """Drops elements as `nn.functional.dropout` does, by rates in a tensor on the device of the input.
+
+    Args:
+        input: Any shape, of a floating dtype.
+        drop_thresholds: int32, see `nn.rates.drop_thresholds`: 0-d, or `[channels]`.
+        inplace: Whether to change the input.
+        dim: Where the channels are.
+        noise_shape: The shape of the mask, each size 1 or that of the input.
+        return_mask: Whether to return `(output, mask)`.
+        seed: int64, 0-d; by default drawn from torch's generator.
+
+    Raises:
+        IndexError: If there is no such dimension.
+        TypeError: If the input is not of a floating dtype.
+        ValueError: If a shape does not fit.
+    """
+    if not input.is_floating_point():
+        raise TypeError(f"dropout needs a floating dtype, got {input.dtype}")
+    if noise_shape is not None:
+        noise_shape = tuple(noise_shape)
+        if len(noise_shape) != input.dim() or any(
+            a not in (1, b) for a, b in zip(noise_shape, input.shape, strict=True)
+        ):
+            raise ValueError(
+                f"noise_shape must have the input's sizes {tuple(input.shape)} or 1, got {noise_shape}"
+            )
+    shape = input.shape if noise_shape is None else noise_shape
+    inner = _inner_size(shape, drop_thresholds, dim)
+    seed = draw_seed(input.device) if seed is None else seed
+    if inplace and not torch.compiler.is_compiling() and not transformed():
+        out = InplaceDropout.apply(input, seed, drop_thresholds, inner, noise_shape)
+    else:
+        out = _apply(input, seed, drop_thresholds, inner, noise_shape)
+        if inplace:
+            out = input.copy_(out)
+    if not return_mask:
+        return out
+    ones = torch.ones(tuple(shape), dtype=torch.float32, device=input.device)
+    return out, dropout(ones, seed, drop_thresholds, inner, None) != 0
+
+
+def fused_drop(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, drop_thresholds: Tensor | None, activation: str
+) -> Tensor:
+    """Computes `nn.functional.bias_act_dropout_add` by rates in a tensor on the device of x.
+
+    Args:
+        x: `[..., features]`, of a floating dtype.
+        bias: `[features]`.
+        residual: Of the shape of x.
+        drop_thresholds: int32, see `nn.rates.drop_thresholds`; `None` keeps all, and draws no random number.
+        activation: A name of `reference.activations.ACTIVATIONS`.
+
+    Raises:
+        TypeError: If x is not of a floating dtype.
+        ValueError: If a shape does not fit.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"dropout needs a floating dtype, got {x.dtype}")
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"bias must have shape {tuple(x.shape[-1:])}, as x has features, got {tuple(bias.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, got {tuple(residual.shape)} and {tuple(x.shape)}; "
+            "use .expand_as(x)"
+        )
+    if drop_thresholds is None:
+        seed = torch.zeros((), dtype=torch.int64, device=x.device)
+        drop_thresholds = torch.zeros((), dtype=torch.int32, device=x.device)
+    else:
+        seed = draw_seed(x.device)
+    inner = _inner_size(x.shape, drop_thresholds, -1)
+    return BiasActDropoutAdd.apply(x, bias, residual, seed, drop_thresholds, inner, activation)
+
+
+def drop_samples(input: Tensor, drop_threshold: Tensor, scale: bool = True) -> Tensor:
+    """Drops whole samples, the first dimension, by a rate in a tensor on the device of the input.
+
+    Args:
+        input: `[batch, ...]`.
+        drop_threshold: int32, 0-d, see `nn.rates.drop_thresholds`.
+        scale: Whether to scale the other samples.
+    """
+    shape = (*input.shape[:1], *[1] * (input.dim() - 1))
+    if scale:
+        return drop(input, drop_threshold, noise_shape=shape)
+    ones = torch.ones(shape, device=input.device)
+    factors = dropout(ones, draw_seed(input.device), drop_threshold, 1, None)
+    return torch.where(factors != 0, input, 0)
+
+
+def _inner_size(shape: Sequence[int], drop_thresholds: Tensor, dim: int) -> int:
+    """Returns how many elements follow each other in a channel."""
+    if not drop_thresholds.dim():
+        return 1
+    if not -len(shape) <= dim < len(shape):
+        raise IndexError(f"dim must be in [{-len(shape)}, {len(shape) - 1}], got {dim}")
+    if len(drop_thresholds) != shape[dim]:
+        raise ValueError(
+            f"p has {len(drop_thresholds)} rates, but dimension {dim} of shape {tuple(shape)} has "
+            f"{shape[dim]} channels"
+        )
+    return math.prod(shape[dim % len(shape) + 1 :])

@@ -1,9 +1,9 @@
-"""Dropout (Srivastava et al. 2014), and what is fused around it.
+"""Computes dropout (Srivastava et al. 2014), and what is fused around it, in plain PyTorch.
 
-Whether an element stays is a function of (seed, its index) alone: its 16 random bits against a threshold of
-rate · 65536.  Nothing is stored for the backward pass, which asks again.  What stays is scaled by one over
-the share that stays of the rate as it is realised, so that the mean is kept to the last bit of the threshold.
-What is dropped is 0, whatever it was: also where it was infinite or NaN.
+Whether an element is kept is a function of (seed, its index) alone: its 16 random bits are compared with a
+threshold of rate · 65536.  Nothing is stored for the backward pass, which computes the mask again.  Kept
+elements are scaled by one over the share kept at the rounded rate, so that the mean is preserved exactly.
+A dropped element is 0 even if it was infinite or NaN.
 """
 
 from __future__ import annotations
@@ -13,84 +13,79 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .random import PhiloxPosition, reaches16
-from .step import compute_dtype
 
 ROUNDS = 7
-"""Of Philox: the fewest that its authors found to pass all tests of randomness."""
-LEVELS = 65536
-"""Thresholds there are, but for the one that drops everything."""
-
-
-def kept(seed: Tensor | int, thresholds: Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
-    """Which elements stay: a bool for each of the flat tensor `like`.
-
-    Args:
-        seed: 64 bits, as an int64 tensor or an integer.
-        thresholds: int32, 0-d or for each element: rates times 65536.
-        at: Where the elements lie.
-        like: As many elements.
-    """
-    return reaches16(seed, at, like, thresholds, ROUNDS)
-
-
-def scale(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
-    """One over the share that stays."""
-    return LEVELS / (LEVELS - thresholds).to(dtype)
+"""Rounds of Philox: the fewest that its authors found to pass all tests of randomness."""
+DROP_LEVELS = 65536
+"""The threshold that drops everything: rates are multiples of one over it."""
 
 
 def dropout(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | int, thresholds: Tensor,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | int, drop_thresholds: Tensor,
     at: PhiloxPosition, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Bias, activation, dropout and residual, of flat tensors: activation(x + bias) is dropped.
+    """Computes bias, activation, dropout and residual of flat tensors, in this order.
 
     Args:
         x: `[n]`.
-        bias: `[n]`, for every element its own.
+        bias: `[n]` or 0-d.
         residual: `[n]`.
         seed: 64 bits, as an int64 tensor or an integer.
-        thresholds: int32, 0-d or `[n]`.
-        at: Where the elements lie.
+        drop_thresholds: int32, 0-d or `[n]`: rates times 65536.
+        at: Position of the elements.
         activation: A name of `ACTIVATIONS`.
         dtype: Of the result.
     """
-    compute = compute_dtype(dtype)
-    h = x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
-    y = ACTIVATIONS[activation].function(h) * scale(thresholds, compute)
-    y = torch.where(kept(seed, thresholds, at, x), y, 0)
-    return (y if residual is None else residual.to(compute) + y).to(dtype)
+    h = _biased(x, bias, dtype)
+    if activation != "identity":
+        h = ACTIVATIONS[activation].function(h)
+    y = _drop(h, seed, drop_thresholds, at)
+    return (y if residual is None else residual.to(y.dtype) + y).to(dtype)
 
 
 def dropout_backward(
-    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, thresholds: Tensor,
+    gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, drop_thresholds: Tensor,
     at: PhiloxPosition, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The gradient by x: that of the result times the derivative of the activation, dropped and scaled.
+    """Returns the gradient by x: the derivative of the activation times the gradient, dropped and scaled.
 
     Args:
-        gradient: `[n]`, of the result.
+        gradient: `[n]`, by the result.
         x: `[n]`.
-        bias: As in `dropout`.
-        seed: Likewise.
-        thresholds: Likewise.
-        at: Likewise.
-        activation: Likewise.
+        bias: See `dropout`.
+        seed: See `dropout`.
+        drop_thresholds: See `dropout`.
+        at: See `dropout`.
+        activation: See `dropout`.
         dtype: Of the result.
     """
-    compute = compute_dtype(dtype)
-    h = x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
-    g = ACTIVATIONS[activation].backward(gradient.to(compute), h) * scale(thresholds, compute)
-    return torch.where(kept(seed, thresholds, at, x), g, 0).to(dtype)
+    h = _biased(x, bias, dtype)
+    g = ACTIVATIONS[activation].backward(gradient.to(h.dtype), h)
+    return _drop(g, seed, drop_thresholds, at).to(dtype)
+
+
+def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns x + bias in the precision of the arithmetic, see `reference.step.compute_dtype`."""
+    compute = torch.promote_types(dtype, torch.float32)
+    return x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
+
+
+def _drop(x: Tensor, seed: Tensor | int, drop_thresholds: Tensor, at: PhiloxPosition) -> Tensor:
+    """Drops elements of x, and scales the others by one over the share that is kept."""
+    scale = DROP_LEVELS / (DROP_LEVELS - drop_thresholds).to(x.dtype)
+    return torch.where(reaches16(seed, at, x, drop_thresholds, ROUNDS), x * scale, 0)
 
 
 def spread(values: Tensor, inner: int | Tensor, first: int, count: int) -> Tensor:
-    """For each of a run of elements the value of its channel.
+    """Returns the value of each element of a run: that of its channel, or the value of all.
 
     Args:
-        values: `[channels]`.
+        values: `[channels]` or 0-d.
         inner: Elements that follow each other in a channel.
         first: Index of the first element.
         count: How many elements.
     """
+    if not values.dim():
+        return values
     index = torch.arange(first, first + count, device=values.device)
     return values[index // inner % len(values)]

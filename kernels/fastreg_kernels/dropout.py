@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .activations import activate, backpropagate
 from .random import PhiloxPosition, reaches16
+from .tiles import for_each_tile
 
 
 class Mask(NamedTuple):
@@ -45,48 +46,39 @@ def load_mask(seed, thresholds, inner, CHANNELS: tl.constexpr, COMPUTE: tl.const
 
 
 @triton.jit
-def within(base, start, s, like, INDEX: tl.constexpr):
-    """Where the elements of a block lie behind the start of a period; 64 bits only once."""
-    return base.to(INDEX) + (s - start).to(INDEX) + tl.arange(0, like.shape[0])
+def within(base, start, tile, like, INDEX: tl.constexpr):
+    """Positions of the elements of a tile behind the start of a period; 64 bits only once."""
+    return base.to(INDEX) + (tile.first - start).to(INDEX) + tl.arange(0, like.shape[0])
 
 
 @triton.jit
-def drop(
-    y,
-    mask,
-    start,
-    s,
-    inside,
-    CHANNELS: tl.constexpr,
-    INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def drop(y, mask, start, tile, CHANNELS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
     if CHANNELS:
         base = start % (mask.inner * CHANNELS)
-        index = within(base, start, s, y, INDEX)
+        index = within(base, start, tile, y, INDEX)
         if mask.inner == 1:  # neighbours are in neighbouring channels
             channel = index % CHANNELS
             if CHANNELS % 8 == 0:
                 channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
-            threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
+            threshold = tl.load(mask.thresholds + channel, mask=tile.inside, other=0)
         else:
             channel = index // mask.inner % CHANNELS
-            threshold = tl.load(mask.thresholds + channel, mask=inside, other=0)
+            threshold = tl.load(mask.thresholds + channel, mask=tile.inside, other=0)
         scale = scale_of(threshold, COMPUTE)
     else:
         threshold = mask.threshold
         scale = mask.scale
-    keep = reaches16(mask.key, PhiloxPosition(s, 0, 0, 8), y, threshold.to(tl.uint32), 7)
+    keep = reaches16(mask.key, PhiloxPosition(tile.first, 0, 0, 8), y, threshold.to(tl.uint32), 7)
     if CHANNELS:
         keep = keep & (threshold < 65536)
     return tl.where(keep, y * scale, 0.0)
 
 
 @triton.jit
-def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr):
-    h = tl.load(x + offsets, mask=inside, other=0).to(COMPUTE)
+def biased(x, bias, start, tile, inside, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr):
+    h = tl.load(x + tile.offsets, mask=inside, other=0).to(COMPUTE)
     if bias is not None:
-        column = within(start % COLUMNS, start, s, h, tl.int32) % COLUMNS
+        column = within(start % COLUMNS, start, tile, h, tl.int32) % COLUMNS
         if COLUMNS % 8 == 0:
             column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
         h += tl.load(bias + column, mask=inside, other=0).to(COMPUTE)
@@ -95,27 +87,27 @@ def biased(x, bias, start, s, offsets, inside, COLUMNS: tl.constexpr, COMPUTE: t
 
 @triton.jit
 def drop_block(
-    x, bias, residual, gradient, out, mask, start, s, offsets, inside,
+    x, residual, gradient, out, bias, mask, start,
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, tile,
 ):  # fmt: skip
     # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
-    alive = tl.where(mask.alive, inside, False)
-    y = biased(x, bias, start, s, offsets, alive, COLUMNS, COMPUTE)
+    alive = tl.where(mask.alive, tile.inside, False)
+    y = biased(x, bias, start, tile, alive, COLUMNS, COMPUTE)
     if gradient is None:
         y = activate(y, ACTIVATION)
     else:
-        g = tl.load(gradient + offsets, mask=alive, other=0).to(COMPUTE)
+        g = tl.load(gradient + tile.offsets, mask=alive, other=0).to(COMPUTE)
         y = backpropagate(g, y, ACTIVATION)
-    y = drop(y, mask, start, s, inside, CHANNELS, INDEX, COMPUTE)
+    y = drop(y, mask, start, tile, CHANNELS, INDEX, COMPUTE)
     if residual is not None:
-        y = tl.load(residual + offsets, mask=inside).to(COMPUTE) + y
-    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+        y = tl.load(residual + tile.offsets, mask=tile.inside).to(COMPUTE) + y
+    tl.store(out + tile.offsets, y.to(out.dtype.element_ty), mask=tile.inside)
 
 
 @triton.jit(do_not_specialize=["seed", "n", "inner", "turns"])
 def dropout_kernel(
-    x, bias, residual, gradient, out, seed, thresholds, n, inner, turns,
+    x, residual, gradient, out, seed, bias, drop_thresholds, n, inner, turns,
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -123,27 +115,18 @@ def dropout_kernel(
 
     With a gradient of that: out = the gradient by x.  A program works on `turns` chunks.
 
-    bias        [COLUMNS] or None         along the last dimension
-    residual    [n] or None
-    gradient    [n] or None
-    seed        int64[1]
-    thresholds  int32[1] or [CHANNELS]    rates times 65536; channel = index / inner % CHANNELS
+    residual         [n] or None
+    gradient         [n] or None
+    seed             int64[1]
+    bias             [COLUMNS] or None         along the last dimension
+    drop_thresholds  int32[1] or [CHANNELS]    rates times 65536; channel = index / inner % CHANNELS
     """
     block = CHUNK * turns.to(tl.int64)
     start = tl.program_id(0) * block
-    mask = load_mask(seed, thresholds, inner, CHANNELS, COMPUTE)
-    # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
+    mask = load_mask(seed, drop_thresholds, inner, CHANNELS, COMPUTE)
     stop = tl.minimum(n, start + block)
-    wide = stop // 16 * 16
-    for s in range(start, wide, CHUNK):
-        offsets = s + tl.arange(0, CHUNK)
-        drop_block(
-            x, bias, residual, gradient, out, mask, start, s, offsets, offsets < wide,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
-        )  # fmt: skip
-    for s in range(wide, stop, 16):
-        offsets = s + tl.arange(0, 16)
-        drop_block(
-            x, bias, residual, gradient, out, mask, start, s, offsets, offsets < stop,
-            ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE,
-        )  # fmt: skip
+    for_each_tile(
+        drop_block,
+        (x, residual, gradient, out, bias, mask, start, ACTIVATION, COLUMNS, CHANNELS, INDEX, COMPUTE),
+        start, stop // 16 * 16, stop, CHUNK, 16,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .dropout import within
 from .random import PhiloxPosition, bits16, interleave, join4, normal
+from .tiles import for_each_tile
 
 
 @triton.jit
@@ -29,48 +30,50 @@ def spread(group, like, VECTOR: tl.constexpr):
 
 @triton.jit
 def row_scales(
-    scales, inner, start, s, like, inside, limit,
+    scales, inner, start, tile, like,
     GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    first = start // inner
+    """Loads the scale of each element of a tile."""
+    first_row = start // inner
     base = start % inner
     if GROUPED:  # one load and one division for each group
         offsets = VECTOR * tl.arange(0, like.shape[0] // VECTOR)
-        place = base.to(INDEX) + (s - start).to(INDEX) + offsets
-        row = place // inner.to(INDEX)
-        own = spread(tl.load(scales + first + row, mask=s + offsets < limit, other=0), like, VECTOR)
+        index = base.to(INDEX) + (tile.first - start).to(INDEX) + offsets
+        row = index // inner.to(INDEX)
+        inside = tile.first + offsets < tile.stop
+        scale = spread(tl.load(scales + first_row + row, mask=inside, other=0), like, VECTOR)
         if inner % VECTOR != 0:  # groups straddle rows, two at most
-            here = (row + 1) * inner.to(INDEX) - place  # elements until the next row
-            further = (here < VECTOR) & (s + offsets + here < limit)
-            following = spread(tl.load(scales + first + row + 1, mask=further, other=0), like, VECTOR)
+            here = (row + 1) * inner.to(INDEX) - index  # elements until the next row
+            further = (here < VECTOR) & (tile.first + offsets + here < tile.stop)
+            following = tl.load(scales + first_row + row + 1, mask=further, other=0)
             until = spread(tl.minimum(here, VECTOR).to(tl.int32), like, VECTOR)
-            own = tl.where(tl.arange(0, like.shape[0]) % VECTOR < until, own, following)
-        return own.to(COMPUTE)
+            before = tl.arange(0, like.shape[0]) % VECTOR < until
+            scale = tl.where(before, scale, spread(following, like, VECTOR))
+        return scale.to(COMPUTE)
     else:
-        row = first + within(base, start, s, like, INDEX) // inner.to(INDEX)
-        return tl.load(scales + row, mask=inside, other=0).to(COMPUTE)
+        row = first_row + within(base, start, tile, like, INDEX) // inner.to(INDEX)
+        return tl.load(scales + row, mask=tile.inside, other=0).to(COMPUTE)
 
 
 @triton.jit
 def noise_block(
-    x, out, key, scales, scale, inner, start, s, offsets, limit,
+    x, out, key, scales, scale, inner, start,
     KIND: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, tile,
 ):  # fmt: skip
-    inside = offsets < limit
-    y = tl.load(x + offsets, mask=inside).to(COMPUTE)
+    y = tl.load(x + tile.offsets, mask=tile.inside).to(COMPUTE)
     if ROWS:
-        scale = row_scales(scales, inner, start, s, y, inside, limit, GROUPED, VECTOR, INDEX, COMPUTE)
+        scale = row_scales(scales, inner, start, tile, y, GROUPED, VECTOR, INDEX, COMPUTE)
     if KIND == "uniform":
-        z = symmetric(key, PhiloxPosition(s, 0, 0, VECTOR), y).to(COMPUTE)
+        z = symmetric(key, PhiloxPosition(tile.first, 0, 0, VECTOR), y).to(COMPUTE)
     else:
-        z = normal(key, PhiloxPosition(s, 0, 0, VECTOR), y, 7).to(COMPUTE)
+        z = normal(key, PhiloxPosition(tile.first, 0, 0, VECTOR), y, 7).to(COMPUTE)
     if KIND == "multiplicative":
         noisy = y * (1 + scale * z)
     else:
         noisy = y + scale * z
     y = tl.where(scale == 0, y, noisy)
-    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + tile.offsets, y.to(out.dtype.element_ty), mask=tile.inside)
 
 
 @triton.jit(do_not_specialize=["seed", "scales", "n", "inner", "turns"])
@@ -92,16 +95,9 @@ def noise_kernel(
         scale = 0.0
     else:
         scale = tl.load(scales).to(COMPUTE)
-    # Two loops around one body, as in `step`: the mask of the wide one is constant over 16 elements.
     stop = tl.minimum(n, start + block)
-    wide = stop // 16 * 16
-    for s in range(start, wide, CHUNK):
-        noise_block(
-            x, out, key, scales, scale, inner, start, s, s + tl.arange(0, CHUNK), wide,
-            KIND, ROWS, GROUPED, VECTOR, INDEX, COMPUTE,
-        )  # fmt: skip
-    for s in range(wide, stop, 16):
-        noise_block(
-            x, out, key, scales, scale, inner, start, s, s + tl.arange(0, 16), stop,
-            KIND, ROWS, GROUPED, VECTOR, INDEX, COMPUTE,
-        )  # fmt: skip
+    for_each_tile(
+        noise_block,
+        (x, out, key, scales, scale, inner, start, KIND, ROWS, GROUPED, VECTOR, INDEX, COMPUTE),
+        start, stop // 16 * 16, stop, CHUNK, 16,
+    )  # fmt: skip

@@ -24,11 +24,11 @@ def test_functions_and_derivatives(activation, backend, dtype):
     }[activation]  # fmt: skip
     truth = oracle(exact)
     (slope,) = torch.autograd.grad(truth.sum(), exact)
-    none = rates.thresholds(0.0)
+    none = rates.drop_thresholds(0.0)
     seed = torch.tensor(0)
     with fastreg.use_backend(backend):
         y = dropout_ops.bias_act_dropout_add(x, None, None, seed, none, 1, activation)
-        d = dropout_ops.bias_act_dropout_backward(torch.ones_like(x), x, None, seed, none, 1, activation)
+        d = dropout_ops.bias_act_dropout_backward(x, None, torch.ones_like(x), seed, none, 1, activation)
     unit = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else 4)  # in float64 the oracle rounds too
     # Tails are a difference from 1, with its rounding, times x.
     assert ((y - truth).abs() <= 2 * unit * exact.abs().clamp(min=1)).all()
@@ -41,6 +41,6 @@ def test_relu_passes_gradients_as_torch_does(backend):
     gradient = torch.tensor([float("inf"), float("nan"), 3.0, 4.0, float("-inf"), float("inf")])
     exact = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(torch.relu(exact), exact, gradient)
-    none, seed = rates.thresholds(0.0), torch.tensor(0)
-    found = dropout_ops.bias_act_dropout_backward(gradient, x, None, seed, none, 1, "relu")
+    none, seed = rates.drop_thresholds(0.0), torch.tensor(0)
+    found = dropout_ops.bias_act_dropout_backward(x, None, gradient, seed, none, 1, "relu")
     assert torch.equal(found, expected)

@@ -75,17 +75,14 @@ def test_rows_of_any_length(inner, same):
 def test_rows_of_64_bits_are_indexed(monkeypatch, same):
     """So long a row does not fit here; its kernel does."""
     x = draw(4500)
-    monkeypatch.setattr(noise_ops, "constants", wide(noise_ops.constants))
+    monkeypatch.setattr(noise_ops, "NOISE", noise_ops.NOISE._replace(constants=wide))
     compare(x, rows(6), "additive", 750, same)
 
 
-def wide(constants):
-    def made(scale, inner, *others):
-        index = constants(scale, 2**30, *others)["INDEX"]
-        assert str(index) == "int64"
-        return {**constants(scale, inner, *others), "INDEX": index}
-
-    return made
+def wide(shared, inner, *others, constants=noise_ops.NOISE.constants):
+    index = constants(shared, 2**30, *others)["INDEX"]
+    assert str(index) == "int64"
+    return {**constants(shared, inner, *others), "INDEX": index}
 
 
 @pytest.mark.parametrize("size", [*range(1, 18), 2047, 2049])

@@ -157,4 +157,4 @@ def test_new_modules_are_where_the_model_is(make):
     assert isinstance(dropout, fastreg.nn.Dropout) and not dropout.training
     assert model.train().model.layers[0].mlp.fastreg_dropout.training
     model.to("meta")
-    assert dropout.thresholds.is_meta
+    assert dropout.drop_thresholds.is_meta

@@ -84,7 +84,7 @@ def test_gradients_decide():
 def test_the_mean_rate_is_held(p, strength, features, max_rate):
     module = AdaptiveDropout(features, p, strength=strength, max_rate=max_rate)
     module(data(features=features))
-    rates, target = module.rates, fastreg.nn.rates.threshold(p) / 65536
+    rates, target = module.rates, fastreg.nn.rates.drop_threshold(p) / 65536
     assert float(rates.mean()) == pytest.approx(target, abs=1e-15)
     assert float(rates.min()) >= 0 and float(rates.max()) <= max(max_rate, p) + 2**-17
     if features > 1:

@@ -32,8 +32,8 @@ def test_rates_of_0_and_1(backend, x):
 
 
 def test_only_0_and_1_are_realised_as_such():
-    assert [rates.threshold(p) for p in (0, 1e-9, 0.5, 1 - 1e-9, 1)] == [0, 1, 32768, 65535, 65536]
-    assert rates.thresholds([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0]).tolist() == [0, 1, 32768, 65535, 65536]
+    assert [rates.drop_threshold(p) for p in (0, 1e-9, 0.5, 1 - 1e-9, 1)] == [0, 1, 32768, 65535, 65536]
+    assert rates.drop_thresholds([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0]).tolist() == [0, 1, 32768, 65535, 65536]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -174,11 +174,12 @@ def test_rates_in_a_tensor(x):
 def test_no_conversion_changes_the_rate(x):
     module = Dropout(0.1)
     for changed in (module.bfloat16(), module.half(), module.double(), copy.deepcopy(module)):
-        assert int(changed.thresholds) == round(0.1 * 65536) and changed.thresholds.dtype == torch.int32
+        thresholds = changed.drop_thresholds
+        assert int(thresholds) == round(0.1 * 65536) and thresholds.dtype == torch.int32
     with torch.device("meta"):
         module = Dropout(0.1)
     module.to_empty(device="cpu")
-    assert int(module.thresholds) == round(0.1 * 65536)
+    assert int(module.drop_thresholds) == round(0.1 * 65536)
     again = pickle.loads(pickle.dumps(module))
     torch.manual_seed(0)
     assert again.p == 0.1 and torch.equal(again(x), drop(x, 0, 0.1))

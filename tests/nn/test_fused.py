@@ -36,7 +36,7 @@ def composed(x, bias, residual, p, activation, seed):
     """In parts, with the mask that the seed gives."""
     torch.manual_seed(seed)
     _, kept = functional.dropout(torch.ones(x.shape, dtype=x.dtype), p, return_mask=True)
-    scale = 65536 / (65536 - fastreg.nn.rates.thresholds(p).to(x.dtype))
+    scale = 65536 / (65536 - fastreg.nn.rates.drop_thresholds(p).to(x.dtype))
     y = FUNCTIONS[activation](x if bias is None else x + bias)
     y = torch.where(kept, y * scale, 0)
     return y if residual is None else residual + y

@@ -297,7 +297,7 @@ def test_a_level_outlives_casts_and_meta(x):
     assert module[0].level == torch.tensor(0.1) and module[0].level.dtype == torch.float32
     module = nn.Sequential(InputNoise(0.1), TokenNoise(0.1, 10, [3])).to("meta").to_empty(device="cpu")
     assert module[0].level == torch.tensor(0.1)
-    assert module[1].thresholds == 6554 and module[1].special.tolist() == [3]
+    assert module[1].drop_thresholds == 6554 and module[1].special.tolist() == [3]
 
 
 def test_what_is_wrong_says_so(x):
