@@ -30,7 +30,7 @@ accelerator.save_state(folder)  # load_state(folder) and optimizer.train() go on
 optimizer.train()
 ```
 
-accelerate hides what SAM has besides `step`; the optimizer itself is `optimizer.optimizer`:
+accelerate hides the methods of SAM besides `step`; the optimizer itself is `optimizer.optimizer`:
 
 ```python
 accelerator = Accelerator()

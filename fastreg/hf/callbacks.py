@@ -1,4 +1,4 @@
-"""Callbacks for any Trainer: what changes with the step, and noise on the embeddings."""
+"""Callbacks for any Trainer: rates that change with the step, and noise on the embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..nn import EmbeddingNoise, NoiseScheduler, attach_embedding_noise
 class ScheduleCallback(TrainerCallback):
     """Steps schedulers of rates: before each training step, to the number of steps that were taken.
 
-    Whoever resumes needs nothing but that number, which Trainer keeps.
+    A resumed run needs only that number, which Trainer saves.
 
     ```python
     annealed = fastreg.layerwise.DropoutScheduler(model, fastreg.schedules.Linear(0.1, steps=1000))
@@ -21,7 +21,7 @@ class ScheduleCallback(TrainerCallback):
     ```
 
     Args:
-        schedulers: Whatever has a `step(n)` that is a function of n, such as `layerwise.DropoutScheduler`.
+        schedulers: Objects with a `step(n)` that is a function of n, such as `layerwise.DropoutScheduler`.
 
     Raises:
         TypeError: If one has no `step`.
@@ -34,7 +34,7 @@ class ScheduleCallback(TrainerCallback):
         self.schedulers = schedulers
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the rates of this step."""
+        """Sets the rates of this step."""
         for scheduler in self.schedulers:
             scheduler.step(state.global_step)
 
@@ -48,7 +48,7 @@ class EmbeddingNoiseCallback(TrainerCallback):
         alpha: Size of the noise, see `fastreg.nn.EmbeddingNoise`.
         std: Standard deviation of Gaussian noise instead.
         length: `"padded"` or `"true"`.
-        factor: Of the size, as a function of the number of steps taken, see `fastreg.schedules`.
+        factor: Factor of the size, as a function of the number of steps taken, see `fastreg.schedules`.
 
     Raises:
         ValueError: For values out of range; in training, if `neftune_noise_alpha` adds noise as well.
@@ -58,12 +58,12 @@ class EmbeddingNoiseCallback(TrainerCallback):
         self, alpha: float = 5.0, *, std: float | None = None, length: str = "padded",
         factor: Callable[[int], float] | None = None,
     ) -> None:  # fmt: skip
-        EmbeddingNoise(alpha, std=std, length=length)  # refuses what is out of range
+        EmbeddingNoise(alpha, std=std, length=length)  # refuses values out of range
         self._options: dict[str, Any] = {"alpha": alpha, "std": std, "length": length}
         self._factor, self._attached, self._scheduler = factor, None, None  # type: Any, Any, Any
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach it."""
+        """Attaches the noise to the model."""
         if args.neftune_noise_alpha is not None:
             raise ValueError(
                 f"embeddings would get noise twice: by this callback and by neftune_noise_alpha="
@@ -75,12 +75,12 @@ class EmbeddingNoiseCallback(TrainerCallback):
             self._scheduler = NoiseScheduler(self._attached, self._factor)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the size of this step."""
+        """Sets the size of the noise."""
         if self._scheduler is not None:
             self._scheduler.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take it away."""
+        """Takes the noise away again."""
         if self._attached is not None:
             self._attached.remove()
         self._attached = self._scheduler = None

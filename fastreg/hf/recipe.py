@@ -1,4 +1,4 @@
-"""A recipe at work in a Trainer: what `TrainingArguments` tell it, and what they must not say as well."""
+"""Applies a recipe in a Trainer: `TrainingArguments` complete it, and must not contradict it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from ..losses.r_drop import r_drop
 from ..recipe import Regularization
 from ..recipe.callbacks import Callback, Callbacks
 from ..recipe.model_callbacks import SharpnessAware
 
 SAVED = "fastreg.pt"
-"""In a checkpoint: what callbacks save."""
+"""The file of a checkpoint that holds the state of callbacks."""
 
 OPTIMIZER_ARGUMENTS = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def check(args: Any) -> None:
-    """Refuse arguments of an optimizer that there will not be.
+    """Refuses arguments for an optimizer that the recipe replaces.
 
     Raises:
         ValueError: If one has another value than by default.
@@ -42,15 +43,15 @@ def check(args: Any) -> None:
 class AppliedRecipe:
     """Applies a recipe, undoes it at the end of training, and applies it again for more training.
 
-    What Trainer does in its own way is left out of the callbacks: SAM's second pass, which is made for all
-    micro-batches of a step together, and R-Drop, whose loss is scaled with that of the model.
+    Two things are not among the callbacks, since Trainer does them differently: SAM's second pass, which is
+    made for all micro-batches of a step together, and R-Drop, whose loss is scaled with that of the model.
 
     Args:
         recipe: The recipe.
-        trainer: Whose `TrainingArguments` say the rest.
+        trainer: The Trainer, with learning rate, seed and number of steps in its arguments.
 
     Raises:
-        ValueError: If Trainer is to do what the recipe does, or what would get in its way.
+        ValueError: If arguments of the Trainer contradict the recipe.
     """
 
     def __init__(self, recipe: Regularization, trainer: Any) -> None:
@@ -67,20 +68,20 @@ class AppliedRecipe:
                         f"{name} holds the parameters of the model, which FSDP replaces: leave it out, or "
                         "train with DistributedDataParallel"
                     )
-        self.agreement: float | None = None
+        self.r_drop_alpha: float | None = None
         if recipe.r_drop is not None:
             if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
                 raise ValueError(
                     "r_drop takes the loss that the model computes from its labels: leave out "
                     "label_smoothing_factor and compute_loss_func"
                 )
-            self.agreement = recipe.r_drop.get("alpha", 1.0)  # type: ignore[union-attr]
+            self.r_drop_alpha = recipe.r_drop.get("alpha", 1.0)  # type: ignore[union-attr]
         self._recipe, self._args = dataclasses.replace(recipe, r_drop=None), trainer.args
         self.callbacks = Callbacks()
         self._fresh = False
 
     def optimizer(self, model: nn.Module, steps: int | None) -> Any:
-        """Apply it to a model.
+        """Applies the recipe to a model.
 
         Args:
             model: The model.
@@ -98,31 +99,52 @@ class AppliedRecipe:
         self._fresh = True
         return optimizer
 
-    def again(self, model: nn.Module, steps: int) -> None:
-        """Be at work for another run, whose optimizer there is already."""
+    def reapply(self, model: nn.Module, steps: int) -> None:
+        """Applies the recipe for another run with the existing optimizer."""
         if not self._fresh:
             self.optimizer(model, steps)
 
     def begin(self, step: int) -> None:
-        """Set the rates of a step; the run begins, or is resumed."""
+        """Sets the rates of the step at which a run begins or is resumed."""
         self._fresh = False
         self.callbacks.step(step)
 
     def save(self, folder: str) -> None:
-        """Write what a checkpoint needs into its folder."""
+        """Writes the state of the callbacks into the folder of a checkpoint."""
         if self.callbacks:
             torch.save(self.callbacks.state_dict(), os.path.join(folder, SAVED))
 
     def load(self, folder: str) -> None:
-        """Take it over.
+        """Restores the state that `save` wrote.
 
         Raises:
-            ValueError: If it is of another recipe.
+            ValueError: If the state is that of another recipe.
         """
         if os.path.isfile(file := os.path.join(folder, SAVED)):
             self.callbacks.load_state_dict(torch.load(file, weights_only=True))
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
+        """Leaves the model as it was before."""
         self.callbacks.remove()
         self.callbacks, self._fresh = Callbacks(), False
+
+
+class RDropModel:
+    """A model that passes each input twice, with different dropout masks, for `Trainer.compute_loss`.
+
+    Models that take `num_items_in_batch` and leave it unused (T5 and BART of transformers 5.23) return the
+    mean over each micro-batch as their loss, which Trainer adds up instead of averaging; the divergence stays
+    a mean and weighs less.  `trainer.model_accepts_loss_kwargs = False` mends both.
+
+    Args:
+        model: The model, as prepared.
+        alpha: Weight of the divergence.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float) -> None:
+        self._model, self._alpha = model, alpha
+
+    def __call__(self, num_items_in_batch: Any = None, **inputs: Any) -> dict[str, Any]:
+        """Returns the loss, and the logits of the first pass."""
+        result = r_drop(self._model, inputs, self._alpha, num_items_in_batch=num_items_in_batch)
+        return {"loss": result.loss, "logits": result.logits}

@@ -1,4 +1,4 @@
-"""SAM under a loop that accumulates gradients and knows nothing of a second pass.
+"""Makes the second pass of SAM in a loop that accumulates gradients and makes only one.
 
 micro-batches of a step     each a backward pass at the weights, as Trainer makes it
 after the last              first_step, and every micro-batch once more at the perturbed weights
@@ -21,14 +21,14 @@ from ..common.batch_norm import frozen_running_stats
 from ..optim import SAM
 
 BackwardPass = Callable[[nn.Module, Any, Any], Tensor]
-"""Of (model, inputs, items in the batch): computes the loss and its gradients, and returns the loss."""
+"""Computes gradients from (model, inputs, items in the batch), and returns the loss."""
 
 
 class SecondPass:
     """Keeps the micro-batches of a step, and repeats them at the perturbed weights.
 
     Args:
-        same_masks: Whether dropout and all else that is random draws the same numbers in both passes.
+        same_masks: Whether dropout and other random operations draw the same numbers in both passes.
     """
 
     def __init__(self, same_masks: bool) -> None:
@@ -36,7 +36,7 @@ class SecondPass:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was kept, such as of a run that was interrupted."""
+        """Discards micro-batches that are kept, such as those of an interrupted run."""
         self._kept: list[tuple[Any, Any, RandomState | None]] = []
         self._devices: set[torch.device] | None = None
         self._norms = False
@@ -44,20 +44,20 @@ class SecondPass:
     def step(
         self, sam: SAM, backward: BackwardPass, accelerator: Any, model: nn.Module, inputs: Any, items: Any
     ) -> Tensor:
-        """A micro-batch; after the last of a step (`accelerator.sync_gradients`), the second pass.
+        """Makes the pass over a micro-batch, and after the last of a step the second pass over all.
 
         Args:
             sam: The optimizer.
-            backward: The pass.
-            accelerator: Of the loop.
+            backward: Makes one pass.
+            accelerator: The accelerator of the loop; its `sync_gradients` is true for the last micro-batch.
             model: As prepared.
             inputs: The micro-batch.
-            items: In all micro-batches of the step, by which the loss is scaled.
+            items: How many items all micro-batches of the step have, by which the loss is scaled.
 
         Returns:
             The loss at the weights themselves.
         """
-        if sam.perturbed:  # by a checkpoint that was saved between both passes
+        if sam.perturbed:  # as loaded from a checkpoint that was saved between both passes
             sam.restore()
         if not sam.due:
             return backward(model, inputs, items)
@@ -85,10 +85,10 @@ class SecondPass:
 
 
 class RandomState:
-    """The random number generators that a forward pass may draw from, as they are now.
+    """The states of the random number generators that a forward pass may draw from.
 
     Args:
-        devices: Where the model lies.
+        devices: Devices of the model.
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
@@ -101,7 +101,7 @@ class RandomState:
         }
 
     def restore(self) -> None:
-        """Let them go on from here."""
+        """Sets the generators to these states."""
         random.setstate(self._python)
         numpy.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)

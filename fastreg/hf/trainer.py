@@ -1,37 +1,34 @@
 """Trainer with regularization in the optimizer's step.
 
-create_optimizer    the recipe's, or the one that was given; it clips by `max_grad_norm` (clipping.py)
+create_optimizer    the recipe's, or the one that the user made; it clips by `max_grad_norm` (optimizer.py)
 training_step       SAM's second pass after the last micro-batch of a step (second_pass.py)
 optimizer.step      one pass over gradients and weights; Trainer makes none of its own
-checkpoints         hold averages, and so does the model at the end (averages.py)
+checkpoints         hold averages, and so does the model at the end (optimizer.py)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..recipe.regularization import Recipe, read_recipe
-from . import averages
-from .agreement import Agreeing
-from .clipping import Clipping
-from .recipe import AppliedRecipe
-from .scaling import Scaling
+from .optimizer import OptimizerInTrainer
+from .recipe import AppliedRecipe, RDropModel
 from .second_pass import SecondPass
-from .unwrap import engine_of, is_ours, sam_of, unwrapped
 
 
 class FastregTrainerMixin:
-    """What `FastregTrainer` adds to `Trainer`, for any subclass of it: write it in front.
+    """The parts of `FastregTrainer` for any subclass of `Trainer`, in front of which it is written.
 
     ```python
     class MyTrainer(FastregTrainerMixin, Seq2SeqTrainer): ...
     ```
 
-    With another optimizer than fastreg's, all is as without it.  With one of fastreg's:
+    Other optimizers than fastreg's are used as without it.  With one of fastreg's:
 
     - The step clips by `max_grad_norm`, unless the optimizer has a `ClipNorm`, and the norm that it measures
       is logged as `grad_norm`: before clipping, with SAM that of the second gradients.
@@ -42,7 +39,7 @@ class FastregTrainerMixin:
 
     Args:
         args: For the Trainer.
-        recipe: Makes the optimizer and all else that regularizes: a `Regularization`, a dictionary of its
+        recipe: Makes the optimizer and all other regularizers: a `Regularization`, a dictionary of its
             fields, or a YAML file of them.  Learning rate, seed and number of steps are those of the
             `TrainingArguments`; so is `max_grad_norm` where the recipe does not clip.
         same_masks: Whether SAM's second pass draws the random numbers of its first, such as dropout masks.
@@ -56,13 +53,14 @@ class FastregTrainerMixin:
     def __init__(
         self, *args: Any, recipe: Recipe | None = None, same_masks: bool = True, **kwargs: Any
     ) -> None:
-        given = None if recipe is None else read_recipe(recipe)
-        self._second_pass, self._clipping = SecondPass(same_masks), Clipping()
+        regularization = None if recipe is None else read_recipe(recipe)
+        self._second_pass = SecondPass(same_masks)
         self._applied: AppliedRecipe | None = None
-        self._agreed = False
+        self._fastreg_optimizer: OptimizerInTrainer | None = None
+        self._r_drop_called = False
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        if given is not None:
+        if regularization is not None:
             if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
                 raise ValueError(
                     "the recipe makes the optimizer: leave out recipe, or optimizers and "
@@ -75,49 +73,52 @@ class FastregTrainerMixin:
                 )
             if trainer.is_deepspeed_enabled:
                 _refuse_deepspeed("a recipe")
-            self._applied = AppliedRecipe(given, trainer)
-        # First, so that whoever stores the model at the end of training finds the averages in it.
+            self._applied = AppliedRecipe(regularization, trainer)
+        # First, so that other callbacks that store the model at the end of training store the averages.
         trainer.callback_handler.callbacks.insert(0, _Events(trainer))
 
     # The optimizer --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, or the recipe's; if it is fastreg's, it clips by `max_grad_norm`.
+        """Returns Trainer's optimizer, or the recipe's; one of fastreg's clips by `max_grad_norm`.
 
         Raises:
             ValueError: If optimizer and `max_grad_norm` contradict each other; with DeepSpeed.
         """
         trainer: Any = self
         if self._applied is not None:
-            given = args[0] if args else kwargs.get("model")
-            model, steps = trainer.model if given is None else given, self._steps()
+            model = args[0] if args else kwargs.get("model")
+            model, steps = trainer.model if model is None else model, self._steps()
             if trainer.optimizer is None:
                 trainer.optimizer = self._applied.optimizer(model, steps or None)
             else:
-                self._applied.again(model, steps)
+                self._applied.reapply(model, steps)
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if is_ours(trainer.optimizer) and trainer.is_deepspeed_enabled:
-            _refuse_deepspeed(f"fastreg.{type(unwrapped(trainer.optimizer)).__name__}")
-        if (engine := engine_of(trainer.optimizer)) is not None:
-            self._clipping.fit(engine, trainer.args.max_grad_norm)
+        optimizer = OptimizerInTrainer.find(trainer.optimizer, self._fastreg_optimizer)
+        if optimizer is not None:
+            if trainer.is_deepspeed_enabled:
+                _refuse_deepspeed(f"fastreg.{type(optimizer.optimizer).__name__}")
+            optimizer.clip_by(trainer.args.max_grad_norm)
+        self._fastreg_optimizer = optimizer
         return trainer.optimizer
 
     def _steps(self) -> int:
-        """Of the whole run; 0 where nobody knows yet."""
+        """Returns the steps of the whole run; 0 where they are not known yet."""
         trainer: Any = self
         return trainer.state.max_steps or max(trainer.args.max_steps, 0)
 
     # Clipping -------------------------------------------------------------------------------------------
 
+    @property
+    def _fused(self) -> Any:
+        return None if self._fastreg_optimizer is None else self._fastreg_optimizer.fused
+
     def _clip_grad_norm(self, model: Any) -> Any:
-        if engine_of(self.optimizer) is not None:  # type: ignore[attr-defined]
-            return None
-        return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return super()._clip_grad_norm(model) if self._fused is None else None  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        engine = engine_of(self.optimizer)  # type: ignore[attr-defined]
-        if engine is not None:
-            return self._clipping.announced(engine)
+        if self._fastreg_optimizer is not None and self._fused is not None:
+            return self._fastreg_optimizer.norm_of_next_step(self._fused)
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     # Passes ---------------------------------------------------------------------------------------------
@@ -125,50 +126,51 @@ class FastregTrainerMixin:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Tensor:
-        """As in Trainer, and what the regularizers need besides: other passes, SAM's second one.
+        """Makes the passes of Trainer over a micro-batch, and those that regularizers add.
 
         Raises:
             RuntimeError: If a `compute_loss` of a subclass leaves out the recipe's R-Drop.
         """
         trainer: Any = self
         stock = super().training_step  # type: ignore[misc]
-        if is_ours(trainer.optimizer):  # Trainer does so within a pass, when noise is on the weights already
-            averages.hide(unwrapped(trainer.optimizer))
+        optimizer, applied = self._fastreg_optimizer, self._applied
+        if optimizer is not None:  # Trainer does so within a pass, when noise is on the weights already
+            optimizer.swap_out()
 
         def backward(model: nn.Module, inputs: Any, items: Any) -> Tensor:
-            gradients = _bound(stock, model, inputs, items, **kwargs)
-            for callback in self._applied.callbacks if self._applied is not None else ():
+            gradients: Any = functools.partial(stock, model, inputs, items, **kwargs)
+            for callback in () if applied is None else applied.callbacks:
                 gradients = callback.around_gradients(gradients, contextlib.nullcontext())
-            self._agreed = self._applied is None or self._applied.agreement is None
+            self._r_drop_called = applied is None or applied.r_drop_alpha is None
             loss = gradients()
-            if not self._agreed:
+            if not self._r_drop_called:
                 raise RuntimeError(
                     f"r_drop is computed by FastregTrainerMixin.compute_loss, which {type(self).__name__}."
                     "compute_loss has not called: take the loss of super().compute_loss, or leave r_drop out"
                 )
             return loss
 
-        if (sam := sam_of(trainer.optimizer)) is None:
+        if optimizer is None or optimizer.sam is None:
             return backward(model, inputs, num_items_in_batch)
-        return self._second_pass.step(sam, backward, trainer.accelerator, model, inputs, num_items_in_batch)
+        return self._second_pass.step(
+            optimizer.sam, backward, trainer.accelerator, model, inputs, num_items_in_batch
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """As in Trainer, or R-Drop's."""
-        stock: Any = super().compute_loss  # type: ignore[misc]
-        alpha = None if self._applied is None else self._applied.agreement
-        called: Any = model
+        """Computes the loss as Trainer does, or that of R-Drop."""
+        alpha = None if self._applied is None else self._applied.r_drop_alpha
         if alpha is not None and model.training:
-            called, self._agreed = Agreeing(model, alpha), True
-        return stock(called, inputs, return_outputs, num_items_in_batch, **kwargs)
+            model, self._r_drop_called = RDropModel(model, alpha), True  # type: ignore[assignment]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)  # type: ignore[misc]
 
     # Checkpoints ----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        optimizer = self.optimizer  # type: ignore[attr-defined]
-        with averages.averaged(optimizer) if is_ours(optimizer) else contextlib.nullcontext():
+        optimizer = self._fastreg_optimizer
+        with contextlib.nullcontext() if optimizer is None else optimizer.averaged():
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -182,12 +184,11 @@ class FastregTrainerMixin:
             self._applied.load(checkpoint)
 
     def _load_best_model(self) -> None:
-        optimizer = self.optimizer  # type: ignore[attr-defined]
-        if is_ours(optimizer):
-            averages.show(unwrapped(optimizer))
+        if self._fastreg_optimizer is not None:
+            self._fastreg_optimizer.swap_in()
         super()._load_best_model()  # type: ignore[misc]
-        if is_ours(optimizer):
-            averages.continue_from_shown(optimizer)
+        if self._fastreg_optimizer is not None:
+            self._fastreg_optimizer.continue_from_averages()
 
 
 def _refuse_deepspeed(what: str) -> None:
@@ -197,36 +198,31 @@ def _refuse_deepspeed(what: str) -> None:
     )
 
 
-def _bound(function: Any, *args: Any, **kwargs: Any) -> Any:
-    return lambda: function(*args, **kwargs)
-
-
 class _Events(TrainerCallback):
-    """What the loop tells, for the mixin."""
+    """Passes the events of the loop on to the parts of the mixin."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._scaling = Scaling(None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         trainer._second_pass.clear()
-        self._scaling = Scaling(trainer.optimizer if is_ours(trainer.optimizer) else None)
+        if trainer._fastreg_optimizer is not None:
+            trainer._fastreg_optimizer.begin(trainer.optimizer)
         if trainer._applied is not None:
             trainer._applied.begin(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scaling.stepped()
-        if (engine := engine_of(self._trainer.optimizer)) is not None:
-            self._trainer._clipping.measured(engine)
+        if self._trainer._fastreg_optimizer is not None:
+            self._trainer._fastreg_optimizer.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._applied is not None:
             self._trainer._applied.callbacks.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if is_ours(self._trainer.optimizer):
-            averages.show(unwrapped(self._trainer.optimizer))
+        if self._trainer._fastreg_optimizer is not None:
+            self._trainer._fastreg_optimizer.swap_in()
         if self._trainer._applied is not None:
             self._trainer._applied.remove()
 

@@ -7,8 +7,7 @@ import torch
 import transformers as hf
 
 import fastreg
-from fastreg.hf.averages import shown
-from fastreg.hf.unwrap import unwrapped
+from fastreg.hf.optimizer import unwrap_optimizer
 
 AVERAGES = {
     "ema": lambda tools: tools.adamw(regularizers=[fastreg.EMA(0.8)]),
@@ -23,6 +22,11 @@ AVERAGES = {
 }  # fmt: skip
 
 
+def averaged(optimizer: Any) -> bool:
+    """Whether parameters hold averages now."""
+    return any("averaged" in group for group in optimizer.param_groups)
+
+
 class Watching(hf.TrainerCallback):
     """Weights and averages after each step, and the loss on the evaluation data with both."""
 
@@ -33,10 +37,10 @@ class Watching(hf.TrainerCallback):
         self.losses: dict[int, float] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any):
-        assert not shown(optimizer)
+        assert not averaged(optimizer)
         step = state.global_step
         self.raw[step] = self.tools.weights(model)
-        with unwrapped(optimizer).averaged():
+        with unwrap_optimizer(optimizer).averaged():
             self.averaged[step] = self.tools.weights(model)
             model.eval()
             with torch.no_grad():
@@ -70,7 +74,7 @@ def test_callbacks_find_the_averages_at_the_end_of_training(runs, tools) -> None
 
     class Storing(hf.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            found.append(shown(kwargs["optimizer"]))
+            found.append(averaged(kwargs["optimizer"]))
 
     runs.train(callbacks=[Storing()], arguments={"max_steps": 2}, **AVERAGES["ema"](tools))
     assert found == [True]

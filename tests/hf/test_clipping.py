@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastreg
 from fastreg.hf import FastregTrainer
-from fastreg.hf.unwrap import engine_of
+from fastreg.hf.optimizer import fused_optimizer_of
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -43,7 +43,7 @@ def test_any_other_optimizer_is_left_to_trainer(runs, tools) -> None:
 
 
 def clip_of(trainer: Any) -> fastreg.ClipNorm:
-    (clip,) = [p for p in engine_of(trainer.optimizer).components if isinstance(p, fastreg.ClipNorm)]
+    (clip,) = [p for p in fused_optimizer_of(trainer.optimizer).components if isinstance(p, fastreg.ClipNorm)]
     return clip
 
 

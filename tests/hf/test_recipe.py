@@ -9,7 +9,7 @@ from torch import nn
 
 import fastreg
 from fastreg.hf import FastregTrainer
-from fastreg.hf.unwrap import engine_of, sam_of
+from fastreg.hf.optimizer import fused_optimizer_of, sam_of
 from fastreg.losses.r_drop import r_drop_loss
 
 EVERYTHING: dict[str, Any] = {
@@ -51,7 +51,7 @@ def test_everything_together_trains(runs, tools) -> None:
     trainer = runs.train(recipe=EVERYTHING, arguments=FAST)
     assert falls(tools.logged(trainer, "loss"))
     assert sam_of(trainer.optimizer) is not None
-    kinds = {type(component) for component in engine_of(trainer.optimizer).components}
+    kinds = {type(component) for component in fused_optimizer_of(trainer.optimizer).components}
     assert kinds >= {
         fastreg.ClipNorm, fastreg.ClipValue, fastreg.GradientNoise, fastreg.EMA, fastreg.SWA,
         fastreg.SlowWeights, fastreg.L1, fastreg.L2SP,

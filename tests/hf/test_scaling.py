@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastreg
 import fastreg.hf
 from fastreg.hf import FastregTrainer
-from fastreg.hf.unwrap import unwrapped
+from fastreg.hf.optimizer import unwrap_optimizer
 
 
 class Scaled(FastregTrainer):
@@ -25,7 +25,7 @@ class Scaled(FastregTrainer):
 
     def _unscale(self) -> None:
         """As accelerate does, but for the dtype."""
-        self.accelerator.scaler.unscale_(unwrapped(self.optimizer))
+        self.accelerator.scaler.unscale_(unwrap_optimizer(self.optimizer))
 
 
 KINDS = {

@@ -1,0 +1,172 @@
+"""A fastreg optimizer in a Trainer: found inside wrappers, clipping, unscaling and averaging in its step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from ..common.unwrap import wrapped_optimizers
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
+from ..optim import SAM, ClipNorm
+from ..optim.fused_optimizer import FusedOptimizer
+from ..optim.swap_averages import ACTIVE, TRAINED
+from ..optim.wrapper import Wrapper
+from ..reference.step import scalar_dtype
+from ..training.evaluation import evaluate_with_averages
+
+logger = logging.get_logger(__name__)
+DEFAULT_NORM: float = TrainingArguments.__dataclass_fields__["max_grad_norm"].default
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Returns the optimizer that `Accelerator.prepare` wrapped; it alone has methods such as `first_step`."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def fused_optimizer_of(optimizer: Any) -> FusedOptimizer | None:
+    """Returns the fastreg optimizer that makes the step, inside any wrappers."""
+    return next((layer for layer in wrapped_optimizers(optimizer) if isinstance(layer, FusedOptimizer)), None)
+
+
+def sam_of(optimizer: Any) -> SAM | None:
+    """Returns the `fastreg.SAM` in an optimizer, if there is one."""
+    return next((layer for layer in wrapped_optimizers(optimizer) if isinstance(layer, SAM)), None)
+
+
+class OptimizerInTrainer:
+    """A fastreg optimizer, or a wrapper of fastreg's around any, as Trainer uses it.
+
+    Clipping: Trainer clips in two passes over all gradients before the step.  Here the step does it, and the
+    norm that it measures is logged.
+
+    Loss scaling: accelerate hides from `torch.amp.GradScaler` which arguments the step takes.  The scaler
+    then looks for infinities in a pass of its own, and accelerate takes every step as done, so that the
+    learning rate changes where a step was skipped.  Both are mended here.
+
+    Averages: `optimizer.eval()` lets parameters hold averages until `optimizer.train()`.  Trainer calls the
+    one before an evaluation and the other before every micro-batch, but neither where it saves.
+
+    Args:
+        optimizer: The optimizer, also as `Accelerator.prepare` returns it.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.fused, self.sam = fused_optimizer_of(optimizer), sam_of(optimizer)
+        self._clip: ClipNorm | None = None
+        self._norm: Tensor | None = None
+        self._accelerated: Any = None
+        self._scaler: Any = None
+        self._scale = 0.0
+
+    @classmethod
+    def find(cls, optimizer: Any, known: OptimizerInTrainer | None) -> OptimizerInTrainer | None:
+        """Returns the view of an optimizer, or the known one of the same; `None` for other libraries'."""
+        inner = unwrap_optimizer(optimizer)
+        if known is not None and known.optimizer is inner:
+            return known
+        return cls(inner) if isinstance(inner, (FusedOptimizer, Wrapper)) else None
+
+    # Clipping -------------------------------------------------------------------------------------------
+
+    def clip_by(self, max_grad_norm: float) -> None:
+        """Lets the step clip by its `ClipNorm`, or else by `max_grad_norm`; by 0 it only measures.
+
+        Args:
+            max_grad_norm: Of the `TrainingArguments`.
+
+        Raises:
+            ValueError: If both are set, to different norms.
+        """
+        if self.fused is None:
+            return
+        clip = next((c for c in self.fused.components if isinstance(c, ClipNorm)), None)
+        if clip is None:
+            self._clip = ClipNorm(max_grad_norm or math.inf)
+            self.fused.add_component(self._clip)
+        elif clip is self._clip:
+            clip.max_norm = float(max_grad_norm or math.inf)
+        elif max_grad_norm == DEFAULT_NORM != clip.max_norm:
+            logger.warning(
+                f"The optimizer's {clip!r} clips; max_grad_norm={DEFAULT_NORM} of TrainingArguments, its "
+                "default, does not. Set max_grad_norm=0 to say so."
+            )
+        elif max_grad_norm not in (0, clip.max_norm):
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm} of TrainingArguments and {clip!r} of the optimizer "
+                "contradict each other: set max_grad_norm=0, or leave ClipNorm out"
+            )
+
+    def norm_of_next_step(self, fused: FusedOptimizer) -> Tensor:
+        """Returns the norm of the next step: 0-d, on the device, where `after_step` writes it."""
+        if self._norm is None:
+            device = next(p.device for group in fused.param_groups for p in group["params"])
+            self._norm = torch.zeros((), dtype=scalar_dtype(device), device=device)
+        return self._norm
+
+    # Steps ----------------------------------------------------------------------------------------------
+
+    def begin(self, optimizer: Any) -> None:
+        """Prepares the optimizer for a run.
+
+        Args:
+            optimizer: The optimizer as `Accelerator.prepare` returned it.
+        """
+        self._accelerated, self._scaler = optimizer, getattr(optimizer, "scaler", None)
+        if self._scaler is None:
+            return
+        if isinstance(optimizer, AcceleratedOptimizer):
+            # The scaler asks the signature of `step` whether it may hand itself over.
+            functools.update_wrapper(
+                optimizer._optimizer_patched_step_method, optimizer._optimizer_original_step_method
+            )
+        self._scale = self._scaler.get_scale()
+
+    def after_step(self) -> None:
+        """Notes the norm of the step, and whether it was skipped; only under a scaler the host waits."""
+        if self._norm is not None and self.fused is not None and (norm := self.fused.grad_norm) is not None:
+            self._norm.copy_(norm)
+        if self._scaler is not None:
+            before, self._scale = self._scale, self._scaler.get_scale()
+            self._accelerated._is_overflow = self._scale < before
+
+    # Averages -------------------------------------------------------------------------------------------
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which parameters hold the averages.
+
+        Weights that SAM has perturbed are left as they are: a checkpoint between both of its passes, such as
+        on SIGTERM, holds the weights themselves in the optimizer's state.
+        """
+        if self.sam is not None and self.sam.perturbed:
+            return contextlib.nullcontext()
+        return evaluate_with_averages(self.optimizer)
+
+    def swap_in(self) -> None:
+        """Lets parameters hold the averages, if the optimizer has some."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+
+    def swap_out(self) -> None:
+        """Lets parameters hold the weights that are trained."""
+        if any(ACTIVE in group for group in self.optimizer.param_groups):
+            self.optimizer.train()
+
+    @torch.no_grad()
+    def continue_from_averages(self) -> None:
+        """Continues from what parameters hold now, such as the best model, instead of the trained weights."""
+        for layer in wrapped_optimizers(self.optimizer):
+            holder = layer.state_holder if isinstance(layer, Wrapper) else layer
+            for p, state in holder.state.items() if isinstance(holder, MultiTensorOptimizer) else ():
+                if TRAINED in state:
+                    state[TRAINED].copy_(p)
