@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..losses.r_drop import r_drop
 from ..recipe import Regularization
-from ..recipe.callbacks import Callback, Callbacks
+from ..recipe.callbacks import Callbacks, Passes
 from ..recipe.model_callbacks import SharpnessAware
 
 SAVED = "fastreg.pt"
@@ -78,6 +78,7 @@ class AppliedRecipe:
             self.r_drop_alpha = recipe.r_drop.get("alpha", 1.0)  # type: ignore[union-attr]
         self._recipe, self._args = dataclasses.replace(recipe, r_drop=None), trainer.args
         self.callbacks = Callbacks()
+        self.passes: list[Passes] = []
         self._fresh = False
 
     def optimizer(self, model: nn.Module, steps: int | None) -> Any:
@@ -95,7 +96,7 @@ class AppliedRecipe:
             model, lr=self._args.learning_rate, steps=steps, seed=self._args.seed
         )
         self.callbacks = Callbacks(one for one in callbacks if not isinstance(one, SharpnessAware))
-        assert all(type(one).around_loss is Callback.around_loss for one in self.callbacks)
+        self.passes = [one for one in self.callbacks if isinstance(one, Passes)]
         self._fresh = True
         return optimizer
 
@@ -126,7 +127,7 @@ class AppliedRecipe:
     def remove(self) -> None:
         """Leaves the model as it was before."""
         self.callbacks.remove()
-        self.callbacks, self._fresh = Callbacks(), False
+        self.callbacks, self.passes, self._fresh = Callbacks(), [], False
 
 
 class RDropModel:

@@ -139,7 +139,7 @@ class FastregTrainerMixin:
 
         def backward(model: nn.Module, inputs: Any, items: Any) -> Tensor:
             gradients: Any = functools.partial(stock, model, inputs, items, **kwargs)
-            for callback in () if applied is None else applied.callbacks:
+            for callback in () if applied is None else applied.passes:
                 gradients = callback.around_gradients(gradients, contextlib.nullcontext())
             self._r_drop_called = applied is None or applied.r_drop_alpha is None
             loss = gradients()
@@ -217,8 +217,8 @@ class _Events(TrainerCallback):
             self._trainer._fastreg_optimizer.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._applied is not None:
-            self._trainer._applied.callbacks.step(state.global_step)
+        for callback in () if self._trainer._applied is None else self._trainer._applied.callbacks:
+            callback.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._fastreg_optimizer is not None:
