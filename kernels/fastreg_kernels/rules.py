@@ -1,9 +1,9 @@
-"""Update rules: the running update `u` is the gradient on entry and the step to subtract on return.
+"""Update rules: `u` is the gradient on entry and the step to subtract on return.
 
 A stage is element-wise maths on blocks in compute precision.  Its arguments are the weight, the running
-update, where the block lies, then its state buffers, device scalars, integer words and numbers, in that
-order; it returns the weight, the update and the new state.  Numbers come ready from the host, which
-computes complements and products in double: a stage never combines two of them.
+update, the position of the block, then its state buffers, device scalars, random keys and step scalars, in
+that order; it returns the weight, the update and the new state.  The host computes complements and products
+of step scalars in double: a stage never combines two of them.
 """
 
 import triton
@@ -19,19 +19,9 @@ def adam(p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2,
 
 @triton.jit
 def adam_amsgrad(
-    p,
-    u,
-    at,
-    exp_avg,
-    exp_avg_sq,
-    max_exp_avg_sq,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    step_size,
-    scale,
-    eps,
-):
+    p, u, at, exp_avg, exp_avg_sq, max_exp_avg_sq,
+    one_minus_beta1, beta2, one_minus_beta2, step_size, scale, eps,
+):  # fmt: skip
     exp_avg += one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
