@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from ..engine import grad_scaler as amp
 from ..engine import layout
-from ..engine.multi_tensor_optimizer import Gradients, MultiTensorOptimizer, Operands
+from ..engine.multi_tensor_optimizer import Gradients, Operands
 from ..engine.state import start
 from .slow_weights import SlowWeights
 from .swap_averages import TRAINED, AveragingOptimizer, active_average
@@ -59,11 +58,10 @@ class Lookahead(Wrapper):
         self._sync: _Sync | None = None
         if self.engine is not None:
             self.engine.add_component(component)
-            self._start(self.engine, component)
         else:
             self._sync = _Sync(optimizer, component)
             self._complete()
-            self._start(self._sync, component)
+        self._start()
 
     def options(self) -> dict[str, Any]:
         """Returns the keys of groups, where the base optimizer is not fastreg's and adds none."""
@@ -72,22 +70,22 @@ class Lookahead(Wrapper):
         steps = self.param_groups[0].get("lookahead_step", 0) if self.param_groups else 0
         return {**self._sync.component.options(), "lookahead_step": steps}
 
-    def _start(self, holder: MultiTensorOptimizer, component: SlowWeights) -> None:
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Starts slow weights as the parameters are, where there are none."""
+        holder: Any = self._sync or self.engine
+        component = next(c for c in holder.components if isinstance(c, SlowWeights))
+        buffer = component.stage(self.param_groups[0]).buffers[0]
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            buffer = component._stage.buffers[0]
             state = holder.state[p]
             if buffer.name not in state:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
-                dtype = holder.buffer_dtype(chain, buffer, p)
-                with torch.no_grad():
-                    state[buffer.name] = start(buffer, p, index, dtype, ())
+                state[buffer.name] = start(buffer, p, index, holder.buffer_dtype(chain, buffer, p), ())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, whose slow weights start as its parameters are."""
         super().add_param_group(param_group)
-        holder: Any = self._sync or self.engine
-        component = next(p for p in holder.components if isinstance(p, SlowWeights))
-        self._start(holder, component)
+        self._start()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -123,31 +121,11 @@ class Lookahead(Wrapper):
         self._sync.after_step()
         return loss
 
-    # Evaluation with the slow weights: by the base optimizer if that averages, else by the pass.
-
-    @property
-    def _averaging(self) -> Any:
-        return self.base_optimizer if self._sync is None else self._sync
-
-    def averaged(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """Swaps slow weights in within a block, or another average of a fastreg optimizer.
-
-        Args:
-            name: Which average, if there are several; the first by default.
-
-        Raises:
-            ValueError: If there is no such average.
-            RuntimeError: If averages are swapped in already.
-        """
-        return self._averaging.averaged(name)
-
-    def eval(self) -> None:
-        """Lets parameters hold their slow weights until `train()`."""
-        self._averaging.eval()
-
-    def train(self) -> None:
-        """Lets parameters hold what is trained, as before `eval()`."""
-        self._averaging.train()
+    def __getattr__(self, name: str) -> Any:
+        """Returns an attribute of the base optimizer; of averages, that of the pass, where there is one."""
+        if name in ("averaged", "eval", "train") and self._sync is not None:
+            return getattr(self._sync, name)
+        return super().__getattr__(name)
 
     @property
     def state_holder(self) -> _Sync | None:
