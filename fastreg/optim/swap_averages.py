@@ -124,7 +124,7 @@ def swap_in(optimizer: MultiTensorOptimizer, average: Average) -> None:
                 _swap_in(p, state, average)
         group[ACTIVE] = average.name
     layout.reshard(p for group in optimizer.param_groups for p in group["params"])
-    average.swap_in_buffers()
+    average.module_buffers.swap_in()
 
 
 def _swap_in(p: Tensor, state: dict[str, Any], average: Average) -> None:
@@ -140,7 +140,7 @@ def _swap_in(p: Tensor, state: dict[str, Any], average: Average) -> None:
 def swap_out(optimizer: MultiTensorOptimizer) -> None:
     """Lets parameters hold again what is trained."""
     if (name := active_average(optimizer)) is not None:
-        find(optimizer, name).swap_out_buffers()
+        find(optimizer, name).module_buffers.swap_out()
     for group in optimizer.param_groups:
         name = group.pop(ACTIVE, None)
         for p in group["params"]:

@@ -17,119 +17,23 @@ from ..reference.step import compute_dtype
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
-class Average(Component):
-    """Base of components whose averages weights can be evaluated with."""
-
-    name: str
-    computed = False
-    """Whether `value` computes it from weight and state; if not, it is a buffer called `name`."""
-
-    def begun(self, step: int) -> bool:
-        """Returns whether there is an average after this many steps of a parameter."""
-        return True
-
-    def value(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
-        """Returns the average: by default the buffer called `name`."""
-        return state[self.name]
-
-    def swap_in_buffers(self) -> None:
-        """Lets module buffers hold their averages, where there are any."""
-
-    def swap_out_buffers(self) -> None:
-        """Lets module buffers hold again what they held before."""
-
-
-def dither(updates: Any) -> Any:
-    """Returns the dither that `reference.approach` adds at an update.
-
-    Multiples of the golden ratio are spread most evenly.
-    """
-    return ((updates + 1) * 0.6180339887498949 % 1 - 0.5) * 2.0**-23
-
-
-class _Buffered(Average):
-    """An average in one buffer, which starts at step `start` and is updated at regular intervals."""
-
-    phase = Phase.AVERAGE
-
-    def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
-        self.name, self.start, self.every = name, start, check_int("every", every, 1)
-        average = Buffer(name, "compute", "parameter")
-        self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
-        self._modules = None if buffers is None else ModuleBuffers(buffers)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, whose one buffer the average is."""
-        return self._stage
-
-    def due(self, group: dict[str, Any], step: int) -> bool:
-        """Returns whether a step updates the average."""
-        return step >= self.start and (step - self.start) % self.every == 0
-
-    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the weight of the new parameter, and a dither."""
-        if not isinstance(step, Tensor):
-            updates = (step - self.start) // self.every
-            return self.weight(updates), dither(updates)
-        since = step - self.start
-        updates = torch.div(since, self.every, rounding_mode="floor").clamp(min=0)
-        due = (since >= 0) & (since % self.every == 0)
-        return self.weight(updates) * due, dither(updates) * due
-
-    def weight(self, updates: Any) -> Any:
-        """Returns the weight of the new parameter after so many updates; for a tensor of them, a tensor."""
-        raise NotImplementedError
-
-    def begun(self, step: int) -> bool:
-        """Returns whether there has been an update."""
-        return step >= self.start
-
-    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
-        """Averages the buffers of the modules as the weights have been."""
-        if self._modules is None:
-            return
-        batch = work.batches[0][0]
-        steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
-        if isinstance(steps, Tensor) or self.due({}, steps):
-            weight, _ = self.step_scalars({}, steps)
-            flag = next(iter(flags.values()), None)
-            self._modules.update(weight if flag is None else weight * (1 - flag[0]))
-
-    def swap_in_buffers(self) -> None:
-        """Lets module buffers hold their averages."""
-        if self._modules is not None:
-            self._modules.swap_in()
-
-    def swap_out_buffers(self) -> None:
-        """Lets module buffers hold again what they held before."""
-        if self._modules is not None:
-            self._modules.swap_out()
-
-    def save(self, groups: list[dict[str, Any]]) -> None:
-        """Saves the averages of module buffers."""
-        if self._modules is not None:
-            groups[0][f"{self.name}_buffers"] = self._modules.state()
-
-    def load(self, groups: list[dict[str, Any]]) -> None:
-        """Loads the averages of module buffers."""
-        if self._modules is not None and f"{self.name}_buffers" in groups[0]:
-            self._modules.load(groups[0][f"{self.name}_buffers"])
-
-
 class ModuleBuffers:
     """Averages of the buffers of modules, such as the running statistics of BatchNorm.
 
     Args:
-        buffers: The buffers; those that are not floating-point are copied.
+        buffers: The buffers, by default none; those that are not floating-point are copied.
     """
 
-    def __init__(self, buffers: Iterable[Tensor]) -> None:
+    def __init__(self, buffers: Iterable[Tensor] = ()) -> None:
         self._buffers = list(buffers)
         self._averages = [
             b.detach().to(compute_dtype(b.dtype) if b.is_floating_point() else b.dtype, copy=True)
             for b in self._buffers
         ]
         self._kept: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._buffers)
 
     @torch.no_grad()
     def update(self, weight: Any) -> None:
@@ -174,6 +78,92 @@ class ModuleBuffers:
             [t.to(b.device, copy=True) for t, b in zip(state[key], self._buffers, strict=False)]
             for key in ("averages", "kept")
         )
+
+
+class Average(Component):
+    """Base of components whose averages weights can be evaluated with."""
+
+    name: str
+    computed = False
+    """Whether `value` computes it from weight and state; if not, it is a buffer called `name`."""
+
+    module_buffers = ModuleBuffers()
+    """Buffers of modules that are averaged and swapped with the weights."""
+
+    def begun(self, step: int) -> bool:
+        """Returns whether there is an average after this many steps of a parameter."""
+        return True
+
+    def value(self, parameter: Tensor, state: dict[str, Any]) -> Tensor:
+        """Returns the average: by default the buffer called `name`."""
+        return state[self.name]
+
+
+def dither(updates: Any) -> Any:
+    """Returns the dither that `reference.approach` adds at an update.
+
+    Multiples of the golden ratio are spread most evenly.
+    """
+    return ((updates + 1) * 0.6180339887498949 % 1 - 0.5) * 2.0**-23
+
+
+class _Buffered(Average):
+    """An average in one buffer, which starts at step `start` and is updated at regular intervals."""
+
+    phase = Phase.AVERAGE
+
+    def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
+        self.name, self.start, self.every = name, start, check_int("every", every, 1)
+        average = Buffer(name, "compute", "parameter")
+        self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
+        self.module_buffers = ModuleBuffers(buffers or ())
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Returns the stage, whose one buffer the average is."""
+        return self._stage
+
+    def due(self, group: dict[str, Any], step: int) -> bool:
+        """Returns whether a step updates the average."""
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """Returns the weight of the new parameter, and a dither."""
+        if not isinstance(step, Tensor):
+            updates = (step - self.start) // self.every
+            return self.weight(updates), dither(updates)
+        since = step - self.start
+        updates = torch.div(since, self.every, rounding_mode="floor").clamp(min=0)
+        due = (since >= 0) & (since % self.every == 0)
+        return self.weight(updates) * due, dither(updates) * due
+
+    def weight(self, updates: Any) -> Any:
+        """Returns the weight of the new parameter after so many updates; for a tensor of them, a tensor."""
+        raise NotImplementedError
+
+    def begun(self, step: int) -> bool:
+        """Returns whether there has been an update."""
+        return step >= self.start
+
+    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+        """Averages the buffers of the modules as the weights have been."""
+        if not self.module_buffers:
+            return
+        batch = work.batches[0][0]
+        steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
+        if isinstance(steps, Tensor) or self.due({}, steps):
+            weight, _ = self.step_scalars({}, steps)
+            flag = next(iter(flags.values()), None)
+            self.module_buffers.update(weight if flag is None else weight * (1 - flag[0]))
+
+    def save(self, groups: list[dict[str, Any]]) -> None:
+        """Saves the averages of module buffers."""
+        if self.module_buffers:
+            groups[0][f"{self.name}_buffers"] = self.module_buffers.state()
+
+    def load(self, groups: list[dict[str, Any]]) -> None:
+        """Loads the averages of module buffers."""
+        if self.module_buffers and f"{self.name}_buffers" in groups[0]:
+            self.module_buffers.load(groups[0][f"{self.name}_buffers"])
 
 
 class EMA(_Buffered):
