@@ -70,8 +70,8 @@ def names(tree: ast.AST) -> Iterator[Complaint]:
     if any(isinstance(n, ast.arg) and n.arg == "every" and _is_int(n.annotation) for n in ast.walk(tree)):
         allowed.add("every")
     for node in ast.walk(tree):
-        if isinstance(node, ast.keyword):  # names what somebody else has defined
-            continue
+        if isinstance(node, ast.keyword) or not isinstance(getattr(node, "ctx", ast.Store()), ast.Store):
+            continue  # names are judged where they are defined
         name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name

@@ -56,8 +56,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("offset", (0, 3))
-@pytest.mark.parametrize("layout", LAYOUTS)
+MISALIGNED = ("transposed", "channels last", "gaps")
+
+
+@pytest.mark.parametrize(
+    "layout, offset", [*((layout, 0) for layout in LAYOUTS), *((layout, 3) for layout in MISALIGNED)]
+)
 def test_layouts(backend, layout, offset, Race, close):
     shape, strides, gradient_strides = LAYOUTS[layout]
     race = Race([shape, (8,)])
@@ -186,7 +190,7 @@ def test_model_to_channels_last(rule, backend, close):
     close(list(model.parameters()), list(twin.parameters()))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)))
 def test_half_precision_is_rounded_once(rule, backend, dtype, Race):
     """The result of float32 arithmetic, to the last bit of the narrow dtype (the interpreter truncates)."""
     race = Race([(50,), (3, 4)], dtype)
@@ -280,6 +284,7 @@ def test_parameters_that_only_lie_close(backend, case, close):
     close(ours, theirs)
 
 
+@pytest.mark.parametrize("rule", ("adamw", "lion"), indirect=True)
 @pytest.mark.parametrize("size", (1, 5))
 def test_gradients_that_are_views_which_negate(rule, backend, size, close):
     """The imaginary part of a conjugate: memory holds numbers of the other sign."""
@@ -292,7 +297,15 @@ def test_gradients_that_are_views_which_negate(rule, backend, size, close):
     close(ours, theirs)
 
 
-@pytest.mark.parametrize("layout", ("contiguous", "transposed", "gaps", "conjugate gradient", "scalar"))
+@pytest.mark.parametrize(
+    "rule, layout",
+    [
+        ("adamw", "contiguous"), ("adamw", "transposed"), ("adamw", "gaps"), ("adamw", "conjugate gradient"),
+        ("adamw", "scalar"), ("amsgrad", "transposed"), ("sgd", "gaps"), ("nesterov", "contiguous"),
+        ("lion", "conjugate gradient"),
+    ],
+    indirect=["rule"],
+)  # fmt: skip
 def test_complex_parameters(rule, backend, layout, close):
     """As pairs of real numbers, in any layout, with everything that goes along."""
     generator = torch.Generator().manual_seed(0)
@@ -372,6 +385,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("rule", ("adamw", "lion"), indirect=True)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(rule, backend, case):
     """And nothing has happened when it is."""
