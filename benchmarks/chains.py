@@ -50,7 +50,7 @@ OPTIMIZERS = {
     for entry in registry.OPTIMIZERS.values()
     for name, options in entry.variants.items()
 }
-PIECES: dict[str, Callable[[float, float], Any]] = {
+COMPONENTS: dict[str, Callable[[float, float], Any]] = {
     "clip": lambda max_norm, rho: fastreg.ClipNorm(max_norm),
     "adaptive": lambda *_: fastreg.AdaptiveClip(),
     "value": lambda *_: fastreg.ClipValue(VALUE),
@@ -130,7 +130,7 @@ def known(name: str) -> bool:
     """Whether a chain of this name can be made and stepped: one update rule, and other parts once each."""
     parts = name.split("+")
     others = [part for part in parts if part not in OPTIMIZERS]
-    possible = (PIECES.keys() - {"dp"}) | {"SAM", "ASAM"}
+    possible = (COMPONENTS.keys() - {"dp"}) | {"SAM", "ASAM"}
     return len(parts) == len(others) + 1 and set(others) <= possible and len(set(others)) == len(others)
 
 
@@ -181,7 +181,7 @@ def optimizer(
     """
     make, settings = OPTIMIZERS[rule(name)]
     parts = name.split("+")
-    chosen = [component(max_norm, rho) for key, component in PIECES.items() if key in parts]
+    chosen = [component(max_norm, rho) for key, component in COMPONENTS.items() if key in parts]
     settings = {"regularizers": chosen, **settings, **options}
     if {"SAM", "ASAM"} & set(parts):
         return fastreg.SAM(params, make, rho, "ASAM" in parts, **settings)

@@ -11,7 +11,9 @@ from .fused_optimizer import FusedOptimizer
 from .lion import Lion
 from .sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion"]
+__all__ = [
+    "SGD", "Adam", "AdamW", "Lion",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

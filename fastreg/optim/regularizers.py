@@ -19,6 +19,10 @@ from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import scalar_dtype
 
+__all__ = [
+    "L1", "L2SP", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",
+]  # fmt: skip
+
 
 class ClipNorm(Component):
     """Global gradient norm clipping: g ← g · min(max_norm / (‖g‖ + 1e-6), 1) over all groups.

@@ -103,7 +103,7 @@ def test_average_of_narrow_weights_is_float32(backend):
         assert not p.numel() > 100 or not torch.equal(average, p.float())
 
 
-PIECES = {
+REGULARIZERS = {
     "value": lambda: fastreg.ClipValue(0.5),
     "noise, annealed": lambda: fastreg.GradientNoise(0.3, gamma=0.55),
     "L2-SP": lambda: fastreg.L2SP(0.3),
@@ -113,10 +113,10 @@ PIECES = {
 
 
 @pytest.mark.parametrize("backend", ["compiled", "triton"])
-@pytest.mark.parametrize("name", PIECES)
-def test_every_piece_gives_the_same_bits(name, backend, same):
-    expected, baseline = train(regularizers=[PIECES[name]()], seed=-1)
-    params, optimizer = train(backend, regularizers=[PIECES[name]()], seed=-1)
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_every_regularizer_gives_the_same_bits(name, backend, same):
+    expected, baseline = train(regularizers=[REGULARIZERS[name]()], seed=-1)
+    params, optimizer = train(backend, regularizers=[REGULARIZERS[name]()], seed=-1)
     for p, q in zip(params, expected, strict=True):
         assert same(p, q)
         assert all(same(optimizer.state[p][name], value) for name, value in baseline.state[q].items())

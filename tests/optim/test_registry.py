@@ -50,3 +50,8 @@ def test_the_readme_names_it(name):
 def test_options_are_those_of_the_constructor():
     assert OPTIMIZERS["lion"].options["betas"] == (0.9, 0.99)
     assert "params" not in OPTIMIZERS["sgd"].options
+
+
+def test_every_regularizer_is_audited():
+    components = {type(make(1.0, 0.1)).__name__ for make in chains.COMPONENTS.values()}
+    assert set(fastreg.optim.regularizers.__all__) <= components
