@@ -1,33 +1,38 @@
-"""Ready-made training loops: a model, a dataloader, and the regularizers that the name tells.
+"""Ready-made training loops for any model and dataloader, each with the regularizers in its name.
 
 ```python
 history = fastreg.loops.train_with_weight_decay(model, dataloader, lr=3e-4, weight_decay=0.1)
+history = fastreg.loops.train_with_weight_decay(model, dataloader, lr=3e-4, recipe={"sam": 0.05})
 ```
 
-All are the loop of `fastreg.training.loop` with another optimizer around it. They take its `Settings` as
-keyword arguments: epochs, mixed precision, accumulation, schedules, validation, progress.
+Each is a recipe, see `fastreg.Regularization`, for the loop in `fastreg.training.loop`. All take the fields
+of `Settings` as keyword arguments: epochs, mixed precision, accumulation, schedules, validation, progress.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import layerwise
-from . import nn as ours
-from .layerwise.apply import FIELD, ORIGINAL
-from .layerwise.knobs import unwrapped
-from .optim import L2SP, SAM, AdamW, ClipNorm, Component, param_groups
+from .common.unwrap import unwrap_model
+from .common.validation import check_range
+from .layerwise.apply import ORIGINAL
+from .optim import Component
+from .recipe import Callbacks, Regularization, build
+from .recipe.model_callbacks import DropoutRates
+from .recipe.regularization import Recipe, read_recipe
 from .schedules import Linear
-from .training.loop import DivergedError, History, Settings, train
+from .training.history import DivergedError, History
+from .training.loop import train
+from .training.settings import Settings
 
 __all__ = [
     "DivergedError", "History", "Settings", "fine_tune_with_adaptive_regularization",
@@ -39,51 +44,57 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 def train_with_weight_decay(
     model: nn.Module, dataloader: Iterable[Any], *, lr: float, weight_decay: float = 0.01,
-    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Component] = (), **settings: Any,
+    recipe: Recipe | None = None, optimizer: MakeOptimizer | None = None,
+    regularizers: Iterable[Component] = (), **settings: Any,
 ) -> History:  # fmt: skip
-    """Train with weight decay on weights: not on biases, norms and all with less than two dimensions.
+    """Trains with weight decay on weights, but not on biases, norms and parameters with one dimension.
 
     Args:
         model: Any model.
         dataloader: Mappings with `labels`, (inputs, labels), or tensors; see `Settings.loss_fn`.
         lr: Learning rate.
         weight_decay: The rate λ; decoupled with the default optimizer.
-        optimizer: A class such as `fastreg.Lion` or `torch.optim.SGD`, or what makes one from parameter
-            groups and `lr`, such as `functools.partial(fastreg.SGD, momentum=0.9)`.
-        regularizers: Components for fastreg's optimizers, such as `EMA`.
+        recipe: What else regularizes: a `fastreg.Regularization`, a dictionary of its fields, or a YAML file.
+            Its fields replace those of this loop, such as `weight_decay`.
+        optimizer: Makes the optimizer, by default the recipe's: a class such as `fastreg.Lion` or
+            `torch.optim.SGD`, or a function of parameter groups and `lr`, such as
+            `functools.partial(fastreg.SGD, momentum=0.9)`; also of `regularizers` if there are any.
+        regularizers: Components for fastreg's optimizers besides those of the recipe, such as `EMA`.
         settings: See `Settings`.
 
     Returns:
-        Losses, rates and times; also the optimizer, for its averages and to go on with.
+        Losses, rates and times; also the optimizer, for its averages and to continue with.
 
     Raises:
-        TypeError: For unknown settings, for batches of an unknown kind, and for what is no optimizer class.
-        ValueError: For values out of range, data without batches, labels or loss.
+        TypeError: For unknown settings, batches of an unknown kind, and optimizers of another kind.
+        ValueError: For values out of range, and for data without batches, labels or loss.
         DivergedError: At a loss that is NaN or infinite.
     """
-    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay), tuple(regularizers))
-    return train(model, dataloader, make, Settings(**settings))
+    fields = {"weight_decay": {"rate": weight_decay}}
+    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers))
+    return plan.train(model, dataloader, Settings.from_options(settings))
 
 
 def train_with_grad_clip_and_noise(
     model: nn.Module, dataloader: Iterable[Any], *, lr: float, max_norm: float = 1.0,
-    noise_factor: float = 0.01, weight_decay: float = 0.0, optimizer: MakeOptimizer = AdamW,
-    regularizers: Iterable[Component] = (), **settings: Any,
+    noise_factor: float = 0.01, weight_decay: float = 0.0, recipe: Recipe | None = None,
+    optimizer: MakeOptimizer | None = None, regularizers: Iterable[Component] = (), **settings: Any,
 ) -> History:  # fmt: skip
-    """Train with clipped gradients and with noise on the input embeddings.
+    """Trains with clipped gradients and with noise on the input embeddings.
 
-    The noise is added to what the embedding layer returns, in training only, and is gone afterwards, also
-    where training fails.  Noise on gradients is another thing: `regularizers=[fastreg.GradientNoise(std)]`.
+    Noise is added to the output of the embedding layer, in training only. It is removed afterwards, also when
+    training fails. For noise on gradients give `recipe={"gradient_noise": std}`.
 
     Args:
         model: Any model; with noise, one that has input embeddings.
-        dataloader: Mappings with `labels`, (inputs, labels), or tensors; see `Settings.loss_fn`.
+        dataloader: See `train_with_weight_decay`, like all other arguments that are not listed here.
         lr: Learning rate.
         max_norm: Norm of all gradients together above which they are scaled down to it.
         noise_factor: Standard deviation of the noise, see `fastreg.nn.attach_embedding_noise`; 0: none.
-        weight_decay: As for `train_with_weight_decay`.
-        optimizer: Likewise, of fastreg.
-        regularizers: Components besides.
+        weight_decay: The rate λ.
+        recipe: What else regularizes.
+        optimizer: Makes the optimizer, one of fastreg's.
+        regularizers: Components besides those of the recipe.
         settings: See `Settings`.
 
     Returns:
@@ -91,56 +102,61 @@ def train_with_grad_clip_and_noise(
 
     Raises:
         TypeError: As `train_with_weight_decay`.
-        ValueError: Likewise, and for a model without embeddings.
+        ValueError: As `train_with_weight_decay`, and for a model without embeddings.
         DivergedError: At a loss that is NaN or infinite.
 
     Reference:
         Pascanu et al. 2013, "On the difficulty of training recurrent neural networks"; Jain et al. 2024,
         "NEFTune: noisy embeddings improve instruction finetuning".
     """
-    if not noise_factor >= 0:
-        raise ValueError(f"noise_factor must be >= 0, got {noise_factor=}")
-    checked, components = Settings(**settings), (ClipNorm(max_norm), *regularizers)
-    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay), components)
-    with contextlib.ExitStack() as stack:
-        if noise_factor:
-            stack.callback(ours.attach_embedding_noise(model, std=noise_factor).remove)
-        return train(model, dataloader, make, checked)
+    noise = {"std": noise_factor} if check_range("noise_factor", noise_factor, 0) else None
+    fields = {
+        "clip": {"max_norm": max_norm}, "embedding_noise": noise, "weight_decay": {"rate": weight_decay}
+    }  # fmt: skip
+    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers))
+    return plan.train(model, dataloader, Settings.from_options(settings))
+
+
+@dataclass(frozen=True)
+class _FineTuningSettings(Settings):
+    epochs: int | None = 3
+    auto_class: str = "AutoModelForCausalLM"
+    inputs: Any = None
 
 
 def fine_tune_with_adaptive_regularization(
     model_or_name: nn.Module | str, dataloader: Iterable[Any], *, lr: float = 2e-5,
     dropout: tuple[float, float] = (0.05, 0.15), anneal: bool = True, l2_sp: float = 0.01,
-    lr_decay: float = 0.9, weight_decay: float = 0.01, max_norm: float = 1.0, epochs: int | None = 3,
-    optimizer: MakeOptimizer = AdamW, regularizers: Iterable[Component] = (),
-    auto_class: str = "AutoModelForCausalLM", inputs: Any = None, **settings: Any,
+    lr_decay: float = 0.9, weight_decay: float = 0.01, max_norm: float = 1.0,
+    recipe: Recipe | None = None, optimizer: MakeOptimizer | None = None,
+    regularizers: Iterable[Component] = (), **settings: Any,
 ) -> History:  # fmt: skip
-    """Fine-tune a transformer with what adapts to layer and time.
+    """Adapts a pre-trained transformer to a task, with regularizers that follow layer and time.
 
     - Hidden dropout grows from layer to layer, and falls to 0 over the training, in a straight line.
-    - Weights are pulled towards where they started (L2-SP), decayed, and gradients clipped.
+    - Weights are pulled towards where they started (L2-SP) and decay, and gradients are clipped.
     - Layers learn the slower the nearer they are to the input.
     - Learning rates warm up over 6 % of the steps and fall to 0, if neither `warmup` nor `schedule` is given.
 
-    Afterwards the model drops as before.  A training to go on with (`history=`) counts its steps in all of
-    these; its `epochs` and `max_steps` come on top.
+    Afterwards the model drops as before. A training that continues another (`history=`) counts the steps of
+    both in all of these; its `epochs` and `max_steps` are additional.
 
     Args:
-        model_or_name: A model with repeated layers, or what `from_pretrained` takes.
-        dataloader: Mappings with `labels`, (inputs, labels), or tensors; see `Settings.loss_fn`.
+        model_or_name: A model with repeated layers, or a name or folder for `from_pretrained`.
+        dataloader: See `train_with_weight_decay`, like all other arguments that are not listed here.
         lr: Learning rate of the last layers.
         dropout: Rates of the first and the last layer at the start, each in [0, 1].
-        anneal: Whether rates fall to 0; else they stay.
+        anneal: Whether rates fall to 0.
         l2_sp: Strength α of the pull α/2 · ‖p - p₀‖²; 0: none.
         lr_decay: Factor of the learning rate for each layer further from the output, in (0, 1].
-        weight_decay: As for `train_with_weight_decay`.
-        max_norm: As for `train_with_grad_clip_and_noise`.
-        epochs: See `Settings`.
-        optimizer: Likewise, of fastreg.
-        regularizers: Components besides.
-        auto_class: The class of transformers that loads a model by its name.
-        inputs: For the forward pass that finds the dropout, see `fastreg.layerwise.audit`.
-        settings: See `Settings`.
+        weight_decay: The rate λ.
+        max_norm: Norm of all gradients together above which they are scaled down to it.
+        recipe: What else regularizes.
+        optimizer: Makes the optimizer, one of fastreg's.
+        regularizers: Components besides those of the recipe.
+        settings: See `Settings`; `epochs` is 3 by default. Also `auto_class`, the class of transformers that
+            loads a model by name ("AutoModelForCausalLM"), and `inputs` for the forward pass that finds the
+            dropout, see `fastreg.layerwise.audit`.
 
     Returns:
         Losses, gradient norms, rates and times, and the model.
@@ -148,8 +164,8 @@ def fine_tune_with_adaptive_regularization(
     Raises:
         ImportError: For a name, where transformers is not installed.
         TypeError: As `train_with_weight_decay`.
-        ValueError: Likewise; for models without repeated layers; where rates are set by `fastreg.layerwise`
-            already; and where nobody knows the number of steps to fall over.
+        ValueError: As `train_with_weight_decay`; for models without repeated layers; where rates are set by
+            `fastreg.layerwise` already; and for data without length, if the number of steps is not given.
         DivergedError: At a loss that is NaN or infinite.
 
     Reference:
@@ -158,52 +174,38 @@ def fine_tune_with_adaptive_regularization(
         model fine-tuning for text classification".
     """
     first, last = dropout
-    checked = Settings(epochs=epochs, **settings)
+    checked = _FineTuningSettings.from_options(settings)
     planned = checked.steps(dataloader)
-    done = 0 if checked.history is None else checked.history.steps
     if planned is None:
         raise ValueError("dataloader has no length: give epochs=None and max_steps= to say when it ends")
     if not planned:
         raise ValueError("dataloader has no batches: it is empty")
-    steps = done + planned
+    fall = Linear(1.0, 0.0, checked.done + planned)
     if not {"warmup", "schedule"} & settings.keys():
-        fading = Linear(1.0, 0.0, steps)
-        checked = Settings(epochs=epochs, **settings, warmup=round(0.06 * steps), schedule=fading)
-    model = _loaded(model_or_name, auto_class) if isinstance(model_or_name, str) else model_or_name
-    if ORIGINAL in vars(unwrapped(model)):
+        checked = dataclasses.replace(checked, warmup=round(0.06 * (checked.done + planned)), schedule=fall)
+    model = _load(model_or_name, checked.auto_class) if isinstance(model_or_name, str) else model_or_name
+    if ORIGINAL in vars(unwrap_model(model)):
         raise ValueError(
             f"rates of this {type(model).__name__} are set by fastreg.layerwise already: call "
             "fastreg.layerwise.remove(model) first, or train it with train_with_weight_decay"
         )
-    components = (ClipNorm(max_norm), *([L2SP(l2_sp)] if l2_sp else []), *regularizers)
-    make = _maker(optimizer, lr, lambda: param_groups(model, weight_decay, lr, lr_decay), components)
-    if checked.device is not None:
-        model.to(checked.device)
-    with _annealed(model, (first, last), Linear(1.0, 0.0, steps) if anneal else 1.0, inputs) as scheduler:
-        scheduler.step(done)
-        return train(model, dataloader, make, checked, scheduler.step)
-
-
-@contextlib.contextmanager
-def _annealed(
-    model: nn.Module, rates: tuple[float, float], schedule: Any, inputs: Any
-) -> Iterator[layerwise.DropoutScheduler]:
-    layers = functools.partial(_between, *rates)
-    config = getattr(unwrapped(model), "config", None)
-    kept = copy.deepcopy(getattr(config, FIELD, None))
-    try:
-        yield layerwise.DropoutScheduler(model, schedule, layers=layers, inject=True, inputs=inputs)
-    finally:
-        layerwise.remove(model)
-        if kept is not None:  # what a checkpoint says of its rates
-            setattr(config, FIELD, kept)
+    fields = {
+        "clip": {"max_norm": max_norm}, "l2sp": {"strength": l2_sp} if l2_sp else None,
+        "weight_decay": {"rate": weight_decay}, "lr_decay": {"rate": lr_decay},
+    }  # fmt: skip
+    rates = {
+        "schedule": fall if anneal else 1.0, "layers": functools.partial(_between, first, last),
+        "inject": True, "inputs": checked.inputs,
+    }  # fmt: skip
+    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers), rates)
+    return plan.train(model, dataloader, checked)
 
 
 def _between(first: float, last: float, layer: int, layers: int) -> float:
     return first + (last - first) * layer / max(layers - 1, 1)
 
 
-def _loaded(name: str, auto_class: str) -> nn.Module:
+def _load(name: str, auto_class: str) -> nn.Module:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -215,36 +217,69 @@ def _loaded(name: str, auto_class: str) -> nn.Module:
     return getattr(transformers, auto_class).from_pretrained(name)
 
 
-def _maker(
-    optimizer: MakeOptimizer,
-    lr: float,
-    groups: Callable[[], list[dict[str, Any]]],
-    components: tuple[Component, ...],
-) -> Callable[[], torch.optim.Optimizer]:
-    """What makes the optimizer once the model is in its place."""
-    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise TypeError(
-            f"optimizer must be a class such as fastreg.AdamW, got {type(optimizer).__name__}; to go on with "
-            "a training, give its history="
-        )
-    options: dict[str, Any] = {"lr": lr}
-    if components:
-        taken = inspect.signature(optimizer).parameters
-        name = getattr(optimizer, "__name__", repr(optimizer))
-        if "regularizers" not in taken:
-            named = ", ".join(type(component).__name__ for component in components)
-            raise TypeError(f"{name} takes no regularizers, here {named}: give one of fastreg's optimizers")
-        options["regularizers"] = list(components)
+def _merge(fields: dict[str, Any], recipe: Recipe | None, optimizer: MakeOptimizer | None) -> Regularization:
+    """Returns the recipe of a loop, in which the fields of the user's recipe replace the loop's."""
+    added = {} if recipe is None else read_recipe(recipe).to_dict()
+    merged = Regularization.from_dict({**fields, **added})
+    makes = [name for name in ("optimizer", "sam") if added.get(name) not in (None, {"name": "adamw"})]
+    makes += ["weight_decay.kind"] if build.weight_decay(merged).kind is not None else []
+    if optimizer is not None and makes:
+        raise ValueError(f"the recipe says how to make the optimizer ({makes[0]}): leave out optimizer=")
+    return merged
 
-    def make() -> torch.optim.Optimizer:
-        made = optimizer(groups(), **options)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(made).__name__}")
-        if isinstance(made, SAM):
+
+@dataclass(frozen=True)
+class _Plan:
+    """The regularizers of a loop."""
+
+    lr: float
+    recipe: Regularization
+    optimizer: MakeOptimizer | None
+    regularizers: tuple[Component, ...]
+    rates: dict[str, Any] | None = None
+    """Arguments of `DropoutScheduler`, unless the recipe sets dropout."""
+
+    def train(self, model: nn.Module, dataloader: Iterable[Any], settings: Settings) -> History:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        planned = settings.steps(dataloader)
+        steps = None if planned is None else settings.done + planned
+
+        def prepare(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer, Callbacks]:
+            if optimizer is None:
+                optimizer = self._make(model, steps)
+            callbacks = build.make_callbacks(self.recipe, model, optimizer, steps, None)
+            if self.rates is not None and self.recipe.dropout is None:
+                try:
+                    callbacks.append(DropoutRates(model, [self.rates]))
+                except BaseException:
+                    callbacks.remove()
+                    raise
+            return optimizer, callbacks
+
+        return train(model, dataloader, prepare, settings)
+
+    def _make(self, model: nn.Module, steps: int | None) -> torch.optim.Optimizer:
+        factory, groups = self.optimizer, build.make_groups(self.recipe, unwrap_model(model), self.lr)
+        if factory is None:
+            return build.make_optimizer(self.recipe, groups, self.lr, steps, None, self.regularizers)
+        if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
             raise TypeError(
-                "SAM needs two passes a step, and these loops make one: fastreg.Regularization(sam=...) "
-                "comes with callbacks that make both"
+                f"optimizer must be a class such as fastreg.AdamW, got {type(factory).__name__}; to continue "
+                "a training, give its history="
             )
-        return made
-
-    return make
+        options: dict[str, Any] = {"lr": self.lr}
+        if components := [*build.make_components(self.recipe, steps), *self.regularizers]:
+            if "regularizers" not in inspect.signature(factory).parameters:
+                names = ", ".join(type(component).__name__ for component in components)
+                label = getattr(factory, "__name__", repr(factory))
+                raise TypeError(
+                    f"{label} takes no regularizers, here {names}: give one of fastreg's optimizers"
+                )
+            options["regularizers"] = components
+        if isinstance(groups[0], Tensor):  # without the default of the optimizer's own
+            groups = [{"params": groups, "weight_decay": build.weight_decay(self.recipe).rate}]
+        optimizer = factory(groups, **options)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        return optimizer

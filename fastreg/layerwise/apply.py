@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
@@ -116,7 +117,8 @@ def remove(model: nn.Module) -> None:
 def remembered(model: nn.Module) -> Callable[[], None]:
     """What undoes all that is set from now on, and nothing that was set before."""
     model = unwrapped(model)
-    changed = vars(model).get(ORIGINAL, {})
+    changed, config = vars(model).get(ORIGINAL, {}), getattr(model, "config", None)
+    note = copy.deepcopy(getattr(config, FIELD, None))  # a checkpoint's, even without `restore`
     before = {
         knob.path: knob.rate for knob in knobs(model) if knob.path in changed or knob.path.endswith(INJECTED)
     }
@@ -126,6 +128,8 @@ def remembered(model: nn.Module) -> Callable[[], None]:
         if before:
             here = {knob.path: knob for knob in [*empty_places(model), *knobs(model)]}
             write(model, [here[path] for path in before], before)
+        if note is not None:
+            setattr(config, FIELD, note)
 
     return undo
 

@@ -1,4 +1,4 @@
-"""What a training loop has to know of batches: their loss, and how much is in them."""
+"""Computes the loss of batches of any kind, and counts their samples and tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..common.batches import get_output
+from ..common.unwrap import unwrap_model
 
 Loss = Callable[[Any, Any], Tensor]
 
 
 def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
-    """The loss of a batch.
+    """Returns the loss of a batch.
 
     Args:
         model: The model.
@@ -23,14 +24,14 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
         loss_fn: See `Settings`.
 
     Raises:
-        ValueError: Where there are no labels, or no loss.
+        ValueError: If the batch has no labels, or the model returns no loss.
         TypeError: For batches of another kind.
     """
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     if isinstance(batch, Mapping):
         if loss_fn is None:
-            return _own_loss(model(**batch), model, "labels" in batch)
+            return _model_loss(model(**batch), model, "labels" in batch)
         if "labels" not in batch:
             raise ValueError(f"loss_fn needs labels, the batch has only {', '.join(map(repr, batch))}")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -38,8 +39,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
     if isinstance(batch, Tensor):
         if loss_fn is not None:
             return loss_fn(_logits(model(batch)), batch)
-        if not batch.is_floating_point() and hasattr(model, "config"):  # tokens
-            return _own_loss(model(batch, labels=batch), model, True)
+        if not batch.is_floating_point() and hasattr(unwrap_model(model), "config"):  # tokens
+            return _model_loss(model(batch, labels=batch), model, True)
         raise ValueError(
             "a batch without labels needs loss_fn(outputs, inputs), as for an autoencoder, or "
             "compute_loss(model, batch)"
@@ -67,11 +68,11 @@ def _cross_entropy(outputs: Any, labels: Any) -> Tensor:
     return F.cross_entropy(outputs, labels)
 
 
-def _own_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
+def _model_loss(outputs: Any, model: nn.Module, labelled: bool) -> Tensor:
     loss = get_output(outputs, "loss")
     if loss is None:
         fix = "give loss_fn=" if labelled else "the batch has no 'labels'; add them, or give compute_loss="
-        raise ValueError(f"the output of {type(model).__name__} has no loss: {fix}")
+        raise ValueError(f"the output of {type(unwrap_model(model)).__name__} has no loss: {fix}")
     return loss
 
 
@@ -80,13 +81,13 @@ def _logits(outputs: Any) -> Any:
     return outputs if logits is None else logits
 
 
-def samples(batch: Any) -> int:
-    """How many there are, by the first tensor."""
+def count_samples(batch: Any) -> int:
+    """Returns the number of samples in a batch, the length of its first tensor."""
     return next((len(t) if t.dim() else 1 for t in _tensors(batch)), 1)
 
 
-def tokens(batch: Any) -> int:
-    """How many there are where a batch has any, without padding; read where the batch is."""
+def count_tokens(batch: Any) -> int:
+    """Returns the number of tokens in a batch, without padding unless the mask is on an accelerator."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor):
         return 0

@@ -1,17 +1,18 @@
-"""Evaluates a model with the averages that its optimizer keeps."""
+"""Evaluates models with the averages that their optimizers keep."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..common.module_state import preserve_modes
+from ..common.unwrap import wrapped_optimizers
 from ..optim.swap_averages import ACTIVE
-
-_WRAPPED = ("optimizer", "original_optimizer", "base_optimizer")
-"""Attributes under which accelerate's, Opacus' and other wrappers keep their optimizer."""
+from .batches import count_samples
 
 
 @contextlib.contextmanager
@@ -27,21 +28,32 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
     Raises:
         RuntimeError: Between the two passes of `fastreg.SAM`, whose weights are perturbed.
     """
-    optimizer = _with_averages(optimizer)
-    if optimizer is None or any(ACTIVE in group for group in optimizer.param_groups):
+    layers = wrapped_optimizers(optimizer)
+    averaging: Any = next((o for o in layers if hasattr(o, "eval") and hasattr(o, "train")), None)
+    if averaging is None or any(ACTIVE in group for group in averaging.param_groups):
         yield
         return
-    optimizer.eval()
+    averaging.eval()
     try:
         yield
     finally:
-        optimizer.train()
+        averaging.train()
 
 
-def _with_averages(optimizer: Any) -> Any:
-    """Returns the outermost optimizer with `eval()` and `train()`, `None` if there is none."""
-    while isinstance(optimizer, torch.optim.Optimizer):
-        if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
-            return optimizer
-        optimizer = next((vars(optimizer)[name] for name in _WRAPPED if name in vars(optimizer)), None)
-    return None
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> float | None:
+    """Returns the mean loss over all samples, in evaluation mode; `None` without batches.
+
+    Args:
+        model: The model; its modes are restored.
+        batches: The batches.
+        loss: Returns the mean loss of a batch.
+    """
+    total, count = 0.0, 0
+    with preserve_modes(model):
+        model.eval()
+        for batch in batches:
+            size = count_samples(batch)
+            total += float(loss(batch)) * size
+            count += size
+    return total / count if count else None

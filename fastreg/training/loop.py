@@ -1,8 +1,8 @@
-"""The loop behind the ready-made ones: batches of any kind, mixed precision, accumulation, validation.
+"""The loop behind `fastreg.loops`: batches of any kind, mixed precision, accumulation, validation.
 
-    window of batches ──▶ loss / batches, backward, for each ──▶ rates of this step ──▶ optimizer.step()
+    window of batches ──▶ gradients of each, in all passes ──▶ rates of this step ──▶ optimizer.step()
 
-What is there is in the `History` at any time, which an interruption leaves as it is.
+The `History` is up to date after every step, and an interruption leaves it as it is.
 """
 
 from __future__ import annotations
@@ -13,163 +13,33 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.batches import move_to_device
-from .batches import Loss, batch_loss, samples, tokens
-from .evaluation import evaluate_with_averages
+from ..common.module_state import preserve_modes
+from ..common.unwrap import wrapped_optimizers
+from ..optim import SAM
+from ..recipe import Callbacks
+from .batches import batch_loss, count_samples, count_tokens
+from .evaluation import evaluate_with_averages, mean_loss
+from .history import DivergedError, History
+from .settings import Settings
+
+Prepare = Callable[[torch.optim.Optimizer | None], tuple[torch.optim.Optimizer, Callbacks]]
+"""Makes the callbacks for an optimizer, and the optimizer itself if there is none yet."""
 
 
-@dataclass
-class History:
-    """What a loop has done so far.
-
-    Args:
-        losses: Of each optimizer step, the mean over its batches.
-        lr: Of each step, the highest of all groups.
-        grad_norm: Of each step, before clipping; empty where nothing measures it.
-        epochs: The mean loss of each epoch, the last of which may be shorter.
-        validation: The mean loss on the validation data after each epoch.
-        samples: How many were trained on.
-        tokens: How many of these, without padding, where batches have `input_ids`.
-        seconds: What it took, validation included.
-        interrupted: Whether by a KeyboardInterrupt.
-        model: What was trained.
-        optimizer: With its averages, if it has any; where training goes on.
-        scaler: The `GradScaler` of `amp="fp16"`.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    epochs: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    interrupted: bool = False
-    model: Any = field(default=None, repr=False)
-    optimizer: Any = field(default=None, repr=False)
-    scaler: Any = field(default=None, repr=False)
-
-    @property
-    def steps(self) -> int:
-        """Of the optimizer."""
-        return len(self.losses)
-
-    @property
-    def samples_per_second(self) -> float:
-        """NaN before anything was done."""
-        return self.samples / self.seconds if self.seconds else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        """NaN before anything was done."""
-        return self.tokens / self.seconds if self.seconds else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """All that is numbers, such as for JSON."""
-        held = ("model", "optimizer", "scaler")
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in held}
-        plain = {name: list(value) if isinstance(value, list) else value for name, value in plain.items()}
-        rates = {name: getattr(self, name) for name in ("samples_per_second", "tokens_per_second")}
-        return {"steps": self.steps, **plain, **rates}
-
-
-class DivergedError(FloatingPointError):
-    """A loss that is no number; the weights are those before the step, `history` tells what was before."""
-
-    def __init__(self, loss: float, history: History) -> None:
-        super().__init__(
-            f"the loss is {loss} at step {history.steps}, which was not taken: lower lr, clip gradients, or "
-            "look for NaN in the data"
-        )
-        self.history = history
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all loops take besides.
-
-    Args:
-        epochs: How often the data is gone through; `None`: until `max_steps`.
-        max_steps: Optimizer steps after which to stop, if epochs are not over before.
-        device: Where to train; by default where the model is.
-        amp: `"bf16"` or `"fp16"` for mixed precision, the latter with a `GradScaler`.
-        accumulate: Batches for each step; gradients are means over them, also over fewer at the end.
-        schedule: Factor of all learning rates as a function of the step, such as those of
-            `fastreg.schedules`.
-        warmup: Steps over which the factor rises from 0 in equal steps, on top of the schedule.
-        loss_fn: `loss_fn(outputs, labels)`.  By default a mapping's loss is the model's own, that of
-            (inputs, labels) the cross-entropy.  A tensor is its own label.
-        compute_loss: `compute_loss(model, batch)`, such as `lambda *given: fastreg.r_drop(*given).loss`,
-            for batches of any kind.
-        validation: Batches to validate with after each epoch, under the averaged weights where there are any.
-        callback: Called with the history after every step; what returns `True` ends the training.
-        history: Of a training of the same model to go on with, with all its counts and its optimizer, which
-            no other learning rate, decay or regularizers take the place of.
-        progress: Whether to show a bar, if tqdm is installed.
-
-    Raises:
-        TypeError: For what should be called and cannot be.
-        ValueError: For values out of range.
-    """
-
-    epochs: int | None = 1
-    max_steps: int | None = None
-    device: torch.device | str | int | None = None
-    amp: Literal["bf16", "fp16"] | None = None
-    accumulate: int = 1
-    schedule: Callable[[int], float] | None = None
-    warmup: int = 0
-    loss_fn: Loss | None = None
-    compute_loss: Callable[[nn.Module, Any], Tensor] | None = None
-    validation: Iterable[Any] | None = None
-    callback: Callable[[History], Any] | None = None
-    history: History | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("max_steps", 1), ("accumulate", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer >= {least}, got {name}={value!r}")
-        for name in ("schedule", "loss_fn", "compute_loss", "callback"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise TypeError(f"{name} must be a function, got {name}={value!r}")
-        if self.epochs is None and self.max_steps is None:
-            raise ValueError("give epochs= or max_steps=, got None for both")
-        if self.amp not in (None, "bf16", "fp16"):
-            raise ValueError(f"amp must be None, 'bf16' or 'fp16', got amp={self.amp!r}")
-        if self.loss_fn is not None and self.compute_loss is not None:
-            raise ValueError("give loss_fn= or compute_loss=, not both")
-
-    def steps(self, dataloader: Any) -> int | None:
-        """How many optimizer steps there will be; `None` where only the data knows."""
-        try:
-            whole = None if self.epochs is None else self.epochs * -(-len(dataloader) // self.accumulate)
-        except TypeError:  # no length
-            return self.max_steps if self.epochs is None else None
-        return min(n for n in (whole, self.max_steps) if n is not None)
-
-
-def train(
-    model: nn.Module, dataloader: Iterable[Any], make_optimizer: Callable[[], torch.optim.Optimizer],
-    settings: Settings, after_step: Callable[[int], None] | None = None,
-) -> History:  # fmt: skip
-    """Train, and put every module back into the mode in which it was.
+def train(model: nn.Module, dataloader: Iterable[Any], prepare: Prepare, settings: Settings) -> History:
+    """Trains a model, and restores the mode of every module afterwards.
 
     Args:
         model: Any model.
         dataloader: Batches, see `Settings.loss_fn`.
-        make_optimizer: Called once the model is on its device, if there is no optimizer from before.
+        prepare: Called once the model is on its device, with the optimizer of `settings.history`, if any.
         settings: The settings.
-        after_step: Called with the number of steps done.
 
     Raises:
         DivergedError: At a loss that is NaN or infinite.
@@ -177,8 +47,6 @@ def train(
             another model.
         TypeError: For batches of an unknown kind.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if settings.device is not None:
         model.to(settings.device)
     history = History() if settings.history is None else settings.history
@@ -189,105 +57,100 @@ def train(
                 "history= is of another model, and its optimizer would leave this one as it is: give the "
                 "model that it was for, history.model"
             )
+    history.optimizer, callbacks = prepare(history.optimizer)
     history.model, history.interrupted = model, False
-    if history.optimizer is None:
-        history.optimizer = make_optimizer()
-    modes = [(module, module.training) for module in model.modules()]
-    loop = _Loop(model, dataloader, settings, history, after_step)
-    began, before = time.perf_counter(), history.seconds
+    begin, before = time.perf_counter(), history.seconds
+    loop: _Loop | None = None
     try:
-        loop.run()
+        with preserve_modes(model):
+            callbacks.step(history.steps)
+            loop = _Loop(model, dataloader, settings, history, callbacks)
+            loop.run()
     except KeyboardInterrupt:
         history.interrupted = True
     finally:
-        loop.settle()
-        history.seconds = before + time.perf_counter() - began
+        if loop is not None:
+            loop.finish()
+        callbacks.remove()
+        history.seconds = before + time.perf_counter() - begin
         history.optimizer.zero_grad()
-        for module, mode in modes:
-            module.training = mode
     return history
 
 
 class _Loop:
-    """One training."""
+    """A training of one model with one optimizer."""
 
     def __init__(
         self, model: nn.Module, dataloader: Iterable[Any], settings: Settings, history: History,
-        after_step: Callable[[int], None] | None,
+        callbacks: Callbacks,
     ) -> None:  # fmt: skip
         self.model, self.dataloader, self.settings, self.history = model, dataloader, settings, history
-        self.optimizer, self.after_step = history.optimizer, after_step
-        place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-        self.device = place.device
+        self.optimizer, self.callbacks = history.optimizer, callbacks
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+        self.device = tensor.device
         if settings.amp == "fp16" and history.scaler is None:
             history.scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = history.scaler if settings.amp == "fp16" else None
-        self.first = history.steps
+        self.sam = next((o for o in wrapped_optimizers(self.optimizer) if isinstance(o, SAM)), None)
         self.norms: list[Tensor] = []
         self.bar: Any = None
+        self.end = math.inf if settings.max_steps is None else history.steps + settings.max_steps
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     def run(self) -> None:
-        """All epochs."""
+        """Runs all epochs, each with its validation."""
         with self._progress():
             for epoch in itertools.count():
-                if epoch == self.settings.epochs or self._enough():
+                if epoch == self.settings.epochs or self.history.steps == self.end:
                     return
                 stopped = self._epoch(epoch)
-                self.settle()
+                self._read_norms()
                 if self.settings.validation is not None:
                     self.history.validation.append(self._validate(self.settings.validation))
                 if stopped:
                     return
 
-    def settle(self) -> None:
-        """Read what the device has measured meanwhile."""
+    def finish(self) -> None:
+        """Completes the history, and restores weights that an interruption has left perturbed."""
+        self._read_norms()
+        if self.sam is not None:
+            self.sam.restore()
+
+    def _read_norms(self) -> None:
         self.history.grad_norm += [float(norm) for norm in self.norms]
         self.norms = []
 
-    def _enough(self) -> bool:
-        return self.history.steps - self.first == self.settings.max_steps
-
     def _epoch(self, epoch: int) -> bool:
-        """Whether the callback wants no other."""
+        """Goes through the data once; returns whether the callback ended the training."""
         self.model.train()
         sampler: Any = getattr(self.dataloader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(len(self.history.epochs))
-        start, batches = self.history.steps, iter(self.dataloader)
+        first, batches = self.history.steps, iter(self.dataloader)
         try:
-            while not self._enough() and (
+            while self.history.steps < self.end and (
                 window := list(itertools.islice(batches, self.settings.accumulate))
             ):
                 self._step(window)
                 if self.settings.callback is not None and self.settings.callback(self.history) is True:
                     return True
         finally:
-            done = self.history.losses[start:]
-            if done:
-                self.history.epochs.append(sum(done) / len(done))
-        if not done:
+            losses = self.history.losses[first:]
+            if losses:
+                self.history.epochs.append(sum(losses) / len(losses))
+        if not losses:
             after = f" after {epoch} epochs; is it an iterator that is used up?" if epoch else ""
             raise ValueError(f"dataloader has no batches{after or ': it is empty'}")
         return False
 
     def _step(self, window: list[Any]) -> None:
-        step, total = self.history.steps, 0.0
-        losses = []
-        for i, batch in enumerate(window):
-            last = i == len(window) - 1
-            with (
-                contextlib.nullcontext() if last else getattr(self.model, "no_sync", contextlib.nullcontext)()
-            ):
-                loss = self._loss(batch)
-                share = loss / len(window)
-                (share if self.scaler is None else self.scaler.scale(share)).backward()
-            losses.append(loss.detach())
-        # Read once everything is under way, and before a step that would spoil the weights.
-        total = sum(map(float, losses)) / len(window)
-        if not math.isfinite(total):
-            raise DivergedError(total, self.history)
+        step = self.history.steps
+        losses = [self._gradients(batch, len(window), i == len(window)) for i, batch in enumerate(window, 1)]
+        # Read after all passes have been launched, and before a step that would spoil the weights.
+        loss = sum(map(float, losses)) / len(window)
+        if not math.isfinite(loss):
+            raise DivergedError(loss, self.history)
         factor = self._factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -300,16 +163,28 @@ class _Loop:
         norm = getattr(self.optimizer, "grad_norm", None)
         if norm is not None:
             self.norms.append(norm)
-        self.history.losses.append(total)
+        self.history.losses.append(loss)
         self.history.lr.append(max(float(group["lr"]) for group in self.optimizer.param_groups))
         for batch in window:
-            self.history.samples += samples(batch)
-            self.history.tokens += tokens(batch)
-        if self.after_step is not None:
-            self.after_step(step + 1)
+            self.history.samples += count_samples(batch)
+            self.history.tokens += count_tokens(batch)
+        self.callbacks.step(step + 1)
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{total:.4g}", refresh=False)
+            self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
+
+    def _gradients(self, batch: Any, count: int, last: bool) -> Tensor:
+        """Adds the gradients of one of `count` batches of a step, and returns its loss."""
+        # What SAM accumulates never reaches another backward pass, so each batch has to be reduced.
+        local = not last and self.sam is None and hasattr(self.model, "no_sync")
+        with self.model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+            return self.callbacks.gradients(
+                lambda: self._loss(batch), backward=lambda loss: self._backward(loss / count),
+                accumulate=not last,
+            )  # fmt: skip
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _factor(self, step: int) -> float:
         warmup, schedule = self.settings.warmup, self.settings.schedule
@@ -328,18 +203,12 @@ class _Loop:
             raise ValueError(f"a loss must be a tensor with one number, got {shown}; take its mean")
         return loss.reshape(())
 
-    @torch.no_grad()
     def _validate(self, batches: Iterable[Any]) -> float:
-        total, count = torch.zeros((), dtype=torch.float64), 0
         with evaluate_with_averages(self.optimizer):
-            self.model.eval()
-            for batch in batches:
-                size = samples(batch)
-                total = total + size * self._loss(batch).double().cpu()
-                count += size
-        if not count:
+            loss = mean_loss(self.model, batches, self._loss)
+        if loss is None:
             raise ValueError("validation has no batches; is it an iterator that is used up?")
-        return float(total) / count
+        return loss
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[None]:

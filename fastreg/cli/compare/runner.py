@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.module_state import preserve_modes
 from ...recipe import Callbacks
-from ...training.evaluation import evaluate_with_averages
+from ...training.evaluation import evaluate_with_averages, mean_loss
 from ..measure import PeakMemory, Stopwatch
 from . import text
 from .results import Record
@@ -121,11 +120,13 @@ def train(
     block = torch.arange(task.block_size, device=args.device)
 
     def losses(limit: int | None) -> tuple[float, float]:
+        def loss(windows: Tensor) -> Any:
+            step = 1 if limit is None else math.ceil(len(windows) / limit)
+            batches = windows[::step].split(4 * args.batch_size)
+            return mean_loss(run.model, batches, partial(text.loss, run.model))
+
         with evaluate_with_averages(run.optimizer):
-            return (
-                _mean_loss(run.model, train_windows, 4 * args.batch_size, limit),
-                _mean_loss(run.model, validation_windows, 4 * args.batch_size, limit),
-            )
+            return loss(train_windows), loss(validation_windows)
 
     def evaluate() -> None:
         point = losses(CURVE_WINDOWS)
@@ -168,12 +169,3 @@ def train(
         record.finished = True
     finally:
         note()
-
-
-@torch.no_grad()
-def _mean_loss(model: torch.nn.Module, windows: Tensor, batch_size: int, limit: int | None) -> float:
-    if limit is not None:
-        windows = windows[:: math.ceil(len(windows) / limit)]
-    with preserve_modes(model, training=False):
-        total = sum(float(text.loss(model, batch)) * len(batch) for batch in windows.split(batch_size))
-    return total / len(windows)
