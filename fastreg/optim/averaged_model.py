@@ -33,26 +33,13 @@ MultiAvgFn = Callable[[Any, Any, Any], None]
 
 
 class ExponentialAverage:
-    """The update that `get_ema_multi_avg_fn` returns, which can be pickled.
-
-    Args:
-        decay: Share of the average that is kept at each update; 0 ≤ decay ≤ 1.
-
-    Raises:
-        ValueError: For a decay out of range.
-    """
+    """The update that `get_ema_multi_avg_fn` returns, which can be pickled."""
 
     def __init__(self, decay: float = 0.999) -> None:
         self.decay = check_range("decay", decay, 0, 1)
 
     def __call__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n_averaged: Any) -> None:
-        """Updates averages in place, as torch's function does; `AveragedModel` has a faster way.
-
-        Args:
-            averages: Of one device and dtype.
-            weights: Tensors of the same shapes, device and dtype.
-            n_averaged: Not used.
-        """
+        """Updates averages of one device and dtype in place, as torch's function does."""
         swa_utils.get_ema_multi_avg_fn(self.decay)(list(averages), list(weights), n_averaged)
 
     def __repr__(self) -> str:

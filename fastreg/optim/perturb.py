@@ -189,14 +189,9 @@ class PerturbByGradient(Perturb):
         return any(group["adaptive"] and group["rho"] for group in self.param_groups)
 
     @property
-    def bad(self) -> Tensor | None:
-        """1 if the latest gradients were not finite, and nothing was perturbed; 0-d, on the device."""
-        return None if self._ascend.result is None else self._ascend.result.bad
-
-    @property
-    def norm(self) -> Tensor | None:
-        """The norm by which the latest perturbation was divided: 0-d, on the device."""
-        return None if self._ascend.result is None else self._ascend.result.norm
+    def measured(self) -> Measured | None:
+        """The norm of the latest gradients, and whether they were not finite and nothing was perturbed."""
+        return self._ascend.result
 
     def perturb(self) -> list[Tensor]:
         """Perturbs all weights that have gradients and a ρ, and returns their parameters."""

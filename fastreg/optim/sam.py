@@ -160,7 +160,7 @@ class SAM(Wrapper):
     @property
     def perturbation_norm(self) -> Tensor | None:
         """The norm of the first gradients, as they were, at the latest `first_step`; 0-d, on the device."""
-        return self._pass.norm
+        return None if self._pass.measured is None else self._pass.measured.norm
 
     def _set(self, key: str, value: Any) -> None:
         for group in self.param_groups:
@@ -190,8 +190,8 @@ class SAM(Wrapper):
         self.restore()
         if self.due:
             self._perturbed = self._pass.perturb()
-            if (bad := self._pass.bad) is not None:
-                self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+            if (measured := self._pass.measured) is not None:
+                self._bad = measured.bad if self._bad is None else torch.maximum(self._bad, measured.bad)
         self._set("perturbed", True)
         if zero_grad:
             self.zero_grad()

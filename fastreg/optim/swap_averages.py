@@ -61,9 +61,9 @@ class AveragingOptimizer(MultiTensorOptimizer):
         Nothing happens without one, and where it is swapped in already.  Checkpoints may be saved in between:
         with those of the model, which holds the averages, training resumes exactly after `train()`.
         """
-        if active_average(self) is None and (average := first(self)) is not None:
+        if active_average(self) is None and (averages := averages_of(self)):
             self._settle()
-            swap_in(self, average)
+            swap_in(self, averages[0])
 
     def train(self) -> None:
         """Lets parameters hold what is trained, as before `eval()`.
@@ -84,14 +84,9 @@ class AveragingOptimizer(MultiTensorOptimizer):
 
 
 def averages_of(optimizer: MultiTensorOptimizer) -> list[Average]:
-    """Returns the averages of an optimizer: those of the weights, Lookahead's, then computed ones."""
+    """Returns the averages of an optimizer: first those of the weights, then slow, then computed ones."""
     averages = [component for component in optimizer.components if isinstance(component, Average)]
     return sorted(averages, key=lambda component: (component.computed, isinstance(component, SlowWeights)))
-
-
-def first(optimizer: MultiTensorOptimizer) -> Average | None:
-    """Returns the average that `eval()` swaps in."""
-    return next(iter(averages_of(optimizer)), None)
 
 
 def find(optimizer: MultiTensorOptimizer, name: str | None) -> Average:
