@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-TARGET = re.compile(r"# (?:(append to|create) (\S+)|in (\S+), (below|above): (.+))\n")
+TARGET = re.compile(r"# (?:(append to|create) (\S+)|in ([^\s:]+)(?:::(\w+))?, (below|above): (.+))\n")
 PROGRAMS = {
     "make render": (sys.executable, "-m", "fastreg_benchmarks.render"),
     ".venv/bin/pytest": (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
@@ -27,7 +27,8 @@ def sections() -> dict[str, str]:
     """The sections that say how to add something, by their titles."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)[1:]
-    return {title: body for title, body in zip(parts[::2], parts[1::2], strict=True) if "# append to" in body}
+    titled = dict(zip(parts[::2], parts[1::2], strict=True))
+    return {title: body for title, body in titled.items() if "```python\n   # " in body}
 
 
 def blocks(section: str, language: str) -> Iterator[str]:
@@ -41,7 +42,7 @@ def edit(folder: Path, block: str) -> None:
     """Does to a file what the first line of a block says."""
     target = TARGET.match(block)
     assert target, f"the block does not begin with the file it belongs to:\n{block}"
-    whole, name, part, where, line = target.groups()
+    whole, name, part, function, where, line = target.groups()
     content, file = block[target.end() :], folder / (name or part)
     if whole == "create":
         assert not file.exists(), f"{name} exists"
@@ -51,10 +52,18 @@ def edit(folder: Path, block: str) -> None:
             stream.write("\n\n" + content)
     else:
         lines = file.read_text("utf-8").split("\n")
-        (index,) = (i for i, text in enumerate(lines) if text.strip() == line)
+        inside = span(lines, function) if function else range(len(lines))
+        (index,) = (i for i in inside if lines[i].strip() == line)
         content = content.rstrip("\n") if where == "below" else content + "\n"
         lines.insert(index + (where == "below"), content)
         file.write_text("\n".join(lines), "utf-8")
+
+
+def span(lines: list[str], function: str) -> range:
+    """The lines of a function of a module."""
+    start = next(i for i, text in enumerate(lines) if text.startswith(f"def {function}("))
+    following = (i for i in range(start + 1, len(lines)) if lines[i].startswith(("def ", "class ")))
+    return range(start, next(following, len(lines)))
 
 
 @pytest.fixture

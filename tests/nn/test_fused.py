@@ -12,13 +12,8 @@ from fastreg.nn import BiasActDropout, BiasActDropoutAdd, BiasDropoutAdd, Dropou
 from fastreg.nn.functional import bias_act_dropout, bias_act_dropout_add, bias_dropout_add, dropout_add
 from fastreg.reference.activations import ACTIVATIONS
 
-FUNCTIONS = {
-    "identity": lambda x: x,
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
+FUNCTIONS = {name: activation.function for name, activation in ACTIVATIONS.items()}
+FUNCTIONS["gelu_tanh"] = lambda x: nn.functional.gelu(x, approximate="tanh")
 FORMS = [(True, True), (True, False), (False, True), (False, False)]  # bias, residual
 
 
