@@ -1,14 +1,14 @@
-"""What is added to a loss: penalties on the weights, and R-Drop's agreement of two passes."""
+"""Computes penalties on the weights, to be added to a loss."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.validation import check_range
 from ..engine.layout import Shards, is_dtensor, shards
 from ..ops.penalty import sum_of_powers
 
@@ -16,52 +16,52 @@ Parameters = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]
 
 
 def l2_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
-    """strength · Σ p² over all elements of all tensors, without ½: `sum(p.pow(2).sum() for p in params)`.
+    """Returns strength · Σ p² over all elements of all tensors, as `sum(p.pow(2).sum() for p in params)`.
 
     ```python
     loss = F.cross_entropy(model(x), y) + fastreg.l2_penalty(model, 1e-4)
     ```
 
-    One launch reads everything, one writes all gradients 2gp, whatever the number of tensors; g stays on the
-    device.  Sums are taken in float64 in a fixed order.  Derivatives of any order, `torch.func` and
-    `torch.compile` work, forward mode does not.  Weight decay in an optimizer costs no pass at all: this is
-    for what must be part of the loss.
+    One launch reads all tensors, and one writes all gradients 2gp; g stays on the device.  Sums are in
+    float64 in a fixed order.  Derivatives of any order, `torch.func` and `torch.compile` work; forward mode
+    does not.  Weight decay in an optimizer needs no extra pass: use penalties if they must be in the loss.
 
     Args:
-        params: A model, of which the parameters that require gradients count, without its frozen ones; or
-            tensors or named tensors, of which all count as often as they are listed.  Any real or complex
-            floating dtypes and devices; of DTensors, sharded or replicated, the whole counts on every rank.
-        strength: Factor, ≥ 0; a 0-d tensor, which is not checked, stays on its device and may learn.
+        params: A model, whose parameters that require gradients are penalized; or tensors or named tensors,
+            which are counted as often as they are listed.  Any real or complex floating dtypes and devices;
+            DTensors, sharded or replicated, are counted as a whole on every rank.
+        strength: Factor, ≥ 0; a 0-d tensor stays on its device, may be learned, and is not checked.
 
     Returns:
         0-d, on the device of the first tensor; float32, or float64 where a tensor is.
 
     Raises:
-        TypeError: For what is no floating-point tensor.
+        TypeError: For other types and dtypes.
         ValueError: If there are no parameters, for a negative strength, and for DTensors of partial sums.
 
     Reference:
         Krogh & Hertz 1991, "A simple weight decay can improve generalization".
     """
-    given = _listed(params, "l2_penalty()")
-    tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in given]
+    tensors = [
+        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in _listed(params, "l2_penalty()")
+    ]
     return _scaled(tensors, False, strength)
 
 
 def l1_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
-    """strength · Σ |p| over all elements of all tensors: `sum(p.abs().sum() for p in params)`.
+    """Returns strength · Σ |p| over all elements of all tensors, as `sum(p.abs().sum() for p in params)`.
 
-    As `l2_penalty` in everything else; the gradient g · sign(p) is 0 where p is.
+    The gradient is g · sign(p), 0 where p is 0. See `l2_penalty` for the rest.
 
     Args:
-        params: See `l2_penalty`; no complex ones.
+        params: See `l2_penalty`; complex tensors are not supported.
         strength: See `l2_penalty`.
 
     Returns:
         0-d, on the device of the first tensor; float32, or float64 where a tensor is.
 
     Raises:
-        TypeError: For what is no floating-point tensor, and for complex ones.
+        TypeError: For other types and dtypes, and for complex tensors.
         ValueError: If there are no parameters, for a negative strength, and for DTensors of partial sums.
 
     Reference:
@@ -75,15 +75,15 @@ def l1_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
 
 def _listed(params: Any, name: str) -> Iterator[Tensor]:
     if isinstance(params, nn.Module):
-        found: Iterable[Any] = [p for p in params.parameters() if p.requires_grad]
+        listed: Iterable[Any] = [p for p in params.parameters() if p.requires_grad]
     elif isinstance(params, Tensor):
-        found = [params]
+        listed = [params]
     elif isinstance(params, Mapping) or not isinstance(params, Iterable):
         raise TypeError(f"{name} takes a model, tensors or named tensors, got {type(params).__name__}")
     else:
-        found = params
+        listed = params
     empty = True
-    for each in found:
+    for each in listed:
         tensor = each[1] if isinstance(each, tuple) and len(each) == 2 else each
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} takes tensors or (name, tensor) pairs, got {type(each).__name__}")
@@ -97,16 +97,13 @@ def _listed(params: Any, name: str) -> Iterator[Tensor]:
 
 
 def _scaled(tensors: list[Tensor], absolute: bool, strength: float | Tensor) -> Tensor:
-    if not isinstance(strength, Tensor) and not 0 <= strength < math.inf:
-        raise ValueError(f"strength must be finite and >= 0, got {strength=}")
-    if isinstance(strength, Tensor) and strength.numel() != 1:
-        raise ValueError(f"strength must be one number, got shape {tuple(strength.shape)}")
+    if isinstance(strength, Tensor):
+        if strength.numel() != 1:
+            raise ValueError(f"strength must be one number, got shape {tuple(strength.shape)}")
+        return _value(tensors, absolute) * strength.reshape(())
+    check_range("strength", strength, 0)
     value = _value(tensors, absolute)
-    return (
-        value
-        if isinstance(strength, (int, float)) and strength == 1
-        else value * (strength.reshape(()) if isinstance(strength, Tensor) else strength)
-    )
+    return value if strength == 1 else value * strength
 
 
 def _value(tensors: list[Tensor], absolute: bool) -> Tensor:
@@ -117,8 +114,8 @@ def _value(tensors: list[Tensor], absolute: bool) -> Tensor:
         groups.setdefault(shards(tensor), []).append(_local(tensor))
     home = next(iter(groups.values()))[0].device
     total: Any = 0.0
-    for over, own in groups.items():
-        value = sum_of_powers(own, absolute)
+    for over, local in groups.items():
+        value = sum_of_powers(local, absolute)
         total = total + (value if over is None else _OverShards.apply(value, over)).to(home)
     return total
 
@@ -127,12 +124,14 @@ def _local(tensor: Any) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError(f"partial sums have no penalty of their own: redistribute {tensor.placements} first")
+        raise ValueError(
+            f"the penalty of partial sums is not defined: redistribute {tensor.placements} first"
+        )
     return tensor.to_local(grad_placements=tensor.placements)
 
 
 class _OverShards(torch.autograd.Function):
-    """The sum over all ranks, on each, whose losses all hold it: the gradient of each is that of its own."""
+    """Sums values over all ranks; the gradient passes unchanged, since the loss of every rank has the sum."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, over: Shards) -> Tensor:

@@ -1,9 +1,8 @@
-"""R-Drop: two passes over the same inputs, with different dropout masks, are to agree."""
+"""Computes R-Drop losses: two passes over the same inputs with different dropout masks should agree."""
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,18 +12,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..common.batches import get_output
-from ..layerwise.knobs import unwrapped
+from ..common.unwrap import unwrap_model
+from ..common.validation import check_choice, check_range
 
 
 class RDrop(NamedTuple):
-    """What `r_drop` gives.
+    """The loss of `r_drop` and its parts.
 
     Args:
         loss: cross_entropy + alpha · kl, 0-d.
         logits: Of the first pass.
-        logits2: Of the second one.
+        logits2: Of the second pass.
         cross_entropy: The mean of the losses of both passes, 0-d.
-        kl: How far both passes disagree, ≥ 0, 0-d.
+        kl: The symmetric KL divergence of both passes, ≥ 0, 0-d.
     """
 
     loss: Tensor
@@ -38,24 +38,25 @@ def r_drop_loss(
     logits: Tensor, logits2: Tensor, labels: Tensor, alpha: float = 1.0, *, ignore_index: int = -100,
     label_smoothing: float = 0.0, weight: Tensor | None = None, reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:  # fmt: skip
-    """R-Drop of two passes over the same inputs with different dropout masks.
+    """Returns the R-Drop loss of two passes over the same inputs with different dropout masks.
 
-    ½(CE₁ + CE₂) + α · ½(KL(P₁‖P₂) + KL(P₂‖P₁)), as in the authors' code.  The paper's equation 4 adds up
-    both cross-entropies instead: it is twice this with half the α.  Softmax and sums are in float32, or
-    float64 for such logits.  Equal logits give the cross-entropy to the last bit, and none a negative KL.
+    ½(CE₁ + CE₂) + α · ½(KL(P₁‖P₂) + KL(P₂‖P₁)), as in the authors' code.  Equation 4 of the paper adds both
+    cross-entropies instead, which is twice this loss with half the α.  Softmax and sums are in float32, or
+    float64 for float64 logits.  Equal logits give exactly the cross-entropy; KL is never negative.
 
     Args:
         logits: `[..., classes]`, of the first pass.
-        logits2: Likewise, of the second one.
+        logits2: `[..., classes]`, of the second pass.
         labels: `[...]` int64, or probabilities `[..., classes]`.
-        alpha: Weight of the KL divergence, ≥ 0; the paper takes 1 to 5.
-        ignore_index: Label of positions that count nowhere, such as padding.
-        label_smoothing: Of the cross-entropy, see `torch.nn.functional.cross_entropy`.
-        weight: `[classes]`, of the cross-entropy, likewise.
-        reduction: `"mean"` over the positions that count (with `weight`, cross-entropy's own mean), `"sum"`.
+        alpha: Weight of the KL divergence, ≥ 0; 1 to 5 in the paper.
+        ignore_index: Label of ignored positions, such as padding.
+        label_smoothing: Label smoothing of the cross-entropy, see `torch.nn.functional.cross_entropy`.
+        weight: Class weights of the cross-entropy, `[classes]`.
+        reduction: `"mean"` over the positions that are not ignored (with `weight`, the mean of torch's
+            cross-entropy), or `"sum"`.
 
     Returns:
-        0-d; NaN as with torch where no position counts.
+        The loss, 0-d; NaN as in torch if all positions are ignored.
 
     Raises:
         ValueError: For shapes that do not fit, for a single class, and for values out of range.
@@ -63,8 +64,7 @@ def r_drop_loss(
     Reference:
         Liang et al. 2021, "R-Drop: regularized dropout for neural networks".
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "sum"))
     _check(logits, logits2, alpha)
     soft = labels.shape == logits.shape and labels.is_floating_point()
     if not soft and (labels.shape != logits.shape[:-1] or labels.is_floating_point()):
@@ -73,13 +73,10 @@ def r_drop_loss(
             f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-    losses = [_cross_entropy(each, labels, weight=weight, **options) for each in (logits, logits2)]
-    counts = (
-        torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        if soft
-        else labels != ignore_index
-    )
-    return _mean(*losses) + alpha * divergence(logits, logits2, counts, reduction)
+    first, second = (_cross_entropy(each, labels, weight=weight, **options) for each in (logits, logits2))
+    counted = logits.new_ones(logits.shape[:-1], dtype=torch.bool) if soft else labels != ignore_index
+    items = None if reduction == "mean" else 1
+    return combine_passes((first + second) * 0.5, logits, logits2, counted, alpha, items).loss
 
 
 def r_drop(
@@ -87,31 +84,31 @@ def r_drop(
     loss_fn: Callable[[Tensor, Any], Tensor] | None = None, ignore_index: int = -100,
     shift: bool | None = None, num_items_in_batch: int | Tensor | None = None,
 ) -> RDrop:  # fmt: skip
-    """R-Drop in one line, for any model with dropout and labels.
+    """Computes R-Drop for any model with dropout and labels.
 
     ```python
     r_drop(model, batch, alpha=1.0).loss.backward()
     ```
 
-    Each input passes twice, with dropout masks of its own.  The cross-entropy is the model's own loss, so
-    that its shifting of labels, class weights and auxiliary losses stay as they are; or it is `loss_fn`.
+    Each input passes twice, with different dropout masks.  The cross-entropy is the loss that the model
+    returns, including shifted labels, class weights and auxiliary losses; or it is `loss_fn`.
 
     Args:
         model: A Hugging Face model, or any that returns logits `[..., classes]`; for a mapping as batch, a
             mapping or an object of `loss` and `logits`, or a tuple that begins with both.
-        batch: A mapping with `labels`, all of it given to the model; or (inputs, labels).
-        alpha: Weight of the KL divergence, ≥ 0; the paper takes 1 to 5.
+        batch: A mapping with `labels`, passed to the model as keyword arguments; or (inputs, labels).
+        alpha: Weight of the KL divergence, ≥ 0; 1 to 5 in the paper.
         passes: `"together"`: one pass over a batch of twice the size, so that BatchNorm sees both at once.
             `"apart"`: two passes, with half the memory for inputs and no arithmetic on their shapes.
         loss_fn: `loss_fn(logits, labels)`; by default the loss in the model's output, for (inputs, labels)
             the mean cross-entropy over the last dimension.
-        ignore_index: Label of positions that count nowhere.
-        shift: Whether logits at position t are for the label at t + 1; by default for decoders that model
-            language, by the name of their class.
-        num_items_in_batch: As Hugging Face's Trainer gives it: losses are sums divided by this.
+        ignore_index: Label of ignored positions.
+        shift: Whether logits at position t are for the label at t + 1; by default for causal language models,
+            by the name of their class.
+        num_items_in_batch: The argument of Hugging Face's Trainer: losses are sums divided by it.
 
     Returns:
-        `loss`, `logits` of the first pass, and its parts.
+        The loss, the logits of both passes, and the parts of the loss.
 
     Raises:
         TypeError: For other batches.
@@ -121,14 +118,13 @@ def r_drop(
     Reference:
         Liang et al. 2021, "R-Drop: regularized dropout for neural networks".
     """
-    if passes not in ("together", "apart"):
-        raise ValueError(f"passes must be 'together' or 'apart', got {passes!r}")
+    check_choice("passes", passes, ("together", "apart"))
     labels = _labels(batch)
     if loss_fn is None and not isinstance(batch, Mapping):
         loss_fn = functools.partial(_cross_entropy, ignore_index=ignore_index)
     if passes == "apart":
         first, second = (_pass(model, batch, loss_fn, num_items_in_batch) for _ in range(2))
-        logits, logits2, cross_entropy = first[0], second[0], _mean(first[1], second[1])
+        logits, logits2, cross_entropy = first[0], second[0], (first[1] + second[1]) * 0.5
     else:
         items = None if num_items_in_batch is None else 2 * num_items_in_batch
         both, cross_entropy = _pass(model, _doubled(batch, len(labels)), loss_fn, items)
@@ -139,21 +135,39 @@ def r_drop(
             f"labels must be of shape {tuple(logits.shape[:-1])} as the logits have it, got "
             f"{tuple(labels.shape)}; use r_drop_loss(logits, logits2, labels)"
         )
+    counted = labels != ignore_index
     if (shifts(model) and labels.dim() > 1) if shift is None else shift:
-        labels, a, b = labels[:, 1:], logits[:, :-1], logits2[:, :-1]
-    else:
-        a, b = logits, logits2
-    counts = labels != ignore_index
-    if num_items_in_batch is None:
-        kl = divergence(a, b, counts, "mean")
-    else:
-        kl = divergence(a, b, counts, "sum") / num_items_in_batch
+        counted = shifted(counted)
+    return combine_passes(cross_entropy, logits, logits2, counted, alpha, num_items_in_batch)
+
+
+def combine_passes(
+    cross_entropy: Tensor, logits: Tensor, logits2: Tensor, counted: Tensor, alpha: float,
+    items: int | Tensor | None = None,
+) -> RDrop:  # fmt: skip
+    """Adds the weighted divergence of two passes to their cross-entropy.
+
+    Args:
+        cross_entropy: The mean of the losses of both passes, 0-d.
+        logits: `[..., classes]`, of the first pass.
+        logits2: `[..., classes]`, of the second pass.
+        counted: bool `[...]`, the positions that are not ignored.
+        alpha: Weight of the divergence.
+        items: The divisor of the sum over positions; by default the number of counted positions.
+    """
+    logs = (F.log_softmax(_wide(each), dim=-1) for each in (logits, logits2))
+    total = torch.where(counted, _SymmetricKL.apply(*logs), 0).sum()
+    kl = total / (counted.sum() if items is None else items)
     return RDrop(cross_entropy + alpha * kl, logits, logits2, cross_entropy, kl)
 
 
+def shifted(counted: Tensor) -> Tensor:
+    """Returns the positions whose logits predict a counted label at the next position."""
+    return torch.cat((counted[:, 1:], torch.zeros_like(counted[:, :1])), dim=1)
+
+
 def _check(logits: Tensor, logits2: Tensor, alpha: float) -> None:
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be finite and >= 0, got {alpha=}")
+    check_range("alpha", alpha, 0)
     if logits.shape != logits2.shape or not logits.dim():
         shapes = tuple(logits.shape), tuple(logits2.shape)
         raise ValueError(f"logits of both passes must be [..., classes] of one shape, got {shapes}")
@@ -174,21 +188,10 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _mean(a: Tensor, b: Tensor) -> Tensor:
-    return (a + b) * 0.5
-
-
-def divergence(logits: Tensor, logits2: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """½(KL(P₁‖P₂) + KL(P₂‖P₁)), the mean or the sum over the positions that count."""
-    logs = (F.log_softmax(_wide(each), dim=-1) for each in (logits, logits2))
-    each = torch.where(counts, _SymmetricKL.apply(*logs), 0)
-    return each.sum() / counts.sum() if reduction == "mean" else each.sum()
-
-
 class _SymmetricKL(torch.autograd.Function):
-    """½ Σ (p - q)(log p - log q) from log p and log q, `[..., classes]`: no summand is ever negative.
+    """Computes ½ Σ (p - q)(log p - log q) from log p and log q, `[..., classes]`; no summand is negative.
 
-    Nothing is kept but the two, which log_softmax keeps as well; classes that neither has count nothing.
+    Only log p and log q are saved, as by log_softmax. Classes with p = q = 0 contribute 0.
     """
 
     @staticmethod
@@ -208,7 +211,7 @@ class _SymmetricKL(torch.autograd.Function):
 
 
 def _apart(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p - log_q).masked_fill(log_p == log_q, 0)  # of two infinities, too
+    return (log_p - log_q).masked_fill(log_p == log_q, 0)  # also for two infinities
 
 
 def _labels(batch: Any) -> Tensor:
@@ -231,7 +234,7 @@ def _labels(batch: Any) -> Tensor:
 
 
 def _doubled(value: Any, size: int) -> Any:
-    """With each tensor of a batch twice; what belongs to no sample stays."""
+    """Returns a batch with each tensor repeated; tensors without a batch dimension stay."""
     if isinstance(value, Mapping):
         return {key: _doubled(item, size) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -247,7 +250,6 @@ def _doubled(value: Any, size: int) -> Any:
 
 
 def _pass(model: nn.Module, batch: Any, loss_fn: Any, items: Any) -> tuple[Tensor, Tensor]:
-    """Logits and loss."""
     if not isinstance(batch, Mapping):
         inputs, labels = batch
         logits = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
@@ -260,20 +262,21 @@ def _pass(model: nn.Module, batch: Any, loss_fn: Any, items: Any) -> tuple[Tenso
     logits, loss = get_output(outputs, "logits"), get_output(outputs, "loss")
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"the output of {type(unwrapped(model)).__name__} has no logits; run it twice yourself and use "
-            "r_drop_loss(logits, logits2, labels)"
+            f"the output of {type(unwrap_model(model)).__name__} has no logits; run it twice yourself and "
+            "use r_drop_loss(logits, logits2, labels)"
         )
     if loss_fn is not None:
         loss = loss_fn(logits, batch["labels"])
     if loss is None:
-        raise ValueError(f"{type(unwrapped(model)).__name__} returned no loss for its labels: give loss_fn=")
+        raise ValueError(
+            f"{type(unwrap_model(model)).__name__} returned no loss for its labels: give loss_fn="
+        )
     return logits, loss
 
 
 def shifts(model: nn.Module) -> bool:
-    """Whether a model of Hugging Face predicts the token behind each."""
-    inner = unwrapped(model)
-    inner = getattr(inner, "get_base_model", lambda: inner)()
+    """Returns whether a Hugging Face model predicts the next token at each position."""
+    inner = unwrap_model(model, peft=True)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return False
     name = type(inner).__name__

@@ -18,7 +18,7 @@ from ..common.validation import check_range
 from ..layerwise.apply import remembered
 from ..layerwise.inject import branches
 from ..layerwise.knobs import places
-from ..losses.r_drop import divergence, shifts
+from ..losses.r_drop import combine_passes, shifted, shifts
 from .callbacks import Callback, Evaluate, Gradients, Passes, Watch
 
 Times = Callable[[int], float]
@@ -255,11 +255,8 @@ class RDropCallback(Passes):
                         "to agree on; it needs dropout (of a model in training mode) or other noise",
                         stacklevel=4,
                     )
-            if items is None:
-                apart = divergence(logits, logits2, counts, "mean")
-            else:  # a share of several micro-batches
-                apart = divergence(logits, logits2, counts, "sum") / items
-            return (first + second) * 0.5 + self._alpha * apart
+            # With `items`, the loss is a share of several micro-batches.
+            return combine_passes((first + second) * 0.5, logits, logits2, counts, self._alpha, items).loss
 
         return both
 
@@ -286,6 +283,6 @@ def _counted(model: nn.Module, logits: Tensor, kwargs: Mapping[str, Any]) -> Ten
         if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
             counts = mask != ignored
             if name == "labels" and mask.dim() > 1 and shifts(model):  # each counts where it is predicted
-                counts = torch.cat((counts[:, 1:], torch.zeros_like(counts[:, :1])), dim=1)
+                counts = shifted(counts)
             return counts
     return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)

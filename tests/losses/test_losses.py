@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import fastreg
+from fastreg.engine.launch import triton as launchers
 from fastreg.losses.r_drop import RDrop, _SymmetricKL, shifts
 
 PENALTIES = {
@@ -131,14 +132,14 @@ def test_penalty_of_complex_numbers(close):
 def test_one_launch_for_each_direction(penalty, monkeypatch):
     ours, _ = penalty
     calls = []
-    for name in ("_run_triton", "_partial_norms"):
-        inner = getattr(fastreg.engine.launch, name)
+    for name in ("run", "partial_norms"):
+        inner = getattr(launchers, name)
         monkeypatch.setattr(
-            fastreg.engine.launch, name, lambda *a, name=name, inner=inner: (calls.append(name), inner(*a))[1]
+            launchers, name, lambda *a, name=name, inner=inner: (calls.append(name), inner(*a))[1]
         )
     with fastreg.use_backend("triton"):
         ours(model()).backward()
-    assert calls == ["_partial_norms", "_run_triton"]
+    assert calls == ["partial_norms", "run"]
 
 
 @pytest.mark.parametrize(
