@@ -1,4 +1,4 @@
-"""Clips gradients that are held per sample: a launch for all norms, one for the factors, one for the sums."""
+"""Clips per-sample gradients with three launches: for all norms, for the factors, for the sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..runtime.launch_parameters import LaunchParameters, launch_parameters
 
 
 class Clipped(NamedTuple):
-    """What clipping has found, float64: `[1, samples]`, or `[tensors, samples]` if each is clipped alone."""
+    """Norms and clip factors, float64: `[1, samples]`, or `[tensors, samples]` if each is clipped alone."""
 
     norms: Tensor
     factors: Tensor
@@ -29,15 +29,15 @@ class Clipped(NamedTuple):
 def clip_and_sum(
     samples: Sequence[Tensor], out: Sequence[Tensor], max_norms: Sequence[float], accumulate: bool
 ) -> Clipped:
-    """Clip every sample and sum what is clipped into `out`.
+    """Clips every sample and sums the results into `out`.
 
-    Samples whose norm is not finite count for nothing.
+    Samples whose norm is not finite are skipped.
 
     Args:
-        samples: Gradients of each tensor, `[samples, *shape]`, of the same samples everywhere.
+        samples: Gradients of each tensor, `[samples, *shape]`, of the same samples in the same order.
         out: `[*shape]` each, contiguous.
         max_norms: The largest norm over all tensors, one number, or that of each tensor.
-        accumulate: Whether to add to what `out` holds.
+        accumulate: Whether to add to `out`.
     """
     rows = [tensor.reshape(len(tensor), target.numel()) for tensor, target in zip(samples, out, strict=True)]
     sums = [target.view(-1) for target in out]
@@ -54,41 +54,41 @@ def _clip_and_sum(rows: list[Tensor], sums: list[Tensor], limits: Tensor, accumu
     home, samples, alone = limits.device, len(rows[0]), len(limits) > 1
     rows = [tensor.contiguous() for tensor in rows]
     kinds: dict[Any, list[int]] = {}
-    for i, (tensor, own_sum) in enumerate(zip(rows, sums, strict=True)):
-        kinds.setdefault((tensor.device, tensor.dtype, own_sum.dtype), []).append(i)
+    for i, (tensor, total) in enumerate(zip(rows, sums, strict=True)):
+        kinds.setdefault((tensor.device, tensor.dtype, total.dtype), []).append(i)
     tables, partial, segments, done = [], [], [[0, 0]] * len(rows), 0
-    for (device, dtype, _), own in kinds.items():
-        lengths = tuple(rows[i].shape[1] for i in own)
-        addresses = [[rows[i].data_ptr(), rows[i].shape[1], sums[i].data_ptr(), i * alone] for i in own]
-        tables.append(_there(addresses, device))
+    for (device, dtype, _), indices in kinds.items():
+        lengths = tuple(rows[i].shape[1] for i in indices)
+        header = [[rows[i].data_ptr(), rows[i].shape[1], sums[i].data_ptr(), i * alone] for i in indices]
+        tables.append(_on_device(header, device))
         target = architecture(device)
         chosen = launch_parameters("per_sample_norm", target)
         work = _work(lengths, chosen.block, device)
-        found = torch.empty(samples, len(work), dtype=torch.float64, device=device)
+        squares = torch.empty(samples, len(work), dtype=torch.float64, device=device)
         launch(
-            kernels.per_sample_norm_kernel, found.numel(), device,
-            tables[-1], work, found, len(work), **norm_constants(dtype, chosen, target.lanes),
+            kernels.per_sample_norm_kernel, squares.numel(), device,
+            tables[-1], work, squares, len(work), **norm_constants(dtype, chosen, target.lanes),
             **chosen.options,
         )  # fmt: skip
-        partial.append(found.to(home))
-        for i, length in zip(own, lengths, strict=True):
+        partial.append(squares.to(home))
+        for i, length in zip(indices, lengths, strict=True):
             segments[i] = [done, done + -(-length // chosen.block)]
             done = segments[i][1]
     ranges = segments if alone else [[0, done]]
-    # In memory of their own, so that both start at a multiple of 16 bytes for any number of samples.
+    # Two allocations, so that both start at a multiple of 16 bytes for any number of samples.
     norms, factors = (torch.empty(len(ranges), samples, dtype=torch.float64, device=home) for _ in range(2))
     joined = partial[0] if len(partial) == 1 else torch.cat(partial, 1)
     chosen = launch_parameters("per_sample_factor", architecture(home))
     launch(
         kernels.per_sample_factor_kernel, factors.numel(), home,
-        joined, _there(ranges, home), limits, norms, factors, done, samples, BLOCK=chosen.block,
+        joined, _on_device(ranges, home), limits, norms, factors, done, samples, BLOCK=chosen.block,
         **chosen.options,
     )  # fmt: skip
-    for ((device, dtype, sum_dtype), own), table in zip(kinds.items(), tables, strict=True):
+    for ((device, dtype, sum_dtype), indices), table in zip(kinds.items(), tables, strict=True):
         target = architecture(device)
         chosen = launch_parameters("per_sample_sum", target)
         constants = sum_constants(dtype, sum_dtype, accumulate, chosen, target.lanes)
-        work = _work(tuple(rows[i].shape[1] for i in own), constants["CHUNK"], device)
+        work = _work(tuple(rows[i].shape[1] for i in indices), constants["CHUNK"], device)
         launch(
             kernels.per_sample_sum_kernel, len(work), device,
             table, work, factors.to(device), samples, **constants, **chosen.options,
@@ -96,35 +96,31 @@ def _clip_and_sum(rows: list[Tensor], sums: list[Tensor], limits: Tensor, accumu
     return Clipped(norms, factors)
 
 
-def _there(integers: list[list[int]], device: torch.device) -> Tensor:
+def _on_device(integers: list[list[int]], device: torch.device) -> Tensor:
     return upload(torch.tensor(integers, dtype=torch.int64, device="cpu"), device)
 
 
 def _work(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """For each program (tensor, block of it), int32; kept for the stream, but not for a graph."""
+    """Returns the (tensor, block) of each program, int32; cached for the stream, but not for a graph."""
     if capturing(device):
-        return _made(lengths, block, device)
-    return _kept(lengths, block, device, stream(device))
+        return _cached_work.__wrapped__(lengths, block, device)
+    return _cached_work(lengths, block, device, stream(device))
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(lengths: tuple[int, ...], block: int, device: torch.device, stream: Any) -> Tensor:
-    return _made(lengths, block, device)
-
-
-def _made(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+def _cached_work(lengths: tuple[int, ...], block: int, device: torch.device, stream: Any = None) -> Tensor:
     return upload(work_list([-(-length // block) for length in lengths]), device)
 
 
 def norm_constants(dtype: torch.dtype, chosen: LaunchParameters, lanes: int) -> dict[str, Any]:
-    """The compile-time arguments of `per_sample_norm_kernel`."""
+    """Returns the compile-time arguments of `per_sample_norm_kernel`."""
     return {"G": triton_dtype(dtype), "BLOCK": chosen.block, "CHUNK": chosen.chunk(lanes)}
 
 
 def sum_constants(
     dtype: torch.dtype, sum_dtype: torch.dtype, accumulate: bool, chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of `per_sample_sum_kernel`."""
+    """Returns the compile-time arguments of `per_sample_sum_kernel`."""
     return {
         "G": triton_dtype(dtype),
         "S": triton_dtype(sum_dtype),

@@ -1,6 +1,6 @@
-"""Adversarial inputs: a step along the gradient, back into the ball around the clean input, within bounds.
+"""Moves adversarial inputs: a step along the gradient, back into the ball, within the bounds.
 
-Everything is `[samples, elements]`; what a sample has of its own is `[samples, 1]`.
+Tensors are `[samples, elements]`; numbers of each sample are `[samples, 1]`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ NOISES = ("uniform", "normal", "laplace")
 def direction(
     gradient: Tensor | None, seed: Tensor | int, peaks: Tensor | None, kind: str, like: Tensor
 ) -> Tensor:
-    """What samples move along, in the precision and of the shape of `like`.
+    """Returns the direction of a step, in the precision and of the shape of `like`.
 
-    sign     the sign of the gradient: the steepest ascent for a step that is measured by its largest element
-    scaled   the gradient itself, elements that are not finite as 0: likewise by its Euclidean norm
-    peak     the sign of the one element whose index is in `peaks`: likewise by the sum of its elements
+    sign     the sign of the gradient: the steepest ascent for a step of a given largest element
+    scaled   the gradient itself, elements that are not finite as 0: the steepest for a given Euclidean norm
+    peak     the sign of the one element whose index is in `peaks`: the steepest for a given L1 norm
     uniform  noise in [-1, 1)
     normal   standard normal noise
     laplace  Laplace noise
@@ -32,10 +32,10 @@ def direction(
     if kind in NOISES:
         flat, at = like.reshape(-1), PhiloxPosition(0, 0, 0, 0)
         if kind == "uniform":
-            drawn = 2 * uniform(seed, at, flat) - 1
+            draws = 2 * uniform(seed, at, flat) - 1
         else:
-            drawn = (normal if kind == "normal" else laplace)(seed, at, flat)
-        return drawn.to(like.dtype).reshape(like.shape)
+            draws = (normal if kind == "normal" else laplace)(seed, at, flat)
+        return draws.to(like.dtype).reshape(like.shape)
     assert gradient is not None
     g = gradient.to(like.dtype)
     if kind == "scaled":
@@ -49,12 +49,12 @@ def direction(
 
 
 def project(y: Tensor, clean: Tensor, radius: Tensor, keep: Tensor, ball: str) -> Tensor:
-    """The point of the ball nearest to y.
+    """Returns the point of the ball nearest to y.
 
     Args:
         y: `[samples, elements]`.
         clean: The centre, of the same shape.
-        radius: `[samples, 1]`; used for `"linf"` alone.
+        radius: `[samples, 1]`; used only for `"linf"`.
         keep: `[samples, 1]`: for `"l2"` min(radius / ‖y - clean‖, 1), for `"l1"` the `threshold`.
         ball: `"none"`, `"linf"`, `"l2"` or `"l1"`.
     """
@@ -69,7 +69,9 @@ def project(y: Tensor, clean: Tensor, radius: Tensor, keep: Tensor, ball: str) -
 
 
 def threshold(size: Tensor, radius: Tensor) -> Tensor:
-    """What the projection on the L1 ball takes off the size of every element, `[samples, 1]`; 0 inside of it.
+    """Returns the threshold of the projection on the L1 ball, `[samples, 1]`; 0 for points inside.
+
+    The projection subtracts it from the absolute value of each element.
 
     Args:
         size: |y - clean|, `[samples, elements]`.
@@ -83,56 +85,57 @@ def threshold(size: Tensor, radius: Tensor) -> Tensor:
     count = torch.arange(1, size.shape[1] + 1, device=size.device)
     above = (total - radius) / count
     last = (ordered > above).sum(1, keepdim=True).clamp(min=1)
-    found = above.gather(1, last - 1)
-    return torch.where(total[:, -1:] > radius, found, 0).to(size.dtype)
+    subtracted = above.gather(1, last - 1)
+    return torch.where(total[:, -1:] > radius, subtracted, 0).to(size.dtype)
 
 
 def towards(y: Tensor, clean: Tensor, dtype: torch.dtype) -> Tensor:
-    """y rounded to 16 bits, to the side where the clean input is: no norm of y - clean grows.
+    """Returns y rounded to 16 bits towards the clean input, so that no norm of y - clean grows.
 
-    By the bits of a float32, since Inductor leaves out a conversion that is undone.  Times 2⁻¹¹² it has those
-    of the float16 with 13 more behind them.
+    It works on the bits of a float32, since Inductor omits a conversion that is undone.  Times 2⁻¹¹² these
+    are the bits of the float16 followed by 13 more.
     """
     scale, unit = (2.0**112, 0x2000) if dtype == torch.float16 else (1.0, 0x10000)
     size = y.abs()
     bits = (size * (1 / scale)).view(torch.int32) & -unit
     cut = bits.view(torch.float32) * scale
     outward = torch.where(y < 0, clean < y, clean > y)
-    # Cutting off rounds to 0, but for what has been rounded up among the smallest of float32.
+    # Truncation rounds to 0, except for subnormal float32 numbers, which may have been rounded up.
     moved = torch.where(outward, (cut < size).int(), -(cut > size).int())
-    found = (bits + unit * moved).view(torch.float32) * scale
+    rounded = (bits + unit * moved).view(torch.float32) * scale
     largest = torch.where(outward | (size == torch.inf), torch.inf, torch.finfo(dtype).max)
-    return torch.where(y == y, torch.minimum(found, largest).copysign(y), y).to(dtype)
+    return torch.where(y == y, torch.minimum(rounded, largest).copysign(y), y).to(dtype)
 
 
 def step(
-    x: Tensor, gradient: Tensor | None, clean: Tensor | None, numbers: Tensor, peaks: Tensor | None,
+    x: Tensor, gradient: Tensor | None, clean: Tensor | None, step_scalars: Tensor, peaks: Tensor | None,
     lower: Tensor | None, upper: Tensor | None, seed: Tensor | int, kind: str, ball: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Where x + size · direction ends up: in the ball around the clean input, then within the bounds.
+    """Returns x + size · direction, projected on the ball around the clean input and clamped to the bounds.
 
     Args:
-        x: `[samples, elements]`, where the samples are.
-        gradient: Of the same shape, for a direction that follows from one.
+        x: `[samples, elements]`, the present points.
+        gradient: Of the same shape, for directions that need one.
         clean: Of the same shape, the centres of the balls; x by default.
-        numbers: `[samples or 1, 3]`: the radius, the size of the step, and what the projection keeps.
+        step_scalars: `[samples or 1, 3]`: radius, step size, and `keep` of `project`.
         peaks: int64 `[samples]`, for the direction `"peak"`.
         lower: 0-d or `[elements]`, if there are bounds.
-        upper: Likewise.
-        seed: 64 bits, for a direction that is noise.
+        upper: Of the same shape, if there are bounds.
+        seed: 64 bits, for noise.
         kind: See `direction`; `"none"` for no step.
         ball: See `project`.
-        dtype: Of the result; if it has 16 bits, it is rounded towards the clean input.
+        dtype: Of the result; 16-bit results are rounded towards the clean input.
 
     Returns:
-        The result, and the same as it is before it is rounded.
+        The result, and the same without rounding.
     """
     compute = compute_dtype(dtype)
-    here = x.to(compute)
-    centre = here if clean is None else clean.to(compute)
-    radius, size, keep = numbers.split(1, dim=1)
-    y = here if kind == "none" else here + size * direction(gradient, seed, peaks, kind, here)
+    y = x.to(compute)
+    centre = y if clean is None else clean.to(compute)
+    radius, size, keep = step_scalars.split(1, dim=1)
+    if kind != "none":
+        y = y + size * direction(gradient, seed, peaks, kind, y)
     y = project(y, centre, radius, keep, ball)
     narrow = towards(y, centre, dtype).to(compute) if dtype.itemsize == 2 else None
     if lower is not None and upper is not None:
@@ -144,23 +147,23 @@ def step(
 
 
 def size(
-    x: Tensor, gradient: Tensor | None, clean: Tensor | None, numbers: Tensor | None, seed: Tensor | int,
-    kind: str, order: int,
+    x: Tensor, gradient: Tensor | None, clean: Tensor | None, step_scalars: Tensor | None,
+    seed: Tensor | int, kind: str, order: int,
 ) -> Tensor:  # fmt: skip
-    """The L1 or L2 norm of the direction of each sample, `[samples, 1]`.
+    """Returns the L1 or L2 norm of the direction of each sample, `[samples, 1]`.
 
-    With clean, it is that of the perturbation x + size · direction - clean.  Summed in double where there is
-    much to sum, or where converting costs nothing: see `norm.SHORT`.
+    With clean, it is the norm of the perturbation x + size · direction - clean.  Long samples are summed in
+    float64, and all samples where the conversion is free: see `norm.SHORT`.
     """
     compute = compute_dtype(x.dtype)
     w = direction(gradient, seed, None, kind, x.to(compute))
     if clean is not None:
-        assert numbers is not None
-        w = x.to(compute) + numbers[:, 1:2] * w - clean.to(compute)
-    if torch.compiler.is_compiling():  # Inductor hands norms to what is ten times slower
+        assert step_scalars is not None
+        w = x.to(compute) + step_scalars[:, 1:2] * w - clean.to(compute)
+    if torch.compiler.is_compiling():  # Inductor's code for norms is ten times slower
         w = w.to(scalar_dtype(w.device))
-        found = w.square().sum(1, keepdim=True).sqrt() if order == 2 else w.abs().sum(1, keepdim=True)
+        norm = w.square().sum(1, keepdim=True).sqrt() if order == 2 else w.abs().sum(1, keepdim=True)
     else:
         wide = scalar_dtype(w.device) if w.shape[1] > SHORT else None
-        found = torch.linalg.vector_norm(w, order, dim=1, keepdim=True, dtype=wide)
-    return found.to(compute)
+        norm = torch.linalg.vector_norm(w, order, dim=1, keepdim=True, dtype=wide)
+    return norm.to(compute)

@@ -1,4 +1,4 @@
-"""Norms of per-sample gradients of matrices that are never formed, and what rounding may have cost them."""
+"""Computes norms of per-sample gradients without forming them, and bounds on their rounding errors."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CONFIDENCE = 4.0
 
 
 def rounding(terms: int, dtype: torch.dtype) -> float:
-    """By what share of Σ|a||b| a sum of so many products may be off: min(n, λ√n)·u.
+    """Returns the error bound of a sum of n products, as a share of Σ|a||b|: min(n, λ√n)·u.
 
-    Tensor cores, which take factors of 16 bits, cut off where they add, once in 8 terms: up to 2u each.
+    Tensor cores, which multiply 16-bit factors, truncate sums, once in 8 terms: up to 2u each.
     """
     cut = terms / 4 if dtype.itemsize < 4 else 0
     return (min(terms, CONFIDENCE * terms**0.5) + cut) * torch.finfo(compute_dtype(dtype)).eps / 2
 
 
 def gram(x: Tensor) -> Tensor:
-    """`[samples, positions, features]` to all inner products within a sample, `[samples, positions²]`."""
+    """Returns the inner products of all positions of a sample, `[samples, positions, positions]`."""
     x = x.to(compute_dtype(x.dtype))
     return torch.bmm(x, x.mT)
 
 
 def ghost_sums(left: Tensor, right: Tensor, right_gram: Tensor | None = None) -> Tensor:
-    """What the norm of Σ_t left_t ⊗ right_t follows from, of every sample.
+    """Returns the sums that give the norm of Σ_t left_t ⊗ right_t and its error, for every sample.
 
     With the inner products L_ts = ⟨left_t, left_s⟩ and R_ts: Σ L_ts R_ts, which is the squared norm
     (Goodfellow 2015), Σ L², Σ R², Σ_t L_tt and Σ_t R_tt.
@@ -38,7 +38,7 @@ def ghost_sums(left: Tensor, right: Tensor, right_gram: Tensor | None = None) ->
     Args:
         left: `[samples, positions, p]`.
         right: `[samples, positions, d]`.
-        right_gram: `gram(right)` where it is known.
+        right_gram: `gram(right)`, if it is known.
 
     Returns:
         `[5, samples]` in compute precision.
@@ -56,44 +56,45 @@ def ghost_sums(left: Tensor, right: Tensor, right_gram: Tensor | None = None) ->
 def ghost_squares(
     sums: Tensor, positions: Sequence[int], shapes: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The squared norm of every sample, and by how much rounding may have made it too small.
+    """Returns the squared norm of every sample, and a bound on how much rounding has made it too small.
 
-    An inner product is off by `rounding`·|a||b|, which weighs as much as the other is large; by
-    Cauchy-Schwarz that is ‖R‖·Σ_t L_tt at most for errors of L, and likewise.  What underflows is lost, too.
+    An inner product L_ts is off by up to `rounding`·|a||b|, which is multiplied with R_ts.  By Cauchy-Schwarz
+    errors of L contribute ‖R‖·Σ_t L_tt at most, and errors of R contribute ‖L‖·Σ_t R_tt.  The bound includes
+    products that underflow.
 
     Args:
-        sums: Those of `ghost_sums` for some matrices, `[matrices, 5, samples]`.
-        positions: Addends of each matrix.
-        shapes: Its rows and columns.
+        sums: Results of `ghost_sums` for some matrices, `[matrices, 5, samples]`.
+        positions: Number of outer products summed in each matrix.
+        shapes: Rows and columns of each matrix.
         dtype: Of the factors.
 
     Returns:
-        `[matrices, samples]` twice in double.
+        Two tensors `[matrices, samples]`, float64.
     """
     wide, tiny = scalar_dtype(sums.device), torch.finfo(sums.dtype).tiny
     p, d = zip(*shapes, strict=True)
-    loose = [rounding(n, dtype) + rounding(t, dtype) for n, t in zip(p, positions, strict=True)]
-    numbers = loose, [rounding(n, dtype) for n in d], positions, p, d
-    loosely, closely, t, p_, d_ = torch.tensor(numbers, dtype=wide).to(sums.device).unsqueeze(-1).unbind()
+    left = [rounding(n, dtype) + rounding(t, dtype) for n, t in zip(p, positions, strict=True)]
+    constants = left, [rounding(n, dtype) for n in d], positions, p, d
+    left_error, right_error, t, p_, d_ = torch.tensor(constants, dtype=wide).to(sums.device)[..., None]
     squares, outer, inner, outer_trace, inner_trace = sums.to(wide).unbind(1)
     outer, inner = ((x + t.square() * tiny).sqrt() for x in (outer, inner))
-    error = loosely * inner * outer_trace + closely * outer * inner_trace
+    error = left_error * inner * outer_trace + right_error * outer * inner_trace
     return squares, error + tiny * (t * (p_ * outer_trace + d_ * inner_trace) + p_ * d_)
 
 
 def sample_sums(
     grad: Tensor, x: Tensor | None, mean: Tensor | None, deviation: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Σ_t grad_t · (x_t - mean_t) · deviation_t and Σ_t grad_t of every sample.
+    """Returns Σ_t grad_t · (x_t - mean_t) · deviation_t and Σ_t grad_t of every sample.
 
     Args:
         grad: `[samples, positions, features]`.
-        x: Likewise; `None` if only the second is wanted.
-        mean: `[samples, positions]`; `None` with `deviation` if x is what it should be.
-        deviation: `[samples, positions]`, what is multiplied with.
+        x: Of the same shape; `None` if only the second sum is wanted.
+        mean: `[samples, positions]`; `None`, with `deviation`, if x is normalized already.
+        deviation: `[samples, positions]`, the factor of x - mean.
 
     Returns:
-        `[samples, features]` twice in compute precision; the first is `None` without x.
+        Two tensors `[samples, features]` in compute precision; the first is `None` without x.
     """
     compute = compute_dtype(grad.dtype)
     if x is None:
@@ -105,7 +106,7 @@ def sample_sums(
 
 
 def squares(x: Tensor) -> Tensor:
-    """Σ x² of every sample in double, `[samples, ...]` to `[samples]`; sums in float32 are kept short."""
+    """Returns Σ x² of every sample, `[samples, ...]` to `[samples]`, float64; float32 sums are kept short."""
     wide, x = scalar_dtype(x.device), x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
     parts = [
         torch.linalg.vector_norm(part.to(compute_dtype(x.dtype)), dim=1).to(wide).square()
@@ -116,4 +117,4 @@ def squares(x: Tensor) -> Tensor:
 
 
 SHORT = 2**14
-"""Elements whose squares are summed in their own precision: 1.2e-7 off at worst."""
+"""Elements whose squares are summed in their own precision, with an error of at most 1.2e-7."""

@@ -1,4 +1,4 @@
-"""Penalties, and their gradients as stages: p is where the gradient goes, u the weight that is penalised."""
+"""Computes penalties, and their gradients as stages: p is the output, u the penalized weight."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .rules import Result
 
 
 def penalty(tensor: Tensor, absolute: bool) -> Tensor:
-    """Σ p², or Σ |p|."""
+    """Returns Σ p², or Σ |p| if `absolute`."""
     return (tensor.abs() if absolute else tensor.square()).sum()
 
 
 def l2_gradient(p: Tensor, u: Tensor, at: PhiloxPosition, scale: Tensor) -> Result:
-    """scale · u, where scale is twice what comes from above."""
+    """Returns scale · u, where scale is twice the gradient of the penalty's value."""
     return scale * u, u, ()
 
 
 def l1_gradient(p: Tensor, u: Tensor, at: PhiloxPosition, scale: Tensor) -> Result:
-    """scale · sign(u), 0 at 0 as torch has it."""
+    """Returns scale · sign(u), 0 at 0 as in torch."""
     return scale * u.sign(), u, ()

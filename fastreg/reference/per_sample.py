@@ -1,4 +1,4 @@
-"""Clipping of gradients that are held per sample: their norms, the factors, the sum of what is clipped."""
+"""Clips per-sample gradients: their norms, the clip factors, the sum of the clipped gradients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from .step import compute_dtype, scalar_dtype
 
 CHUNK = 2**20
-"""Elements that are taken at a time: converting more would wait for memory."""
+"""Elements converted at a time: a larger copy would leave the cache."""
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """Σ g² of every row of `[samples, length]`: `[samples]`, in double."""
+    """Returns Σ g² of each row of `[samples, length]`: `[samples]`, float64."""
     total = rows.new_zeros(len(rows), dtype=scalar_dtype(rows.device))
     for part in rows.split(max(CHUNK // max(len(rows), 1), 1), 1):
         total += part.to(total.dtype).square().sum(1)
@@ -22,13 +22,12 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def clip_factors(squares: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms and factors min(C / (norm + 1e-6), 1) from Σ g², `[segments, samples]`  (Abadi et al. 2016).
+    """Returns norms and factors min(C / (norm + 1e-6), 1) from Σ g²  (Abadi et al. 2016).
 
-    A sample whose norm is not finite, or so large that float32 has no factor for it, counts for nothing: its
-    factor is 0.
+    The factor of a sample is 0 if its norm is not finite, or so large that the factor underflows float32.
 
     Args:
-        squares: `[segments, samples]`, in double.
+        squares: Σ g², `[segments, samples]`, float64.
         limits: The largest norms C, `[segments]`.
     """
     norms = squares.sqrt()
@@ -38,9 +37,9 @@ def clip_factors(squares: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted_sum(rows: Tensor, factors: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out ← Σ factor · g over the rows of `[samples, length]`, on top of what is there if `accumulate`.
+    """Computes out ← Σ factor · g over the rows of `[samples, length]`, added to `out` if `accumulate`.
 
-    A row with a factor of 0 is left out, whatever it holds: 0 · NaN is not 0.
+    Rows with a factor of 0 are skipped, since 0 · NaN is not 0.
     """
     compute = compute_dtype(rows.dtype)
     kept = factors > 0
@@ -48,20 +47,20 @@ def weighted_sum(rows: Tensor, factors: Tensor, out: Tensor, accumulate: bool) -
         rows, factors = rows[kept], factors[kept]
     width = max(CHUNK // max(len(rows), 1), 1)
     for part, target in zip(rows.split(width, 1), out.split(width), strict=True):
-        found = factors.to(compute) @ part.to(compute)
-        target.copy_(target.to(compute) + found if accumulate else found)
+        total = factors.to(compute) @ part.to(compute)
+        target.copy_(target.to(compute) + total if accumulate else total)
 
 
 def clip_and_sum(
     rows: Sequence[Tensor], out: Sequence[Tensor], limits: Tensor, accumulate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Clip every sample over all tensors together, or over each alone, and sum what is clipped into `out`.
+    """Clips every sample over all tensors together, or over each alone, and sums the results into `out`.
 
     Args:
         rows: `[samples, length]` each, of any floating dtypes.
         out: `[length]` each.
-        limits: The largest norm, `[1]`, or that of each tensor, `[tensors]`; in double.
-        accumulate: Whether to add to what `out` holds.
+        limits: The largest norm, `[1]`, or that of each tensor, `[tensors]`; float64.
+        accumulate: Whether to add to `out`.
 
     Returns:
         Norms and factors, `[1 or tensors, samples]`.
@@ -72,6 +71,6 @@ def clip_and_sum(
         squares = squares.sum(0, keepdim=True)
     norms, factors = clip_factors(squares, limits)
     for i, (tensor, target) in enumerate(zip(rows, out, strict=True)):
-        own = factors[i if len(factors) > 1 else 0].to(tensor.device)
-        weighted_sum(tensor, own, target, accumulate)
+        row = factors[i if len(factors) > 1 else 0]
+        weighted_sum(tensor, row.to(tensor.device), target, accumulate)
     return norms, factors

@@ -1,6 +1,6 @@
-"""Per-sample sums over positions: what ghost norms follow from, and gradients of norm layers and biases.
+"""Per-sample sums over positions: for ghost norms, and for gradients of norm layers and biases.
 
-Deterministic: every sum is taken in a fixed order, without atomics.
+Every sum runs in a fixed order, without atomics, so that it is deterministic.
 """
 
 import triton
@@ -43,12 +43,12 @@ def ghost_sums_kernel(
     left, right, partial, samples, positions, p, d,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of inner products on or below the diagonal: no product of positions reaches memory.
+    """Sums over one tile of inner products on or below the diagonal; the products stay in registers.
 
     left       [samples, positions, p], right [samples, positions, d]: contiguous
     partial    fp32[5, samples, tiles], with tiles counted row by row of the triangle
-    WIDEN                               for the interpreter, which multiplies the bits of bfloat16 numbers
-    grid       samples · tiles² of the square; above the diagonal there is nothing to do
+    WIDEN                               for the interpreter, whose dot does not support bfloat16
+    grid       samples · tiles² of the square; programs above the diagonal do nothing
     """
     tiles = tl.cdiv(positions, BLOCK)
     pid = tl.program_id(0)
@@ -62,23 +62,23 @@ def ghost_sums_kernel(
         position = tl.arange(0, BLOCK)
         diagonal = (row * BLOCK + position)[:, None] == (column * BLOCK + position)[None, :]
         count = tiles * (tiles + 1) // 2
-        here = partial + sample * count + row * (row + 1) // 2 + column
-        further = samples.to(tl.int64) * count
-        tl.store(here, times * tl.sum(outer * inner))
-        tl.store(here + further, times * tl.sum(outer * outer))
-        tl.store(here + 2 * further, times * tl.sum(inner * inner))
-        tl.store(here + 3 * further, tl.sum(tl.where(diagonal, outer, 0.0)))
-        tl.store(here + 4 * further, tl.sum(tl.where(diagonal, inner, 0.0)))
+        out = partial + sample * count + row * (row + 1) // 2 + column
+        stride = samples.to(tl.int64) * count
+        tl.store(out, times * tl.sum(outer * inner))
+        tl.store(out + stride, times * tl.sum(outer * outer))
+        tl.store(out + 2 * stride, times * tl.sum(inner * inner))
+        tl.store(out + 3 * stride, tl.sum(tl.where(diagonal, outer, 0.0)))
+        tl.store(out + 4 * stride, tl.sum(tl.where(diagonal, inner, 0.0)))
 
 
 @triton.jit(do_not_specialize=["positions"])
 def sample_sums_kernel(
     grad, x, mean, deviation, weight, bias, positions, features, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Over the positions of one sample, some features: Σ grad · normalized x, and Σ grad; one read of each.
+    """Σ grad · normalized x, and Σ grad, over the positions of one sample for some features, in one pass.
 
     grad, x          [samples, positions, features], contiguous
-    mean, deviation  fp32[samples, positions], what x is less and times; None if x is normalized
+    mean, deviation  fp32[samples, positions]: x becomes (x - mean) · deviation; None if x is normalized
     weight, bias     fp32[samples, features]; None if not wanted
     grid             samples · blocks of features
     """

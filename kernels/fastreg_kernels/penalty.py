@@ -1,6 +1,6 @@
-"""Gradients of penalties: what takes the place of the weight, which is nobody's but a gradient's to be.
+"""Stages that compute gradients of penalties: p is the output, u the penalized weight.
 
-The form of a stage is told in `rules`; u is the weight that is penalised.
+See `rules` for the form of a stage.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""Clipping of gradients that are held per sample: their norms, the factors, the sum of what is clipped.
+"""Clips per-sample gradients: their norms, the clip factors, the sum of the clipped gradients.
 
-Rows are samples.  Every row is read once for its norm and once for the sum; sums run in a fixed order,
-without atomics, so that they come out the same every time.
+Rows are samples.  Every row is read once for its norm and once for the sum.  Sums run in a fixed order,
+without atomics, so that they are deterministic.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .step import at_address
 SAMPLES = tl.constexpr(0)  # address of [samples, length]
 LENGTH = tl.constexpr(1)  # elements of a row
 SUM = tl.constexpr(2)  # address of [length]
-SEGMENT = tl.constexpr(3)  # whose factors are its own: 0 where all share theirs
+SEGMENT = tl.constexpr(3)  # row of its factors: 0 for all if they share theirs
 COLUMNS = tl.constexpr(4)
 
 
@@ -29,17 +29,17 @@ def per_sample_norm_kernel(
 ):
     """partial[sample, block] = Σ g² over one block of one row; a program for each.
 
-    In float64: a norm that came out too small would let a sample count for more than it may, and squares of
-    large gradients overflow float32.
+    Sums are in float64: a norm that is too small would clip a sample too little, and squares of large
+    gradients overflow float32.
 
     table    int64[tensors, COLUMNS]
     work     int32[blocks, 2]          (tensor, block of it)
     partial  float64[samples, blocks]
     """
     pid = tl.program_id(0)
-    sample, own = pid // blocks, work + 2 * (pid % blocks)
-    header = table + tl.load(own).to(tl.int64) * COLUMNS
-    start = tl.load(own + 1).to(tl.int64) * BLOCK
+    sample, entry = pid // blocks, work + 2 * (pid % blocks)
+    header = table + tl.load(entry).to(tl.int64) * COLUMNS
+    start = tl.load(entry + 1).to(tl.int64) * BLOCK
     length = tl.load(header + LENGTH)
     row = tl.load(header + SAMPLES) + sample.to(tl.int64) * length * (G.primitive_bitwidth // 8)
     stop = tl.minimum(length, start + BLOCK)
@@ -62,7 +62,7 @@ def per_sample_factor_kernel(
     """Norm and factor of one sample in one segment, from its partial sums; a program for each.
 
     partial   float64[samples, blocks]
-    segments  int64[segments, 2]           which blocks: first, and the one after the last
+    segments  int64[segments, 2]           the range of its blocks: first, and the one after the last
     limits    float64[segments]            largest norms
     norms     float64[segments, samples]
     factors   float64[segments, samples]   0 where the norm is not finite, or float32 has no factor
@@ -71,12 +71,12 @@ def per_sample_factor_kernel(
     segment, sample = pid // samples, pid % samples
     start = tl.load(segments + 2 * segment)
     stop = tl.load(segments + 2 * segment + 1)
-    own = partial + sample.to(tl.int64) * blocks + start
+    first = partial + sample.to(tl.int64) * blocks + start
     count = (stop - start).to(tl.int32)
     total = tl.zeros([BLOCK], tl.float64)
     for s in range(0, count, BLOCK):
         offsets = s + tl.arange(0, BLOCK)
-        total += tl.load(own + offsets, mask=offsets < count, other=0.0)
+        total += tl.load(first + offsets, mask=offsets < count, other=0.0)
     norm = tl.sqrt(tl.sum(total))
     factor = tl.minimum(tl.load(limits + segment) / (norm + 1e-6), 1.0)
     tl.store(norms + pid, norm)
@@ -106,9 +106,9 @@ def per_sample_sum_kernel(
     table, work, factors, samples, G: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
     ACCUMULATE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """sum = Σ factor · g over the samples, on top of what is there if ACCUMULATE.
+    """sum = Σ factor · g over the samples, added to `sum` if ACCUMULATE.
 
-    A sample with a factor of 0 is left out, whatever it holds: 0 · NaN is not 0.
+    Samples with a factor of 0 are skipped, since 0 · NaN is not 0.
 
     table    int64[tensors, COLUMNS]
     work     int32[programs, 2]            (tensor, chunk)
@@ -120,13 +120,13 @@ def per_sample_sum_kernel(
     length = tl.load(header + LENGTH)
     rows = tl.load(header + SAMPLES)
     sum = tl.load(header + SUM)
-    own = factors + tl.load(header + SEGMENT) * samples
+    row = factors + tl.load(header + SEGMENT) * samples
     stride = length * (G.primitive_bitwidth // 8)
     stop = tl.minimum(length, start + CHUNK)
     wide = tl.where((rows | sum | stride) % 16 == 0, stop // 16 * 16, start)
     if wide > start:
         offsets = start + tl.arange(0, CHUNK)
-        sum_block(rows, sum, own, samples, stride, offsets, offsets < wide, G, S, COMPUTE, ACCUMULATE, True)
+        sum_block(rows, sum, row, samples, stride, offsets, offsets < wide, G, S, COMPUTE, ACCUMULATE, True)
     for s in range(wide, stop, CHUNK // 2):
         offsets = s + tl.arange(0, CHUNK // 2)
-        sum_block(rows, sum, own, samples, stride, offsets, offsets < stop, G, S, COMPUTE, ACCUMULATE, False)
+        sum_block(rows, sum, row, samples, stride, offsets, offsets < stop, G, S, COMPUTE, ACCUMULATE, False)

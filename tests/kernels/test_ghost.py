@@ -25,13 +25,13 @@ def drawn(*shapes, dtype):
 def test_ghost_sums(samples, positions, p, d, dtype):
     left, right = drawn((samples, positions, p), (samples, positions, d), dtype=dtype)
     with fastreg.use_backend("triton"):
-        found = ghost_ops.ghost_sums(left, right)
+        actual = ghost_ops.ghost_sums(left, right)
     exact = reference.ghost_sums(left.double(), right.double())
-    assert found.shape == (5, samples) and found.dtype == torch.float32
+    assert actual.shape == (5, samples) and actual.dtype == torch.float32
     # Each addition may lose a unit in the last place of the sum of magnitudes, on tensor cores, too: so many
     # are in an inner product, and 64 in a row of the sum over a tile and over tiles.
     magnitudes = reference.ghost_sums(left.double().abs(), right.double().abs())
-    assert ((found - exact).abs() <= (p + d + 64) * 2.0**-23 * magnitudes).all()
+    assert ((actual - exact).abs() <= (p + d + 64) * 2.0**-23 * magnitudes).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,18 +45,18 @@ def test_sample_sums(samples, positions, features, normalized, dtype):
         weight, bias = ghost_ops.sample_sums(grad, x, *others)
         nothing, alone = ghost_ops.sample_sums(grad)
     exact = reference.sample_sums(grad.double(), x.double(), *([t.double() for t in others] or [None, None]))
-    for found, expected in zip((weight, bias), exact, strict=True):
-        assert found.dtype == torch.float32
-        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    for actual, expected in zip((weight, bias), exact, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert nothing is None and torch.equal(alone, bias)
 
 
 def test_strided_factors():
     left, right = (t.transpose(1, 2) for t in drawn((2, 8, 20), (2, 6, 20), dtype=torch.float32))
     with fastreg.use_backend("triton"):
-        found = ghost_ops.ghost_sums(left, right)
+        actual = ghost_ops.ghost_sums(left, right)
     expected = reference.ghost_sums(left, right)
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_is_deterministic():
@@ -88,6 +88,6 @@ def test_many_positions_are_taken_some_samples_at_a_time(samples, monkeypatch):
 def test_what_is_too_wide_for_the_kernel_is_left_to_the_reference(monkeypatch):
     left, right = drawn((2, 6, 4), (2, 6, 9), dtype=torch.float32)
     monkeypatch.setattr(ghost_ops, "WIDEST", 8)
-    monkeypatch.setattr(ghost_ops, "_launched", None)
+    monkeypatch.setattr(ghost_ops, "_launch_ghost_sums", None)
     with fastreg.use_backend("triton"):
         assert torch.equal(ghost_ops.ghost_sums(left, right), reference.ghost_sums(left, right))

@@ -15,12 +15,12 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def draw(dtype=torch.float32, offset=0):
     """Tensors that start `offset` elements behind where an allocation does; zeros among them."""
     generator = torch.Generator().manual_seed(3)
-    found = []
+    tensors = []
     for size in SIZES:
         store = torch.empty(math.prod(size) + offset, dtype=dtype)[offset:].view(size)
-        found.append(store.copy_(torch.randn(size, generator=generator, dtype=torch.float64)))
-        found[-1][:1] = 0
-    return found
+        tensors.append(store.copy_(torch.randn(size, generator=generator, dtype=torch.float64)))
+        tensors[-1][:1] = 0
+    return tensors
 
 
 def exact(tensors, absolute):
@@ -48,11 +48,13 @@ def test_value_is_that_of_float64(backend, dtype, absolute, offset):
 def test_gradient_kernels_equal_the_reference(dtype, absolute, offset):
     """16 bits: but for the interpreter's rounding, which truncates to bfloat16."""
     tensors, gradient = draw(dtype, offset), torch.tensor(0.37, dtype=torch.float64)
-    found = {}
+    results = {}
     for name in ("reference", "triton"):
         with fastreg.use_backend(name):
-            found[name] = penalty_gradients(gradient, tensors, absolute)
-    for ours, twin, slope in zip(found["triton"], found["reference"], slopes(tensors, absolute), strict=True):
+            results[name] = penalty_gradients(gradient, tensors, absolute)
+    for ours, twin, slope in zip(
+        results["triton"], results["reference"], slopes(tensors, absolute), strict=True
+    ):
         assert ours.dtype == twin.dtype == dtype
         # A rounding each of g and of the product, in float32 where tensors are narrower; halves underflow.
         eps = torch.finfo(dtype).eps + (0 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
@@ -65,11 +67,11 @@ def test_gradient_kernels_equal_the_reference(dtype, absolute, offset):
 
 def test_compiled_gradients_equal_the_reference():
     tensors, gradient = draw(), torch.tensor(-1.7)
-    found = {}
+    results = {}
     for name in ("reference", "compiled"):
         with fastreg.use_backend(name):
-            found[name] = penalty_gradients(gradient, tensors, False)
-    assert all(map(torch.equal, found["compiled"], found["reference"]))
+            results[name] = penalty_gradients(gradient, tensors, False)
+    assert all(map(torch.equal, results["compiled"], results["reference"]))
 
 
 @pytest.mark.parametrize("absolute", [False, True])

@@ -31,12 +31,12 @@ def sums(samples):
 def loop(samples, max_norms):
     """One sample at a time, in double."""
     out = [torch.zeros(g.shape[1:], dtype=torch.float64, device=DEVICE) for g in samples]
-    for own in zip(*(g.double().unbind() for g in samples), strict=True):
-        norms = [float(g.norm()) for g in own]
+    for sample in zip(*(g.double().unbind() for g in samples), strict=True):
+        norms = [float(g.norm()) for g in sample]
         if len(max_norms) == 1:
             norms = [math.hypot(*norms)]
         factors = [min(c / (norm + 1e-6), 1.0) for c, norm in zip(max_norms, norms, strict=True)]
-        for i, g in enumerate(own):
+        for i, g in enumerate(sample):
             out[i] += factors[i % len(factors)] * g
     return out
 
@@ -44,8 +44,8 @@ def loop(samples, max_norms):
 def clip(backend, samples, max_norms, out=None, accumulate=False):
     out = sums(samples) if out is None else out
     with fastreg.use_backend(backend):
-        found = clip_and_sum(samples, out, max_norms, accumulate)
-    return out, found
+        clipped = clip_and_sum(samples, out, max_norms, accumulate)
+    return out, clipped
 
 
 FLAT, LAYERS = [3.0], [0.5, 0.1, 9.0, 1.0, 0.3, 2.0]
@@ -60,18 +60,18 @@ DTYPES = [
 )
 def test_equals_a_loop_over_samples(backend, dtypes, max_norms, close):
     samples = draw(dtypes=dtypes)
-    out, found = clip(backend, samples, max_norms)
+    out, clipped = clip(backend, samples, max_norms)
     close(out, [expected.to(g.dtype) for expected, g in zip(loop(samples, max_norms), out, strict=True)])
-    assert found.norms.shape == found.factors.shape == (len(max_norms), 5)
+    assert clipped.norms.shape == clipped.factors.shape == (len(max_norms), 5)
 
 
 @pytest.mark.parametrize("max_norms", [FLAT, LAYERS], ids=["flat", "per layer"])
 def test_kernels_equal_the_reference(max_norms, close):
     samples = draw(3)
-    out, found = clip("triton", samples, max_norms)
+    out, clipped = clip("triton", samples, max_norms)
     expected, reference = clip("reference", samples, max_norms)
     close(out, expected)
-    torch.testing.assert_close(found, reference, rtol=1e-13, atol=0)
+    torch.testing.assert_close(clipped, reference, rtol=1e-13, atol=0)
 
 
 def test_kernels_give_the_same_bits_every_time():
@@ -99,8 +99,8 @@ def test_overwrites_what_is_there(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_samples(backend):
     samples = draw(0)
-    out, found = clip(backend, samples, [2.0], [torch.ones_like(g) for g in sums(samples)])
-    assert all(not g.any() for g in out) and found.norms.shape == (1, 0)
+    out, clipped = clip(backend, samples, [2.0], [torch.ones_like(g) for g in sums(samples)])
+    assert all(not g.any() for g in out) and clipped.norms.shape == (1, 0)
     clip(backend, samples, [2.0], out := [torch.ones_like(g) for g in out], accumulate=True)
     assert all(bool((g == 1).all()) for g in out)
 
@@ -112,11 +112,11 @@ def test_samples_that_are_not_finite_count_for_nothing(backend, bad, max_norms, 
     """Flat: nothing of the sample is left; per layer, where each is a mechanism of its own: nothing there."""
     samples = draw(5)
     samples[0][2, 3, 4] = bad
-    out, found = clip(backend, samples, max_norms)
+    out, clipped = clip(backend, samples, max_norms)
     without = [g[[0, 1, 3, 4]] for g in samples]
     expected, _ = clip(backend, without, max_norms)
     close(out if len(max_norms) == 1 else out[:1], expected if len(max_norms) == 1 else expected[:1])
-    assert found.factors[0].tolist().count(0.0) == 1
+    assert clipped.factors[0].tolist().count(0.0) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
