@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .common.unwrap import unwrap_model
 from .common.validation import check_range
-from .layerwise.apply import ORIGINAL
+from .layerwise.write_rates import ORIGINAL
 from .optim import Component
 from .recipe import Callbacks, Regularization, build
 from .recipe.model_callbacks import DropoutRates

@@ -1,14 +1,16 @@
-"""Dropout of any transformer, layer by layer: find the rates, set them, anneal them, verify them."""
+"""Finds, sets, schedules and checks the dropout rates of any transformer, layer by layer."""
 
-from .apply import remove, restore
 from .audit import Audit, audit
-from .knobs import ROLES, Knob, knobs
+from .knobs import Knob, knobs  # aliases for one release
 from .scheduler import DropoutScheduler
-from .setting import assert_dropout, set_dropout
-from .table import Row, Table
+from .set_rates import assert_dropout, set_dropout
+from .sites import ROLES, DropoutSite, dropout_sites
+from .table import DropoutRow, DropoutTable, Row, Table
 from .wrapper import LayerwiseAdaptiveRegularization
+from .write_rates import remove, restore
 
 __all__ = [
-    "ROLES", "Audit", "DropoutScheduler", "Knob", "LayerwiseAdaptiveRegularization", "Row", "Table",
-    "assert_dropout", "audit", "knobs", "remove", "restore", "set_dropout",
+    "ROLES", "Audit", "DropoutRow", "DropoutScheduler", "DropoutSite", "DropoutTable", "Knob",
+    "LayerwiseAdaptiveRegularization", "Row", "Table", "assert_dropout", "audit", "dropout_sites", "knobs",
+    "remove", "restore", "set_dropout",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""One forward pass that tells what each dropout knob does.
+"""Finds by one forward pass which dropout sites a model uses, and for what.
 
-Every knob gets a rate of its own, k / 2^20.  The model runs once in training mode, and each call that drops
-names by its rate the knob behind it.  Nothing is really dropped: whoever calls gets the input back.  What is
-dropped follows from the way of the data: attention probabilities come out of a softmax, or go to a function
-of attention; what a linear map takes next stands between the two maps of an MLP; the rest are outputs.
+Each site gets a different rate, k / 2^20.  The model runs once in training mode, and the rate of each dropout
+call identifies its site.  Dropout calls return their input unchanged.  Roles follow from the data: attention
+probabilities are the output of a softmax or are dropped inside an attention function; activations are the
+input of a linear layer; the rest are outputs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..common.module_state import devices_of, preserve_buffers, preserve_modes, preserve_rng
+from ..common.unwrap import unwrap_model
 from .inputs import candidates
-from .knobs import Knob, knobs, unwrapped
 from .recorder import Recorder
+from .sites import DropoutSite, dropout_sites
 from .table import aligned
 
 UNIT = 2.0**-20
@@ -33,21 +34,26 @@ UNIT = 2.0**-20
 
 @dataclass(frozen=True)
 class Audit:
-    """What a forward pass told.
+    """The dropout of a model as found by a forward pass.
 
     Attributes:
-        knobs: All knobs; `uses` says how often each was used, 0 if never.
-        unknown: Rates used that belong to no knob, with the name of the module: they stand in its code.
-        reason: Why no forward pass was run, or "": roles are by name then, and `uses` is `None`.
+        sites: All sites; `uses` is the number of uses of each, 0 for unused ones.
+        unknown: Rates that belong to no site, with the name of the module whose code contains them.
+        reason: Why no forward pass was run, or "". Without one, roles are by name, and `uses` is `None`.
     """
 
-    knobs: tuple[Knob, ...]
+    sites: tuple[DropoutSite, ...]
     unknown: tuple[tuple[float, str], ...] = ()
     reason: str = ""
 
+    @property
+    def knobs(self) -> tuple[DropoutSite, ...]:
+        """All sites: an alias of `sites` for one release."""
+        return self.sites
+
     def __str__(self) -> str:
         lines = [("path", "role", "layer", "rate", "uses")]
-        for k in self.knobs:
+        for k in self.sites:
             layer, uses = ("-" if x is None else str(x) for x in (k.layer, k.uses))
             lines.append((k.path, k.role, layer, f"{k.rate:g}" if _plain(k.rate) else "many", uses))
         lines += [(path, "in the code", "-", f"{rate:g}", "1") for rate, path in self.unknown]
@@ -55,10 +61,10 @@ class Audit:
 
 
 def audit(model: nn.Module, inputs: Any = None) -> Audit:
-    """Finds the dropout knobs of a model and, by one forward pass, what each does.
+    """Finds the dropout sites of a model and, by one forward pass, the role of each.
 
-    Random states, training flags, rates and buffers are as before afterwards.  Works with every kind of
-    attention (`"eager"`, `"sdpa"`, `"flash_attention_2"`) and on compiled models, which run eagerly here.
+    Random states, modes, rates and buffers are restored.  Supports all kinds of attention (`"eager"`,
+    `"sdpa"`, `"flash_attention_2"`) and compiled models, which run eagerly here.
 
     ```python
     print(fastreg.layerwise.audit(model))
@@ -66,22 +72,22 @@ def audit(model: nn.Module, inputs: Any = None) -> Audit:
 
     Args:
         model: Any model.
-        inputs: What to call it with: a tensor, a tuple, or a dict of keyword arguments.  By default small
-            inputs are made from its configuration; where none fit, roles follow from names.
+        inputs: Inputs of the model: a tensor, a tuple, or a dict of keyword arguments.  By default small
+            inputs are made from its configuration; if none fit, roles follow from names.
 
     Raises:
-        Exception: What the model raises on the given inputs.
+        Exception: Errors of the model with these inputs.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     if inputs is None:
         calls = list(candidates(model))
     else:
         calls = [((), dict(inputs)) if isinstance(inputs, dict) else (_tuple(inputs), {})]
     reason = f"no inputs are known for {type(model).__name__}: give inputs="
     for args, kwargs in calls:
-        found = knobs(model)
+        sites = dropout_sites(model)
         try:
-            recorder = _run(model, found, args, kwargs)
+            recorder = _run(model, sites, args, kwargs)
         except Exception as error:
             if inputs is not None:
                 raise
@@ -89,17 +95,17 @@ def audit(model: nn.Module, inputs: Any = None) -> Audit:
             reason = f"made-up inputs did not fit ({type(error).__name__}: {message}): give inputs="
             continue
         recorder.conclude()
-        return Audit(tuple(found), tuple(recorder.unknown))
-    return Audit(tuple(knobs(model)), reason=reason)
+        return Audit(tuple(sites), tuple(recorder.unknown))
+    return Audit(tuple(dropout_sites(model)), reason=reason)
 
 
-def _run(model: nn.Module, found: list[Knob], args: Any, kwargs: Any) -> Recorder:
-    by_rate = {(i + 1) * UNIT: knob for i, knob in enumerate(found)}
+def _run(model: nn.Module, sites: list[DropoutSite], args: Any, kwargs: Any) -> Recorder:
+    by_rate = {(i + 1) * UNIT: site for i, site in enumerate(sites)}
     recorder = Recorder(model, by_rate)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_training(model))
-        for rate, knob in by_rate.items():
-            stack.enter_context(_sentinel(knob, rate))
+        for rate, site in by_rate.items():
+            stack.enter_context(_sentinel(site, rate))
         stack.callback(register_module_forward_pre_hook(recorder.entering).remove)
         stack.callback(register_module_forward_hook(recorder.leaving).remove)
         stack.enter_context(_attention_functions(recorder))
@@ -126,28 +132,28 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sentinel(knob: Knob, rate: float) -> Iterator[None]:
-    """The knob has this rate, and its module shows it to torch where it drops by itself."""
-    module, before = knob.owner, None
+def _sentinel(site: DropoutSite, rate: float) -> Iterator[None]:
+    """Sets the rate of a site for the block; modules with their own implementation call torch's dropout."""
+    module, before = site.owner, None
     forward = vars(module).get("forward")
-    plain = knob.kind in ("float", "config", "fused") or type(module).__module__ == _DropoutNd.__module__
-    if knob.kind != "identity":
-        before = getattr(module, knob.attribute)
-        setattr(module, knob.attribute, 0.0 if knob.role == "layerdrop" else rate)
+    plain = site.kind in ("float", "config", "fused") or type(module).__module__ == _DropoutNd.__module__
+    if site.kind != "identity":
+        before = getattr(module, site.attribute)
+        setattr(module, site.attribute, 0.0 if site.role == "layerdrop" else rate)
     if not plain:
-        module.forward = functools.partial(_shown, rate)
+        module.forward = functools.partial(_dropout, rate)
     try:
         yield
     finally:
-        if knob.kind != "identity":
-            setattr(module, knob.attribute, before)
+        if site.kind != "identity":
+            setattr(module, site.attribute, before)
         if not plain:
             del module.forward
         if forward is not None:
             module.forward = forward
 
 
-def _shown(rate: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _dropout(rate: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return F.dropout(x, rate, True)
 
 

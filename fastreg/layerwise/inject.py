@@ -1,7 +1,7 @@
-"""Dropout where a model has none: behind attention and MLP of its blocks, by forward hooks.
+"""Adds dropout behind attention and MLP of blocks that have none, by forward hooks.
 
-A hook is a plain function, and the rate lives in a module of its own beside the hook.  So models move, copy
-and pickle as ever, a new rate compiles nothing anew, and no key is added to the `state_dict`.
+The hook is a plain function, and the rate is in a module added beside it.  So models can be moved, copied and
+pickled, new rates do not recompile, and no key is added to the `state_dict`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import Dropout
-from .knobs import INJECTED
+from .sites import INJECTED
 
 BRANCH = re.compile(r"att(e)?n|mlp|ffn|feed_?forward|moe|mixer|experts", re.IGNORECASE)
 
 
 def branches(block: nn.Module) -> list[str]:
-    """The children of a block whose output a residual takes: attention and MLP, by their names."""
+    """Returns the names of the children of a block that are residual branches: attention and MLP."""
     return [
         name
         for name, child in block.named_children()
@@ -30,11 +30,11 @@ def branches(block: nn.Module) -> list[str]:
 
 
 def attach(module: nn.Module, rate: float) -> Dropout:
-    """Drop from the output of a module; once only, however often this is called."""
+    """Adds dropout to the output of a module, or sets its rate if it was added before."""
     dropout = module._modules.get(INJECTED)
     if not isinstance(dropout, Dropout):
-        place = next(module.parameters())
-        dropout = Dropout(rate).to(place.device).train(module.training)
+        device = next(module.parameters()).device
+        dropout = Dropout(rate).to(device).train(module.training)
         module.add_module(INJECTED, dropout)
     if _drop not in module._forward_hooks.values():
         module.register_forward_hook(_drop)
@@ -43,7 +43,7 @@ def attach(module: nn.Module, rate: float) -> Dropout:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`."""
+    """Removes what `attach` has added."""
     module._modules.pop(INJECTED, None)
     hooks: dict[int, Callable[..., Any]] = module._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _drop]:

@@ -1,4 +1,4 @@
-"""Small inputs for one forward pass, from what a model says of itself."""
+"""Makes small inputs for one forward pass of a model from its class and configuration."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 TOKENS = 8
 FRAMES = 24
-"""More than the spans that wav2vec2 masks in training."""
+"""Frames of audio: more than the spans that wav2vec2 masks in training."""
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments that may fit, most likely ones first; none where nothing is known."""
-    place = next(model.parameters(), torch.empty(0))
+    """Yields arguments that may fit the model, most likely ones first; none for unknown models."""
+    like = next(model.parameters(), torch.empty(0))
     if getattr(model, "main_input_name", None) is not None and getattr(model, "config", None) is not None:
         for batch in (1, 2):
-            yield (), _hugging_face(model, batch, place)
+            yield (), _hugging_face(model, batch, like)
     elif isinstance(model, (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)):
         layer = next(m for m in model.modules() if hasattr(m, "self_attn"))
         attention: Any = layer.self_attn
-        x = place.new_zeros(2, TOKENS, attention.embed_dim)
+        x = like.new_zeros(2, TOKENS, attention.embed_dim)
         yield ((x,) if isinstance(model, nn.TransformerEncoder) else (x, x)), {}
     elif isinstance(next((m for m in model.modules() if m._parameters), None), nn.Embedding):
-        yield (torch.zeros(2, TOKENS, dtype=torch.int64, device=place.device),), {}
+        yield (torch.zeros(2, TOKENS, dtype=torch.int64, device=like.device),), {}
 
 
-def _hugging_face(model: Any, batch: int, place: Tensor) -> dict[str, Any]:
+def _hugging_face(model: Any, batch: int, like: Tensor) -> dict[str, Any]:
     config = model.config
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
@@ -38,9 +38,7 @@ def _hugging_face(model: Any, batch: int, place: Tensor) -> dict[str, Any]:
         names.add("decoder_input_ids")
     if hasattr(config, "text_config") and hasattr(config, "vision_config") and main == "pixel_values":
         names.add("input_ids")
-    if hasattr(config, "text_config") and hasattr(
-        config, "projection_dim"
-    ):  # towers side by side, as in CLIP
+    if hasattr(config, "text_config") and hasattr(config, "projection_dim"):  # two towers, as in CLIP
         names |= {"input_ids", "pixel_values", "input_features"}
     makers = {
         "input_ids": _ids, "decoder_input_ids": _ids, "pixel_values": _pixels, "input_values": _waves,
@@ -48,16 +46,15 @@ def _hugging_face(model: Any, batch: int, place: Tensor) -> dict[str, Any]:
     }  # fmt: skip
     made = {name: makers[name](config, batch) for name in names if name in makers and name in accepted}
     return {
-        name: x.to(place.device, place.dtype if x.is_floating_point() else x.dtype)
-        for name, x in made.items()
+        name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for name, x in made.items()
     }
 
 
 def _of(config: Any, name: str, default: Any = None) -> Any:
-    """A value of a configuration, or of one inside it."""
+    """Returns a value of a configuration, or of one inside it."""
     inner = (getattr(config, f"{part}_config", None) for part in ("text", "vision", "audio", "encoder"))
-    found = (getattr(c, name, None) for c in (config, *inner) if c is not None)
-    return next((value for value in found if value is not None), default)
+    values = (getattr(c, name, None) for c in (config, *inner) if c is not None)
+    return next((value for value in values if value is not None), default)
 
 
 def _ids(config: Any, batch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Listens to a forward pass: which calls drop, at which rate, and what."""
+"""Records the dropout calls of a forward pass, with their rates and inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .knobs import INJECTED, Knob, places
+from .sites import INJECTED, DropoutSite, block_positions
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
 _SDPA = inspect.Signature(
@@ -42,36 +42,36 @@ OPAQUE = {
     "flash_attention_4": False,
     "flex_attention": False,
 }
-"""Functions of attention that torch does not show, and whether they heed a rate."""
+"""Attention functions that torch's overrides do not see, and whether they use the dropout rate."""
 
 
 @dataclass
 class _Use:
-    """One call that drops."""
+    """One dropout call."""
 
-    knob: Knob
+    site: DropoutSite
     attention: bool
     blocks: int
-    """How many blocks had begun."""
+    """The number of blocks that had begun."""
     linear: bool = False
-    """Whether a linear map takes what comes out."""
+    """Whether its output is the input of a linear layer."""
 
 
 class Recorder(TorchFunctionMode):
-    """Notes each call that drops, and lets it drop nothing."""
+    """Records each dropout call, and returns its input unchanged."""
 
-    def __init__(self, model: nn.Module, by_rate: dict[float, Knob]) -> None:
+    def __init__(self, model: nn.Module, by_rate: dict[float, DropoutSite]) -> None:
         super().__init__()
         self.model, self.by_rate = model, by_rate
         self.names = {module: name for name, module in model.named_modules()}
-        self.begins = {model.get_submodule(name) for name in places(model)}
-        self.fused = {knob.owner: rate for rate, knob in by_rate.items() if knob.kind == "fused"}
+        self.begins = {model.get_submodule(name) for name in block_positions(model)}
+        self.fused = {site.owner: rate for rate, site in by_rate.items() if site.kind == "fused"}
         self.uses: list[_Use] = []
         self.unknown: list[tuple[float, str]] = []
         self.blocks = self.attending = 0
         self.inside: list[nn.Module] = []
         self.ran: set[Any] = set()
-        self.origin = WeakIdKeyDictionary()  # of a tensor: "softmax", or the use that it came out of
+        self.origin = WeakIdKeyDictionary()  # of a tensor: "softmax", or the dropout call that made it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,23 +110,23 @@ class Recorder(TorchFunctionMode):
         return args, {**kwargs, "dropout_p": 0.0}
 
     def note(self, rate: float, attention: bool) -> _Use | None:
-        """One call that drops at this rate."""
-        knob = self.by_rate.get(rate)
-        if knob is None:
+        """Records a dropout call with this rate."""
+        site = self.by_rate.get(rate)
+        if site is None:
             self.unknown.append((rate, self.names.get(self.inside[-1], "") if self.inside else ""))
             return None
-        self.uses.append(_Use(knob, attention, self.blocks))
+        self.uses.append(_Use(site, attention, self.blocks))
         return self.uses[-1]
 
     def interface(self, get_interface: Any) -> Any:
-        """In place of transformers' `get_interface`, which hands out functions of attention."""
+        """Wraps `get_interface` of transformers, which returns attention functions."""
 
         def wrapped(mapping: Any, implementation: Any, default: Any) -> Any:
             function = get_interface(mapping, implementation, default)
 
             @functools.wraps(function)
             def attend(*args: Any, **kwargs: Any) -> Any:
-                if implementation in OPAQUE:  # what they drop is not seen
+                if implementation in OPAQUE:  # their dropout is not seen
                     rate, kwargs["dropout"] = kwargs.get("dropout", 0.0), 0.0
                     if rate and OPAQUE[implementation]:
                         self.note(rate, True)
@@ -141,7 +141,7 @@ class Recorder(TorchFunctionMode):
         return wrapped
 
     def entering(self, module: nn.Module, args: Any) -> None:
-        """Before a module runs."""
+        """Records that a module begins; a forward pre-hook."""
         self.inside.append(module)
         self.ran.add(module)
         self.blocks += module in self.begins
@@ -149,45 +149,45 @@ class Recorder(TorchFunctionMode):
             self.note(self.fused[module], False)
 
     def leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a module ran."""
+        """Records that a module has ended; a forward hook."""
         self.inside.pop()
 
     def conclude(self) -> None:
-        """Give the knobs their uses and roles."""
-        roles: dict[Knob, Counter[str]] = {knob: Counter() for knob in self.by_rate.values()}
+        """Sets the uses and roles of all sites."""
+        roles: dict[DropoutSite, Counter[str]] = {site: Counter() for site in self.by_rate.values()}
         for use in self.uses:
-            roles[use.knob][self._role(use)] += 1
-        for knob, counts in roles.items():
-            if knob.role == "layerdrop":  # decides by a random number of its own
+            roles[use.site][self._role(use)] += 1
+        for site, counts in roles.items():
+            if site.role == "layerdrop":  # layers are skipped by a random number, not by a dropout call
                 continue
-            knob.uses, knob.called = sum(counts.values()), knob.owner in self.ran
-            if counts and knob.role not in ("path", "adapter") and knob.kind != "fused":
-                # XLNet drops probabilities and outputs with one module: outputs count.
-                knob.role = next(
+            site.uses, site.called = sum(counts.values()), site.owner in self.ran
+            if counts and site.role not in ("path", "adapter") and site.kind != "fused":
+                # XLNet drops probabilities and outputs by one module, whose role is that of outputs.
+                site.role = next(
                     (r for r in ("hidden", "activation") if r in counts), counts.most_common(1)[0][0]
                 )
 
     def _role(self, use: _Use) -> str:
-        knob = use.knob
+        site = use.site
         if use.attention:
             return "attention"
-        if knob.path.endswith(INJECTED):
-            return knob.role
-        if knob.layer is None and self.blocks:
+        if site.path.endswith(INJECTED):
+            return site.role
+        if site.layer is None and self.blocks:
             return "embedding" if use.blocks < self.blocks else "head"
-        if use.linear and not self._in_attention(knob):
+        if use.linear and not self._in_attention(site):
             return "activation"
-        return "hidden" if knob.layer is not None or knob.role != "head" else "head"
+        return "hidden" if site.layer is not None or site.role != "head" else "head"
 
-    def _in_attention(self, knob: Knob) -> bool:
-        owner = self.model.get_submodule(knob.path.rpartition(".")[0])
+    def _in_attention(self, site: DropoutSite) -> bool:
+        owner = self.model.get_submodule(site.path.rpartition(".")[0])
         return "attention" in type(owner).__name__.lower()
 
 
 def _dropout_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, float, bool]:
     if inspect.isfunction(func):
-        given = inspect.signature(func).bind(*args, **kwargs)
-        given.apply_defaults()
-        return given.arguments["input"], given.arguments["p"], given.arguments["training"]
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments["input"], bound.arguments["p"], bound.arguments["training"]
     x, rate, train = [*args, *kwargs.values()][:3]
     return x, rate, train

@@ -1,4 +1,4 @@
-"""Dropout rates that change in training."""
+"""Changes the dropout rates of a model in the course of training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from ..common.unwrap import unwrap_model
 from ..common.validation import check_rate
 from ..schedules import Constant, LayerRates, Schedule
-from .apply import write
 from .audit import audit
-from .knobs import Knob, unwrapped
-from .setting import Rates, by_role, choose, rate_of
+from .set_rates import Rates, by_role, choose, rate_of
+from .sites import DropoutSite
+from .write_rates import write
 
 Times = float | Callable[[int], float]
 """A rate, or a function of the step, see `fastreg.schedules`."""
@@ -30,32 +31,31 @@ class DropoutScheduler:
         scheduler.step()
     ```
 
-    The rate of step 0 is set at once.  With `layers`, the rate is a factor over time times a rate over
-    layers.  A rate depends on the step and on nothing else, so that a resumed run needs no more than the
-    step.
+    The constructor sets the rate of step 0.  With `layers`, the rate is a factor over time times a rate over
+    layers.  Rates depend only on the step, which is all that a resumed run needs.
 
-    Rates of modules compile nothing anew, however often they change.  Rates that a model hands to functions
-    are Python floats, which `torch.compile` takes for constants: those of attention probabilities, and all of
-    BART, OPT and Whisper (`float` in `table`).  For these the schedule is rounded to at most 7 levels between
-    its lowest and highest rate, both of which are met, since torch compiles 8 variants and then gives up.
+    Rates of modules change without recompilation.  Rates that a model passes to functions are Python floats,
+    constants for `torch.compile`: those of attention probabilities, and all of BART, OPT and Whisper (`float`
+    in `table`).  For these the schedule is rounded to at most 7 levels from its lowest to its highest rate,
+    since torch compiles at most 8 variants.
 
     Args:
         model: Any model.
         schedule: A function of the step, see `fastreg.schedules`; or a dict of these by role.
-        roles: What to set, see `set_dropout`.
+        roles: The roles to set, see `set_dropout`.
         layers: Rates over layers, as `set_dropout` takes them; the schedule is then a factor in [0, 1].
         inject: See `set_dropout`.
         stacks: See `set_dropout`.
-        levels: Of the schedule for rates that are Python floats, at least 2; `None`: as many as it has.
-        inputs: For the forward pass that finds the knobs, see `audit`.
+        levels: The number of levels for rates that are Python floats, at least 2; `None` for no rounding.
+        inputs: Inputs of the forward pass that finds the sites, see `audit`.
 
     Attributes:
         last_step: The step whose rates are set.
-        table: These rates, with path, role, layer and how.
+        table: The present rates, with path, role, layer and how.
 
     Raises:
-        ValueError: For values out of range, where a role is missing, and for a function of which no bounds
-            are known where levels are needed.
+        ValueError: For values out of range, a missing role, and a function without known bounds where levels
+            are needed.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DropoutScheduler:
     ) -> None:  # fmt: skip
         if levels is not None and levels < 2:
             raise ValueError(f"levels must be >= 2, or None for as many as the schedule has, got {levels=}")
-        self.model, self.levels = unwrapped(model), levels
+        self.model, self.levels = unwrap_model(model), levels
         self.schedules: dict[str, Callable[[int], float]] = {
             role: times if callable(times) else Constant(times)
             for role, times in by_role(schedule, roles).items()
@@ -74,13 +74,13 @@ class DropoutScheduler:
         self.layers: dict[str, LayerRates] | None = None if layers is None else by_role(layers, wanted)
         if self.layers is not None and set(self.layers) != set(wanted):
             raise ValueError(f"layers has rates for {tuple(self.layers)}, the schedule for {wanted}")
-        self._knobs = choose(self.model, audit(self.model, inputs), wanted, inject, stacks)
+        self._sites = choose(self.model, audit(self.model, inputs), wanted, inject, stacks)
         rates = self._rates(0)
         self.last_step = 0
-        self.table = write(self.model, self._knobs, rates)
+        self.table = write(self.model, self._sites, rates)
 
     def step(self, step: int | None = None) -> None:
-        """Sets the rates of the next step, or of a given one.
+        """Sets the rates of the next step, or of another one.
 
         Args:
             step: The step, >= 0.
@@ -90,40 +90,40 @@ class DropoutScheduler:
         """
         step = self.last_step + 1 if step is None else step
         rates = self._rates(step)
-        changed = [knob for knob in self._knobs if knob.rate != rates[knob.path]]
+        changed = [site for site in self._sites if site.rate != rates[site.path]]
         if changed:
             write(self.model, changed, rates)
             self.table = self.table.at(rates)
         self.last_step = step
 
     def get_last_rate(self) -> dict[str, float]:
-        """The rates that are set, by path."""
+        """Returns the present rates by path."""
         return self.table.rates
 
     def state_dict(self) -> dict[str, Any]:
-        """The step; the schedules are arguments."""
+        """Returns the step; schedules are not saved."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Sets the rates of the step that was saved."""
+        """Sets the rates of the saved step."""
         self.step(state_dict["last_step"])
 
     def _rates(self, step: int) -> dict[str, float]:
         rates = {}
-        for knob in self._knobs:
-            schedule = self.schedules[knob.role]
+        for site in self._sites:
+            schedule = self.schedules[site.role]
             rate = check_rate(f"rate at step {step}", schedule(step))
-            if knob.is_number and self.levels is not None:
-                rate = _rounded(rate, schedule, self.levels, knob)
-            rates[knob.path] = rate if self.layers is None else rate * rate_of(self.layers[knob.role], knob)
+            if site.is_number and self.levels is not None:
+                rate = _rounded(rate, schedule, self.levels, site)
+            rates[site.path] = rate if self.layers is None else rate * rate_of(self.layers[site.role], site)
         return rates
 
 
-def _rounded(rate: float, schedule: Callable[[int], float], levels: int, knob: Knob) -> float:
-    """The nearest of so many levels between the bounds of the schedule."""
+def _rounded(rate: float, schedule: Callable[[int], float], levels: int, site: DropoutSite) -> float:
+    """Returns the nearest of some equidistant levels between the bounds of the schedule."""
     if not isinstance(schedule, Schedule):
         raise ValueError(
-            f"the rate of {knob.path} is a Python float, and torch.compile would compile each of its values: "
+            f"the rate of {site.path} is a Python float, and torch.compile would compile each of its values: "
             f"give a schedule of fastreg.schedules, whose bounds are known, or levels=None; got {schedule!r}"
         )
     low, high = schedule.bounds

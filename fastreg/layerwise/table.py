@@ -1,4 +1,4 @@
-"""What took effect, as a table."""
+"""Lists the dropout rates of a model as a table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 
-class Row(NamedTuple):
-    """One rate.
+class DropoutRow(NamedTuple):
+    """One dropout rate of a model.
 
     Attributes:
-        path: Where it is, as in `Knob.path`.
-        role: What it drops.
-        layer: The index of its block in its stack, or `None` outside of blocks.
+        path: The path of its site, see `DropoutSite.path`.
+        role: The role of its site, one of `ROLES`.
+        layer: The index of its block in the stack, or `None` outside of blocks.
         rate: The rate.
-        how: `"module"`: a module of `fastreg.nn`; `"float"`: a number of the model, handed to a function;
-            `"injected"`: a module that was not there; `"config"`: a value of the configuration.
+        how: `"module"`: a module of `fastreg.nn`; `"float"`: a number of the model, passed to a function;
+            `"injected"`: a module that was added; `"config"`: a value of the configuration.
         stack: The name of the list of blocks.
     """
 
@@ -27,30 +27,30 @@ class Row(NamedTuple):
     stack: str = ""
 
 
-class Table(Sequence[Row]):
-    """Rows, in the order of the model.  `print` shows them aligned."""
+class DropoutTable(Sequence[DropoutRow]):
+    """The dropout rates of a model, one row each, in the order of its modules; `print` aligns them."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[DropoutRow]) -> None:
         self._rows = tuple(rows)
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> DropoutRow: ...
     @overload
-    def __getitem__(self, index: slice) -> Table: ...
-    def __getitem__(self, index: int | slice) -> Row | Table:
-        return Table(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+    def __getitem__(self, index: slice) -> DropoutTable: ...
+    def __getitem__(self, index: int | slice) -> DropoutRow | DropoutTable:
+        return DropoutTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Table) and self._rows == other._rows
+        return isinstance(other, DropoutTable) and self._rows == other._rows
 
     def __hash__(self) -> int:
         return hash(self._rows)
 
     def __repr__(self) -> str:
-        return f"Table({list(self._rows)!r})"
+        return f"DropoutTable({list(self._rows)!r})"
 
     def __str__(self) -> str:
         lines = [("path", "role", "layer", "rate", "how")]
@@ -61,16 +61,19 @@ class Table(Sequence[Row]):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The rates by path."""
+        """The rates of all rows by path."""
         return {row.path: row.rate for row in self}
 
-    def at(self, rates: Mapping[str, float]) -> Table:
-        """The same places with other rates, given by path."""
-        return Table([row._replace(rate=rates[row.path]) for row in self])
+    def at(self, rates: Mapping[str, float]) -> DropoutTable:
+        """Returns the same rows with other rates, by path."""
+        return DropoutTable([row._replace(rate=rates[row.path]) for row in self])
+
+
+Row, Table = DropoutRow, DropoutTable  # aliases for one release
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as plain text, in columns."""
+    """Formats lines of cells as plain text, in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

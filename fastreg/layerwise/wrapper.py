@@ -1,4 +1,4 @@
-"""A model with rates that grow from layer to layer, in the form of a wrapper."""
+"""Wraps a transformer and sets dropout rates that grow from layer to layer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ..common.unwrap import unwrap_model
 from ..schedules import LinearLayers
-from .knobs import places, unwrapped
-from .setting import set_dropout
+from .set_rates import set_dropout
+from .sites import block_positions
 
 PREFIX = "base_model."
 
@@ -22,21 +23,21 @@ class LayerwiseAdaptiveRegularization(nn.Module):
     loss = model(**batch).loss
     ```
 
-    The wrapped model itself gets the rates, so that this is the same as `set_dropout` with `LinearLayers` and
-    `inject=True`.  Names of parameters and keys of the `state_dict` are those of the wrapped model, and what
-    the wrapper does not have (`config`, `generate`, `save_pretrained`, `gradient_checkpointing_enable`, ...)
-    is taken from there.
+    The rates are set in the wrapped model itself: this is the same as `set_dropout` with `LinearLayers` and
+    `inject=True`.  Names of parameters and keys of the `state_dict` are those of the wrapped model, and its
+    other attributes (`config`, `generate`, `save_pretrained`, `gradient_checkpointing_enable`, ...) are
+    available on the wrapper.
 
     Args:
         base_model: Any transformer.
-        num_layers: How many layers its longest stack of blocks has, as a check.
+        num_layers: The expected number of layers of its longest stack of blocks; checked if given.
         base_dropout: Rate of the first layer, in [0, 1].
-        dropout_increase_per_layer: What each layer adds.
-        roles: What to set, see `set_dropout`.
-        inputs: For the forward pass that finds the dropout, see `audit`.
+        dropout_increase_per_layer: The increase of the rate from layer to layer.
+        roles: The roles to set, see `set_dropout`.
+        inputs: Inputs of the forward pass that finds the dropout, see `audit`.
 
     Attributes:
-        table: What took effect.
+        table: The rates that were set.
 
     Raises:
         ValueError: If there are no layers or not as many, and for rates out of range.
@@ -50,12 +51,14 @@ class LayerwiseAdaptiveRegularization(nn.Module):
         inputs: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        found = max((layers for _, _, layers in places(unwrapped(base_model)).values()), default=0)
-        if not found:
+        count = max(
+            (layers for _, _, layers in block_positions(unwrap_model(base_model)).values()), default=0
+        )
+        if not count:
             raise ValueError(f"found no repeated layers in {type(base_model).__name__}")
-        if num_layers not in (None, found):
+        if num_layers not in (None, count):
             raise ValueError(
-                f"{type(base_model).__name__} has {found} layers, got {num_layers=}: give {found} or None"
+                f"{type(base_model).__name__} has {count} layers, got {num_layers=}: give {count} or None"
             )
         schedule = LinearLayers(base_dropout, dropout_increase_per_layer)
         self.table = set_dropout(base_model, schedule, roles, inject=True, inputs=inputs)
@@ -65,7 +68,7 @@ class LayerwiseAdaptiveRegularization(nn.Module):
         self.register_load_state_dict_pre_hook(_with_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped model does."""
+        """Calls the wrapped model with the same arguments."""
         return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -77,12 +80,12 @@ class LayerwiseAdaptiveRegularization(nn.Module):
             return getattr(super().__getattr__("base_model"), name)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names are those of the wrapped model."""
+        """Yields parameters with the names of the wrapped model."""
         for name, p in super().named_parameters(*args, **kwargs):
             yield name.replace(PREFIX, "", 1), p
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """Names are those of the wrapped model."""
+        """Yields buffers with the names of the wrapped model."""
         for name, buffer in super().named_buffers(*args, **kwargs):
             yield name.replace(PREFIX, "", 1), buffer
 

@@ -13,7 +13,7 @@ from torch import nn
 from .. import nn as fastreg_nn
 from .. import optim, schedules
 from ..common.validation import check_rate
-from ..layerwise.setting import by_role
+from ..layerwise.set_rates import by_role
 from .model_callbacks import find_branches
 from .readers import Duration
 

@@ -15,9 +15,9 @@ from .. import nn as fastreg_nn
 from ..common.batch_norm import frozen_running_stats
 from ..common.unwrap import unwrap_model
 from ..common.validation import check_range
-from ..layerwise.apply import remembered
 from ..layerwise.inject import branches
-from ..layerwise.knobs import places
+from ..layerwise.sites import block_positions
+from ..layerwise.write_rates import record_undo
 from ..losses.r_drop import combine_passes, shifted, shifts
 from .callbacks import Callback, Evaluate, Gradients, Passes, Watch
 
@@ -36,7 +36,7 @@ class DropoutRates(Callback):
     name = "dropout"
 
     def __init__(self, model: nn.Module, sections: list[dict[str, Any]]) -> None:
-        self._undo = remembered(model)
+        self._undo = record_undo(model)
         self._schedulers: list[layerwise.DropoutScheduler] = []
         try:
             for section in sections:
@@ -108,7 +108,9 @@ def find_branches(model: nn.Module) -> re.Pattern[str]:
     Raises:
         ValueError: If there are none.
     """
-    names = [f"{block}.{name}" for block in places(model) for name in branches(model.get_submodule(block))]
+    names = [
+        f"{block}.{name}" for block in block_positions(model) for name in branches(model.get_submodule(block))
+    ]
     if not names:
         raise ValueError(
             f"found no attention or MLP in repeated layers of {type(model).__name__}: give a pattern of "

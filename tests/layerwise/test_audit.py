@@ -1,4 +1,4 @@
-"""Every knob of every family is found, and does what the audit says; the model is left as it was."""
+"""Every site of every family is found, and does what the audit says; the model is left as it was."""
 
 import random
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastreg.nn
-from fastreg.layerwise import ROLES, audit, knobs, set_dropout
+from fastreg.layerwise import ROLES, audit, dropout_sites, set_dropout
 
 LETTERS = {
     "h": "hidden", "a": "attention", "x": "activation", "e": "embedding", "o": "head", "p": "path",
@@ -18,34 +18,34 @@ LETTERS = {
 
 
 def tunable(model):
-    """The knobs, with modules where an `nn.Identity` only held the place of one."""
-    places = [knob.role for knob in audit(model).knobs if knob.kind == "identity"]
+    """The sites, with modules where an `nn.Identity` only held the place of one."""
+    places = [site.role for site in audit(model).sites if site.kind == "identity"]
     if places:
         set_dropout(model, dict.fromkeys(places, 0.0))
-    return audit(model).knobs
+    return audit(model).sites
 
 
 def set_all(found, rate, only=None):
-    for knob in found:
-        setattr(knob.owner, knob.attribute, rate if only in (None, knob) else 0.0)
+    for site in found:
+        setattr(site.owner, site.attribute, rate if only in (None, site) else 0.0)
 
 
 def test_roles_and_layers(case):
     family, model = case
     found = audit(model)
-    used = [knob for knob in found.knobs if knob.uses != 0]
+    used = [site for site in found.sites if site.uses != 0]
     assert not found.reason and not found.unknown
-    assert {knob.role for knob in used} == {LETTERS[letter] for letter in family.roles}
-    sizes = dict.fromkeys((knob.stack, knob.layers) for knob in used if knob.layer is not None)
+    assert {site.role for site in used} == {LETTERS[letter] for letter in family.roles}
+    sizes = dict.fromkeys((site.stack, site.layers) for site in used if site.layer is not None)
     assert tuple(layers for _, layers in sizes) == family.layers
     for stack, layers in sizes:
-        assert {knob.layer for knob in used if knob.stack == stack} == set(range(layers))
+        assert {site.layer for site in used if site.stack == stack} == set(range(layers))
 
 
 def test_at_rates_of_zero_nothing_is_random(case, run):
-    """If a knob were missed, training would differ from evaluation."""
+    """If a site were missed, training would differ from evaluation."""
     _, model = case
-    set_all(audit(model).knobs, 0.0)
+    set_all(audit(model).sites, 0.0)
     expected = run(model, training=False)
     for a, b in zip(run(model, training=True), expected, strict=True):
         assert torch.equal(a, b)
@@ -55,10 +55,10 @@ def test_each_knob_alone_has_an_effect_where_it_is_used(case, run):
     _, model = case
     found = tunable(model)
     expected = run(model, training=False)
-    for knob in found:
-        set_all(found, 0.6, only=knob)
+    for site in found:
+        set_all(found, 0.6, only=site)
         same = all(map(torch.equal, run(model, training=True), expected))
-        assert same == (knob.uses == 0), knob.path
+        assert same == (site.uses == 0), site.path
 
 
 def test_the_model_is_as_before(family):
@@ -67,7 +67,7 @@ def test_the_model_is_as_before(family):
     next(module for module in model.modules() if isinstance(module, nn.Linear)).eval()
     model.register_buffer("noted", torch.zeros(3))
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    rates = {knob.path: knob.rate for knob in knobs(model)}
+    rates = {site.path: site.rate for site in dropout_sites(model)}
     flags = [module.training for module in model.modules()]
     attributes = [dict(vars(module)) for module in model.modules()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -75,17 +75,17 @@ def test_the_model_is_as_before(family):
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
     assert [module.training for module in model.modules()] == flags
-    assert {knob.path: knob.rate for knob in knobs(model)} == rates
+    assert {site.path: site.rate for site in dropout_sites(model)} == rates
     assert [vars(module).keys() for module in model.modules()] == [held.keys() for held in attributes]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_a_failing_forward_pass_leaves_no_trace(make):
     model = make("gpt2")
-    before = {knob.path: knob.rate for knob in knobs(model)}
+    before = {site.path: site.rate for site in dropout_sites(model)}
     with pytest.raises(IndexError):
         audit(model, {"input_ids": torch.tensor([[1000]])})
-    assert {knob.path: knob.rate for knob in knobs(model)} == before and not model.training
+    assert {site.path: site.rate for site in dropout_sites(model)} == before and not model.training
     assert torch.nn.modules.module._global_forward_hooks == {}
 
 
@@ -93,20 +93,20 @@ def test_buffers_are_restored():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1))
     x = torch.randn(8, 4)
     found = audit(model, x)
-    assert [knob.uses for knob in found.knobs] == [1]
+    assert [site.uses for site in found.sites] == [1]
     assert model[0].num_batches_tracked == 0 and torch.equal(model[0].running_mean, torch.zeros(4))
 
 
 def test_uses_are_counted(make):
-    uses = {knob.path: knob.uses for knob in audit(make("vit")).knobs}
+    uses = {site.path: site.uses for site in audit(make("vit")).sites}
     assert uses["vit.layers.0.dropout"] == 2
-    uses = {knob.path: knob.uses for knob in audit(make("bart")).knobs}
+    uses = {site.path: site.uses for site in audit(make("bart")).sites}
     assert uses["model.encoder.layers.0.dropout"] == 2 and uses["model.decoder.layers.0.dropout"] == 3
 
 
 def test_what_is_never_used_is_told(make):
     """OPT's decoder has a rate that nothing reads."""
-    (unused,) = [knob.path for knob in audit(make("opt")).knobs if knob.uses == 0]
+    (unused,) = [site.path for site in audit(make("opt")).sites if site.uses == 0]
     assert unused == "model.decoder.dropout"
 
 
@@ -126,7 +126,7 @@ def test_rates_in_the_code_are_told():
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 def test_torchs_own_transformer():
     model = nn.Transformer(16, 2, 2, 2, 32, batch_first=True)
-    roles = {knob.path: (knob.role, knob.layer, knob.uses) for knob in audit(model).knobs}
+    roles = {site.path: (site.role, site.layer, site.uses) for site in audit(model).sites}
     assert roles["encoder.layers.1.self_attn.dropout"] == ("attention", 1, 1)
     assert roles["decoder.layers.1.multihead_attn.dropout"] == ("attention", 1, 1)
     assert roles["encoder.layers.0.dropout"] == ("activation", 0, 1)
@@ -136,7 +136,7 @@ def test_torchs_own_transformer():
 
 def test_fastregs_own_transformer():
     model = fastreg.nn.TransformerWithDropout(32, 16, 2, 2, max_length=16)
-    roles = [knob.role for knob in audit(model).knobs]
+    roles = [site.role for site in audit(model).sites]
     assert roles == ["embedding"] + 2 * ["attention", "hidden", "activation", "hidden"]
 
 
@@ -173,19 +173,19 @@ def test_timms_blocks():
     model = nn.Sequential(*(Block(path) for path in (nn.Identity(), DropPath(0.1), DropPath(None))))
     found = audit(model, torch.randn(2, 4, 8))
     for layer in range(3):
-        roles = {knob.path.split(".")[1]: knob.role for knob in found.knobs if knob.layer == layer}
+        roles = {site.path.split(".")[1]: site.role for site in found.sites if site.layer == layer}
         assert roles == {
             "attn_drop": "attention", "proj_drop": "hidden", "drop1": "activation", "drop2": "hidden",
             "drop_path": "path",
         }  # fmt: skip
-    assert [knob.uses for knob in found.knobs if knob.role == "path"] == [2, 2, 2]
+    assert [site.uses for site in found.sites if site.role == "path"] == [2, 2, 2]
 
 
 def test_without_inputs_roles_follow_from_names(make):
     found = audit(nn.Sequential(*(Block(nn.Identity()) for _ in range(2))))
     assert "no inputs are known for Sequential: give inputs=" in found.reason and found.reason in str(found)
-    assert {knob.path: knob.uses for knob in found.knobs}["0.proj_drop"] is None
-    roles = {knob.path: knob.role for knob in found.knobs}
+    assert {site.path: site.uses for site in found.sites}["0.proj_drop"] is None
+    roles = {site.path: site.role for site in found.sites}
     assert roles["0.attn_drop"] == "attention" and roles["0.drop_path"] == "path"
     assert set(roles.values()) < set(ROLES)
 
@@ -199,9 +199,9 @@ def test_inputs_that_do_not_fit_are_told(make):
 def test_compiled_models_are_audited(make):
     model = make("gpt2")
     compiled = torch.compile(model)
-    assert [knob.path for knob in audit(compiled).knobs] == [knob.path for knob in audit(model).knobs]
+    assert [site.path for site in audit(compiled).sites] == [site.path for site in audit(model).sites]
     model.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
-    assert all(knob.uses == 1 for knob in audit(model).knobs)
+    assert all(site.uses == 1 for site in audit(model).sites)
 
 
 def test_flash_attention_counts_where_it_heeds_rates(make, monkeypatch):
@@ -216,7 +216,7 @@ def test_flash_attention_counts_where_it_heeds_rates(make, monkeypatch):
         model = make("llama")
         monkeypatch.setitem(transformers.AttentionInterface._global_mapping, name, attend)
         model.config._attn_implementation_internal = name
-        assert [knob.uses for knob in audit(model).knobs] == [uses] * 3
+        assert [site.uses for site in audit(model).sites] == [uses] * 3
 
 
 def test_the_report_is_readable(make):

@@ -121,7 +121,7 @@ def test_copies(make, copied):
 
 def test_paths_are_those_of_the_model_inside(make):
     wrapper = LayerwiseAdaptiveRegularization(make("gpt2"))
-    assert all(knob.path.startswith("transformer.") for knob in audit(wrapper).knobs)
+    assert all(site.path.startswith("transformer.") for site in audit(wrapper).sites)
     assert [name for name, _ in wrapper.named_buffers()] == [
         name for name, _ in wrapper.base_model.named_buffers()
     ]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastreg.nn
-from fastreg.layerwise import assert_dropout, audit, knobs, set_dropout
+from fastreg.layerwise import assert_dropout, audit, dropout_sites, set_dropout
 from fastreg.schedules import DropPathLayers, Linear, LinearLayers
 
 DECODERS = ("llama", "qwen2", "mistral", "gemma", "gemma2", "mixtral")
@@ -49,7 +49,7 @@ def watch_all(monkeypatch):
 
 def test_rates_are_those_asked_for(case, dropped):
     family, model = case
-    roles = dict.fromkeys(knob.role for knob in audit(model).knobs if knob.uses != 0)
+    roles = dict.fromkeys(site.role for site in audit(model).sites if site.uses != 0)
     roles.pop("layerdrop", None)
     # No two roles and layers share a rate: each use tells where it was.
     wanted = {role: LinearLayers(0.04 * (i + 1), 0.01) for i, role in enumerate(roles)}
@@ -63,15 +63,15 @@ def test_rates_are_those_asked_for(case, dropped):
         layer = row.layer if row.layer is not None else last if row.role == "head" else 0
         assert row.rate == wanted[row.role].base + layer * 0.01
     expected = Counter()
-    for knob in audit(model).knobs:
-        expected[knob.rate] += (knob.uses or 0) * (knob.rate > 0)
+    for site in audit(model).sites:
+        expected[site.rate] += (site.uses or 0) * (site.rate > 0)
     assert dropped(model) == +expected
     assert not dropped(model, training=False)
 
 
 def test_rates_are_written_where_the_rows_say(family):
     _, model = family
-    roles = dict.fromkeys(knob.role for knob in audit(model).knobs if knob.uses != 0)
+    roles = dict.fromkeys(site.role for site in audit(model).sites if site.uses != 0)
     for row in set_dropout(model, dict.fromkeys(roles, 0.3)):
         owner, _, name = row.path.rpartition(".")
         if row.how == "module":
@@ -90,11 +90,11 @@ def test_rates_are_written_where_the_rows_say(family):
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_a_family_lacks_is_an_error_that_changes_nothing(make, run, name):
     model = make(name)
-    before = {knob.path: knob.rate for knob in knobs(model)}
+    before = {site.path: site.rate for site in dropout_sites(model)}
     message = "has no 'hidden' dropout in model.layers: give inject=True to add it behind attention and MLP"
     with pytest.raises(ValueError, match=message):
         set_dropout(model, {"attention": 0.3, "hidden": 0.1})
-    assert {knob.path: knob.rate for knob in knobs(model)} == before
+    assert {site.path: site.rate for site in dropout_sites(model)} == before
     assert not hasattr(model.config, "fastreg")
 
 
@@ -228,10 +228,10 @@ def test_the_table_is_readable(make):
 )  # fmt: skip
 def test_errors_change_nothing(make, options, message):
     model = make("gpt2")
-    before = [(knob.path, knob.rate, type(knob.owner)) for knob in knobs(model)]
+    before = [(site.path, site.rate, type(site.owner)) for site in dropout_sites(model)]
     with pytest.raises(ValueError, match=message):
         set_dropout(model, **options)
-    assert [(knob.path, knob.rate, type(knob.owner)) for knob in knobs(model)] == before
+    assert [(site.path, site.rate, type(site.owner)) for site in dropout_sites(model)] == before
     assert not hasattr(model.config, "fastreg")
 
 
@@ -254,7 +254,7 @@ def test_rates_that_attention_ignores_are_an_error(make):
     model = make("llama")
     model.config._attn_implementation_internal = "flash_attention_3"
     with pytest.raises(
-        ValueError, match="had no effect in a forward pass; rates are heeded by eager, sdpa and"
+        ValueError, match="had no effect in a forward pass; rates are used by eager, sdpa and"
     ):
         ignoring(model)
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastreg.nn
-from fastreg.layerwise import assert_dropout, audit, knobs, remove, restore, set_dropout
+from fastreg.layerwise import assert_dropout, audit, dropout_sites, remove, restore, set_dropout
 from fastreg.schedules import LinearLayers
 
 SAVED = ("bart", "gpt2", "llama", "swin", "t5", "wav2vec2", "whisper")
@@ -18,7 +18,7 @@ SAVED = ("bart", "gpt2", "llama", "swin", "t5", "wav2vec2", "whisper")
 
 def set_all(model):
     """Something in every role, by layer where there are layers."""
-    roles = {knob.role for knob in audit(model).knobs if knob.uses != 0} | {"hidden"}
+    roles = {site.role for site in audit(model).sites if site.uses != 0} | {"hidden"}
     wanted = {role: LinearLayers(0.1, 0.05) for role in sorted(roles - {"layerdrop"})}
     return set_dropout(model, wanted | dict.fromkeys(roles & {"layerdrop"}, 0.2), inject=True)
 
@@ -61,7 +61,7 @@ def test_loading_what_has_no_place_is_an_error(make):
     set_dropout(model, 0.2)
     other.config.fastreg = model.config.fastreg
     with pytest.raises(
-        ValueError, match="BertForSequenceClassification has no place for the rates of transform"
+        ValueError, match="BertForSequenceClassification has no dropout site for the saved rates of transform"
     ):
         restore(other)
     assert list(restore(other, strict=False)) == []
@@ -73,7 +73,7 @@ def test_removing_restores_the_model(family, run):
     _, model = family
     expected, evaluated = run(model, training=True), run(model, training=False)
     before = [(name, type(module)) for name, module in model.named_modules()]
-    rates = {knob.path: knob.rate for knob in knobs(model)}
+    rates = {site.path: site.rate for site in dropout_sites(model)}
     config = model.config.to_json_string()
     if any(
         "attn" in type(m).__name__.lower() or "attention" in type(m).__name__.lower() for m in model.modules()
@@ -86,7 +86,7 @@ def test_removing_restores_the_model(family, run):
     assert model.config.to_json_string() != config
     remove(model)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
-    assert {knob.path: knob.rate for knob in knobs(model)} == rates
+    assert {site.path: site.rate for site in dropout_sites(model)} == rates
     assert model.config.to_json_string() == config
     assert all(map(torch.equal, run(model, training=True), expected))
     remove(model)
