@@ -98,8 +98,8 @@ class AttackCase(Case):
 
 def _of(workload: Workload, function: Callable[..., Tensor]) -> Callable[[], Tensor]:
     size = workload.epsilon if workload.point is workload.clean else workload.size
-    given = workload.clean, workload.point, workload.gradient, workload.epsilon, size
-    return lambda: function(*given)
+    arguments = workload.clean, workload.point, workload.gradient, workload.epsilon, size
+    return lambda: function(*arguments)
 
 
 def _composite(

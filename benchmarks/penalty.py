@@ -56,14 +56,14 @@ class PenaltyCase(Case):
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
         """The penalty as fastreg has it, in a loop, and through torch's norm of many tensors."""
-        found: dict[str, Callable[[Workload], Any]] = {
+        contenders: dict[str, Callable[[Workload], Any]] = {
             OURS: lambda workload: _Run(
                 workload, fastreg.l1_penalty if self.kind == "L1" else fastreg.l2_penalty
             ),
             BASELINE: lambda workload: _Run(workload, _absolute if self.kind == "L1" else _squares),
         }
         order = 1 if self.kind == "L1" else 2
-        return found | {
+        return contenders | {
             "torch._foreach_norm": lambda workload: _Run(
                 workload,
                 lambda parameters: torch.stack(torch._foreach_norm(parameters, order)).pow(order).sum(),

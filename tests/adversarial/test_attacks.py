@@ -64,11 +64,11 @@ def per_sample(t, norm):
 def test_fgsm_of_logistic_regression(logistic, points):
     """x - ε sign(w) (2y - 1) exactly, and every margin falls by ε ‖w‖₁."""
     x, y = points
-    found = fgsm(logistic, x, y, 0.1, bounds=None)
+    adversarial = fgsm(logistic, x, y, 0.1, bounds=None)
     w, side = logistic.linear.weight[0].detach(), (2 * y - 1)[:, None]
-    assert torch.equal(found, x - 0.1 * w.sign() * side)
+    assert torch.equal(adversarial, x - 0.1 * w.sign() * side)
     with torch.no_grad():
-        drop = (side * (logistic.linear(x) - logistic.linear(found))).double()
+        drop = (side * (logistic.linear(x) - logistic.linear(adversarial))).double()
     torch.testing.assert_close(
         drop, torch.full_like(drop, 0.1 * float(w.double().abs().sum())), rtol=1e-5, atol=0
     )
@@ -114,8 +114,8 @@ def test_steps_match_their_definitions(model, x, y):
         assert torch.equal(fgsm(model, x, y, EPSILON, norm, None) - x != 0, step != 0) or norm != "linf"
     largest = g.flatten(1).abs().argmax(1, keepdim=True)
     one = torch.zeros_like(g.flatten(1)).scatter(1, largest, g.flatten(1).gather(1, largest).sign())
-    found = fgsm(model, x, y, EPSILON, "l1", None, steepest=True)
-    assert torch.equal(found, x + EPSILON * one.view_as(x))
+    adversarial = fgsm(model, x, y, EPSILON, "l1", None, steepest=True)
+    assert torch.equal(adversarial, x + EPSILON * one.view_as(x))
 
 
 def tutorial(image, epsilon, data_grad):
@@ -132,8 +132,8 @@ def test_fgsm_attack_is_the_tutorials(dtype):
         for epsilon in (0, 0.05, 0.3):
             assert torch.equal(fgsm_attack(image, epsilon, gradient), tutorial(image, epsilon, gradient))
     image = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    found = fgsm_attack(image, 0.1, torch.randn(2, 3, 4, 5))
-    assert found.stride() == image.stride()
+    attacked = fgsm_attack(image, 0.1, torch.randn(2, 3, 4, 5))
+    assert attacked.stride() == image.stride()
 
 
 def test_fgsm_attack_within_a_graph():
@@ -150,10 +150,12 @@ def test_ffgsm_is_the_step_from_its_start(logistic, points):
     """Of a linear model the gradient's sign is the same everywhere."""
     x, y = points
     torch.manual_seed(5)
-    found = ffgsm(logistic, x, y, 0.1, bounds=None)
+    adversarial = ffgsm(logistic, x, y, 0.1, bounds=None)
     direction = (fgsm(logistic, x, y, 1.0, bounds=None) - x).sign()
-    assert (((found - x) * direction <= 0.1 + 1e-6) & ((found - x) * direction >= 0.025 - 1e-6)).all()
-    assert not torch.equal(found, fgsm(logistic, x, y, 0.1, bounds=None))
+    assert (
+        ((adversarial - x) * direction <= 0.1 + 1e-6) & ((adversarial - x) * direction >= 0.025 - 1e-6)
+    ).all()
+    assert not torch.equal(adversarial, fgsm(logistic, x, y, 0.1, bounds=None))
 
 
 # Ball and bounds ------------------------------------------------------------------------------------------
@@ -176,11 +178,11 @@ def test_never_outside(norm, dtype, shape, epsilon, steps, alpha, seed, start, s
     def loss(x, y):
         return (x * w).square().sum(tuple(range(1, x.dim()))) + (x * w).sum()
 
-    found = [
+    results = [
         pgd(loss, x, None, epsilon, alpha, steps, norm, random_start=start, steepest=steepest),
         fgsm(loss, x, None, epsilon, norm, steepest=steepest),
     ]
-    for made in found:
+    for made in results:
         assert made.dtype == dtype and made.shape == x.shape
         assert ((made >= 0) & (made <= 1)).all()
         away = per_sample(made.double() - x.double(), norm)
@@ -196,12 +198,12 @@ def test_random_starts_fill_the_ball(norm):
     """Uniformly: P(distance <= r ε) = r ** n."""
     torch.manual_seed(0)
     x, n = torch.zeros(4000, 5), 5
-    found = pgd(lambda x, y: 0 * x.sum(), x, None, 2.0, 0.0, 1, norm, None)
-    size = per_sample(found, norm) / 2
+    start = pgd(lambda x, y: 0 * x.sum(), x, None, 2.0, 0.0, 1, norm, None)
+    size = per_sample(start, norm) / 2
     for r in (0.5, 0.8, 0.9):
         p = r**n
         assert abs(int((size <= r).sum()) - 4000 * p) < 5 * math.sqrt(4000 * p * (1 - p))
-    assert size.max() <= 1 + 1e-6 and abs(found.mean()) < 5 * float(found.std()) / math.sqrt(found.numel())
+    assert size.max() <= 1 + 1e-6 and abs(start.mean()) < 5 * float(start.std()) / math.sqrt(start.numel())
 
 
 def test_small_steps_of_16_bit_inputs_add_up(logistic, points):
@@ -209,8 +211,10 @@ def test_small_steps_of_16_bit_inputs_add_up(logistic, points):
     x, y = points
     x = (x.abs() + 1).bfloat16()
     logistic = logistic.bfloat16()
-    found = pgd(logistic, x, y, 0.125, 0.125 / 64, 64, bounds=None, random_start=False)
-    assert torch.equal(found, fgsm(logistic, x, y, 0.125, bounds=None)) and not torch.equal(found, x)
+    adversarial = pgd(logistic, x, y, 0.125, 0.125 / 64, 64, bounds=None, random_start=False)
+    assert torch.equal(adversarial, fgsm(logistic, x, y, 0.125, bounds=None)) and not torch.equal(
+        adversarial, x
+    )
 
 
 def test_bounds_of_each_channel(model, x, y):
@@ -225,9 +229,9 @@ def test_bounds_of_each_channel(model, x, y):
     half = torch.maximum(free, wide[0]).clamp(max=1)
     assert torch.equal(fgsm(model, inside, y, 0.2, bounds=(low, 1.0)), half)
     last = inside.to(memory_format=torch.channels_last)
-    found = fgsm(model, last, y, 0.2, bounds=(low, high))
-    assert found.stride() == last.stride()
-    torch.testing.assert_close(found, expected)
+    adversarial = fgsm(model, last, y, 0.2, bounds=(low, high))
+    assert adversarial.stride() == last.stride()
+    torch.testing.assert_close(adversarial, expected)
     mixed = torch.rand(3, 1, 4) * 0.2  # what varies is not adjacent
     bounded = fgsm(model, torch.maximum(x, mixed), y, 0.2, bounds=(mixed, 1.0))
     free = fgsm(model, torch.maximum(x, mixed), y, 0.2, bounds=None)
@@ -237,9 +241,9 @@ def test_bounds_of_each_channel(model, x, y):
 @EVERY
 def test_epsilon_of_each_sample(model, x, y, norm):
     epsilon = torch.tensor([0.0, 0.01, 0.02, 0.03, 0.04, 0.05])
-    found = fgsm(model, x, y, epsilon, norm, None)
-    for i, own in enumerate(epsilon.tolist()):
-        torch.testing.assert_close(found[i], fgsm(model, x, y, own, norm, None)[i])
+    adversarial = fgsm(model, x, y, epsilon, norm, None)
+    for i, radius in enumerate(epsilon.tolist()):
+        torch.testing.assert_close(adversarial[i], fgsm(model, x, y, radius, norm, None)[i])
     projected = pgd(model, x, y, epsilon, 0.05, 2, norm, None, random_start=False)
     assert (per_sample(projected - x, norm) <= epsilon.double() + 1e-6).all()
 
@@ -268,8 +272,11 @@ def test_gradients_that_are_not_numbers_or_zero():
     scaled = torch.tensor([[0, 1, -2, 0], [0.0] * 4, [0, 3, 4, 0]]) / torch.tensor([[5.0**0.5], [1], [5]])
     torch.testing.assert_close(fgsm(loss, x, None, 0.1, "l2"), x + 0.1 * scaled)
     for norm in NORMS:
-        for found in (fgsm(loss, x, None, 0.1, norm), pgd(loss, x, None, 0.1, norm=norm, random_start=False)):
-            assert found.isfinite().all() and torch.equal(found[1], x[1])
+        for adversarial in (
+            fgsm(loss, x, None, 0.1, norm),
+            pgd(loss, x, None, 0.1, norm=norm, random_start=False),
+        ):
+            assert adversarial.isfinite().all() and torch.equal(adversarial[1], x[1])
 
 
 def test_float16_gradients_do_not_flush():
@@ -299,10 +306,10 @@ def test_losses_and_outputs(model, x, y):
 
     assert torch.equal(fgsm(Wrapped(), x, y, EPSILON), expected)
     for reduction in ("none", "sum", "mean"):
-        found = fgsm(
+        adversarial = fgsm(
             lambda x, y, kind=reduction: functional.cross_entropy(model(x), y, reduction=kind), x, y, EPSILON
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(adversarial, expected)
     assert torch.equal(fgsm(model, x, functional.one_hot(y, 3).float(), EPSILON), expected)
     segment, labels = nn.Conv2d(3, 3, 1), torch.randint(0, 3, (6, 5, 4))
     assert torch.equal(
@@ -320,8 +327,10 @@ def test_inputs_of_every_kind(model, x, y, backend):
             x.clone().requires_grad_() * 1,
             x.transpose(2, 3).transpose(2, 3),
         ):
-            found = fgsm(model, other, y, EPSILON)
-            assert torch.equal(found, expected) and not found.requires_grad and found.is_leaf
+            adversarial = fgsm(model, other, y, EPSILON)
+            assert (
+                torch.equal(adversarial, expected) and not adversarial.requires_grad and adversarial.is_leaf
+            )
         last = x.to(memory_format=torch.channels_last)
         assert fgsm(model, last, y, EPSILON).stride() == last.stride()
         torch.testing.assert_close(fgsm(model, last, y, EPSILON), expected)
@@ -339,12 +348,12 @@ def test_inputs_of_every_kind(model, x, y, backend):
 
 @EVERY
 def test_backends_agree(model, x, y, norm):
-    found = []
+    results = []
     for backend in ("reference", "triton"):
         with fastreg.use_backend(backend):
             torch.manual_seed(0)
-            found.append(pgd(model, x, y, 0.1, steps=2, norm=norm))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+            results.append(pgd(model, x, y, 0.1, steps=2, norm=norm))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
 def test_a_step_is_one_launch(model, x, y, monkeypatch):

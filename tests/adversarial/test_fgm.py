@@ -79,7 +79,7 @@ def test_comes_back_bit_for_bit(dtype):
     model = Model(dtype)
     fgm = FGM(model)
     backward(model)
-    start, place = model.word_embeddings.weight.detach().clone(), model.word_embeddings.weight.data_ptr()
+    start, address = model.word_embeddings.weight.detach().clone(), model.word_embeddings.weight.data_ptr()
     for epsilon in (1.0, 0.3):
         fgm.epsilon = epsilon
         fgm.attack()
@@ -91,7 +91,7 @@ def test_comes_back_bit_for_bit(dtype):
         fgm.restore()
         fgm.restore()
         assert torch.equal(model.word_embeddings.weight, start)
-    assert model.word_embeddings.weight.data_ptr() == place
+    assert model.word_embeddings.weight.data_ptr() == address
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

@@ -16,7 +16,7 @@ def test_is_the_step_by_hand(model, x, y):
     for module in (*ours.modules(), *theirs.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    found = adversarial_training(
+    step = adversarial_training(
         ours, x, y, fastreg.SGD(ours.parameters(), lr=0.1), 0.1, alpha=0.3, attack=fgsm, norm="l2"
     )
     inputs = fgsm(theirs, x, y, 0.1, "l2")
@@ -25,10 +25,10 @@ def test_is_the_step_by_hand(model, x, y):
     adversarial = functional.cross_entropy(theirs(inputs), y)
     (0.3 * clean + 0.7 * adversarial).backward()
     optimizer.step()
-    assert torch.equal(found.inputs, inputs)
-    torch.testing.assert_close(found.clean, clean.detach())
-    torch.testing.assert_close(found.adversarial, adversarial.detach())
-    torch.testing.assert_close(found.loss, 0.3 * found.clean + 0.7 * found.adversarial)
+    assert torch.equal(step.inputs, inputs)
+    torch.testing.assert_close(step.clean, clean.detach())
+    torch.testing.assert_close(step.adversarial, adversarial.detach())
+    torch.testing.assert_close(step.loss, 0.3 * step.clean + 0.7 * step.adversarial)
     for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
@@ -52,10 +52,10 @@ def test_modes(model, x, y):
 def test_what_has_no_weight_is_not_computed(model, x, y, alpha, passes):
     seen = []
     model.register_forward_pre_hook(lambda *_: seen.append(1))
-    found = adversarial_training(model, x, y, None, 0.1, alpha=alpha)
+    step = adversarial_training(model, x, y, None, 0.1, alpha=alpha)
     assert len(seen) == passes
-    assert (found.clean is None) == (alpha == 0) and (found.adversarial is None) == (alpha == 1)
-    assert found.inputs is x if alpha == 1 else not torch.equal(found.inputs, x)
+    assert (step.clean is None) == (alpha == 0) and (step.adversarial is None) == (alpha == 1)
+    assert step.inputs is x if alpha == 1 else not torch.equal(step.inputs, x)
 
 
 def test_gradients_accumulate(x, y):
@@ -93,9 +93,9 @@ def test_a_loss_instead_of_a_model(model, x, y):
         return functional.cross_entropy(model(x), y, reduction="none")
 
     before = [m.training for m in model.modules()]
-    found = adversarial_training(loss, x, y, None, 0.1, model=model)
-    assert torch.equal(found.inputs, fgsm(model, x, y, 0.1))
-    assert [m.training for m in model.modules()] == before and found.loss.dim() == 0
+    step = adversarial_training(loss, x, y, None, 0.1, model=model)
+    assert torch.equal(step.inputs, fgsm(model, x, y, 0.1))
+    assert [m.training for m in model.modules()] == before and step.loss.dim() == 0
 
 
 def test_errors(model, x, y):

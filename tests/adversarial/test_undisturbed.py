@@ -46,10 +46,10 @@ def trained(model, x, y):
 @ALL
 @MODES
 def test_all_is_as_it_was(trained, x, y, attack, mode):
-    before, given = state(trained), x.clone()
+    before, original = state(trained), x.clone()
     attack(trained, x, y, 0.1, mode=mode)
     assert equal(state(trained), before)
-    assert torch.equal(x, given) and not x.requires_grad and x.grad is None
+    assert torch.equal(x, original) and not x.requires_grad and x.grad is None
 
 
 @ALL
@@ -108,8 +108,8 @@ def test_what_a_loss_is_made_of(trained, x, y):
         return functional.cross_entropy(trained(x), y, reduction="none")
 
     before = state(trained)
-    found = fgsm(loss, x, y, 0.1, model=trained)
-    assert equal(state(trained), before) and torch.equal(found, fgsm(trained, x, y, 0.1))
+    adversarial = fgsm(loss, x, y, 0.1, model=trained)
+    assert equal(state(trained), before) and torch.equal(adversarial, fgsm(trained, x, y, 0.1))
 
 
 def test_buffers_that_are_replaced(x, y):
@@ -125,9 +125,9 @@ def test_buffers_that_are_replaced(x, y):
             return self.head(x.flatten(1))
 
     model = Counting()
-    held = model.calls
+    calls = model.calls
     fgsm(model, x, y, 0.1, mode="train")
-    assert model.calls is held and held == 0
+    assert model.calls is calls and calls == 0
 
 
 # Random numbers -------------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_torch_rules_random_starts(trained, x, y):
     torch.manual_seed(2)
     assert torch.equal(attack(), first) and not torch.equal(first, second)
     before = torch.get_rng_state()
-    own = attack(generator=torch.Generator().manual_seed(4))
-    assert torch.equal(own, attack(generator=torch.Generator().manual_seed(4)))
-    assert torch.equal(torch.get_rng_state(), before) and not torch.equal(own, first)
+    seeded = attack(generator=torch.Generator().manual_seed(4))
+    assert torch.equal(seeded, attack(generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(torch.get_rng_state(), before) and not torch.equal(seeded, first)
 
 
 # Wrapped models -------------------------------------------------------------------------------------------

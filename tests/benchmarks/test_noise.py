@@ -46,9 +46,9 @@ def test_noise_is_verified(what, storage):
             continue
         assert not wrong(case, workload, contenders[name](workload)), name
     if storage == "fp32":
-        function, told = WRONG[what]
+        function, message = WRONG[what]
         assert any(
-            told in check
+            message in check
             for check in wrong(case, workload, noise.MultiTensorOptimizer(function, workload, case.both))
         )
 

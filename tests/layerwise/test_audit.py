@@ -25,16 +25,16 @@ def tunable(model):
     return audit(model).sites
 
 
-def set_all(found, rate, only=None):
-    for site in found:
+def set_all(sites, rate, only=None):
+    for site in sites:
         setattr(site.owner, site.attribute, rate if only in (None, site) else 0.0)
 
 
 def test_roles_and_layers(case):
     family, model = case
-    found = audit(model)
-    used = [site for site in found.sites if site.uses != 0]
-    assert not found.reason and not found.unknown
+    audited = audit(model)
+    used = [site for site in audited.sites if site.uses != 0]
+    assert not audited.reason and not audited.unknown
     assert {site.role for site in used} == {LETTERS[letter] for letter in family.roles}
     sizes = dict.fromkeys((site.stack, site.layers) for site in used if site.layer is not None)
     assert tuple(layers for _, layers in sizes) == family.layers
@@ -53,10 +53,10 @@ def test_at_rates_of_zero_nothing_is_random(case, run):
 
 def test_each_knob_alone_has_an_effect_where_it_is_used(case, run):
     _, model = case
-    found = tunable(model)
+    sites = tunable(model)
     expected = run(model, training=False)
-    for site in found:
-        set_all(found, 0.6, only=site)
+    for site in sites:
+        set_all(sites, 0.6, only=site)
         same = all(map(torch.equal, run(model, training=True), expected))
         assert same == (site.uses == 0), site.path
 
@@ -76,7 +76,7 @@ def test_the_model_is_as_before(family):
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
     assert [module.training for module in model.modules()] == flags
     assert {site.path: site.rate for site in dropout_sites(model)} == rates
-    assert [vars(module).keys() for module in model.modules()] == [held.keys() for held in attributes]
+    assert [vars(module).keys() for module in model.modules()] == [names.keys() for names in attributes]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
@@ -92,8 +92,8 @@ def test_a_failing_forward_pass_leaves_no_trace(make):
 def test_buffers_are_restored():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1))
     x = torch.randn(8, 4)
-    found = audit(model, x)
-    assert [site.uses for site in found.sites] == [1]
+    audited = audit(model, x)
+    assert [site.uses for site in audited.sites] == [1]
     assert model[0].num_batches_tracked == 0 and torch.equal(model[0].running_mean, torch.zeros(4))
 
 
@@ -118,9 +118,9 @@ class Own(nn.Module):
 
 
 def test_rates_in_the_code_are_told():
-    found = audit(nn.Sequential(nn.Dropout(0.1), Own()), torch.ones(2, 2))
-    assert found.unknown == ((0.25, "1"),)
-    assert "in the code" in str(found)
+    audited = audit(nn.Sequential(nn.Dropout(0.1), Own()), torch.ones(2, 2))
+    assert audited.unknown == ((0.25, "1"),)
+    assert "in the code" in str(audited)
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
@@ -171,21 +171,23 @@ class DropPath(nn.Module):
 
 def test_timms_blocks():
     model = nn.Sequential(*(Block(path) for path in (nn.Identity(), DropPath(0.1), DropPath(None))))
-    found = audit(model, torch.randn(2, 4, 8))
+    audited = audit(model, torch.randn(2, 4, 8))
     for layer in range(3):
-        roles = {site.path.split(".")[1]: site.role for site in found.sites if site.layer == layer}
+        roles = {site.path.split(".")[1]: site.role for site in audited.sites if site.layer == layer}
         assert roles == {
             "attn_drop": "attention", "proj_drop": "hidden", "drop1": "activation", "drop2": "hidden",
             "drop_path": "path",
         }  # fmt: skip
-    assert [site.uses for site in found.sites if site.role == "path"] == [2, 2, 2]
+    assert [site.uses for site in audited.sites if site.role == "path"] == [2, 2, 2]
 
 
 def test_without_inputs_roles_follow_from_names(make):
-    found = audit(nn.Sequential(*(Block(nn.Identity()) for _ in range(2))))
-    assert "no inputs are known for Sequential: give inputs=" in found.reason and found.reason in str(found)
-    assert {site.path: site.uses for site in found.sites}["0.proj_drop"] is None
-    roles = {site.path: site.role for site in found.sites}
+    audited = audit(nn.Sequential(*(Block(nn.Identity()) for _ in range(2))))
+    assert "no inputs are known for Sequential: give inputs=" in audited.reason and audited.reason in str(
+        audited
+    )
+    assert {site.path: site.uses for site in audited.sites}["0.proj_drop"] is None
+    roles = {site.path: site.role for site in audited.sites}
     assert roles["0.attn_drop"] == "attention" and roles["0.drop_path"] == "path"
     assert set(roles.values()) < set(ROLES)
 

@@ -31,9 +31,9 @@ def test_a_factor_over_time_times_rates_over_layers(make):
     scheduler = DropoutScheduler(model, times, layers=layers, inject=True)
     for step in range(11):
         scheduler.step(step)
-        found = [block.mlp.fastreg_dropout.p for block in model.model.layers]
-        assert found == [times(step) * layers(i, 3) for i in range(3)]
-    assert found == [0, 0, 0]
+        rates = [block.mlp.fastreg_dropout.p for block in model.model.layers]
+        assert rates == [times(step) * layers(i, 3) for i in range(3)]
+    assert rates == [0, 0, 0]
     with pytest.raises(ValueError, match="layers has rates for .'attention',., the schedule for .'hidden',."):
         DropoutScheduler(model, times, layers={"attention": 0.1})
 

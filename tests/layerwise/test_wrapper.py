@@ -38,9 +38,9 @@ def test_defaults(make):
     assert [row.rate for row in wrapper.table][::2] == [0.1, 0.12000000000000001, 0.14]
 
 
-@pytest.mark.parametrize(("name", "found"), (("llama", 3), ("t5", 3), ("swin", 3)))
-def test_a_wrong_number_of_layers(make, name, found):
-    with pytest.raises(ValueError, match=f"has {found} layers, got num_layers=12: give {found} or None"):
+@pytest.mark.parametrize(("name", "count"), (("llama", 3), ("t5", 3), ("swin", 3)))
+def test_a_wrong_number_of_layers(make, name, count):
+    with pytest.raises(ValueError, match=f"has {count} layers, got num_layers=12: give {count} or None"):
         LayerwiseAdaptiveRegularization(make(name), 12)
 
 

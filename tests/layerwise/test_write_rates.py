@@ -146,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(make, close, name, reentrant):
     (logits, gradients), (again, recomputed) = results
     assert torch.equal(logits, again) and gradients.keys() == recomputed.keys() and gradients
     # Sums may be taken in another order; alone, those that are 0 but for roundings would be all rounding.
-    recomputed, gradients = ([held[key].flatten() for key in gradients] for held in (recomputed, gradients))
+    recomputed, gradients = ([each[key].flatten() for key in gradients] for each in (recomputed, gradients))
     close(torch.cat(recomputed), torch.cat(gradients))
 
 

@@ -54,8 +54,8 @@ def test_what_stands_for_parameters(penalty):
     ours, theirs = penalty
     net = model()
     expected = number(sum(map(theirs, net.parameters())))
-    for given in (net, net.parameters(), net.named_parameters(), list(net.parameters())):
-        assert number(ours(given)) == pytest.approx(expected, rel=1e-6)
+    for params in (net, net.parameters(), net.named_parameters(), list(net.parameters())):
+        assert number(ours(params)) == pytest.approx(expected, rel=1e-6)
     assert number(ours(net[0].weight)) == pytest.approx(number(theirs(net[0].weight)), rel=1e-6)
 
 
@@ -121,9 +121,9 @@ def test_compiles_into_one_graph(penalty, close):
 
 def test_penalty_of_complex_numbers(close):
     p = torch.randn(9, dtype=torch.complex64, requires_grad=True)
-    (found,) = torch.autograd.grad(fastreg.l2_penalty([p]), p)
+    (gradient,) = torch.autograd.grad(fastreg.l2_penalty([p]), p)
     (expected,) = torch.autograd.grad(p.abs().square().sum(), p)
-    close(torch.view_as_real(found), torch.view_as_real(expected))
+    close(torch.view_as_real(gradient), torch.view_as_real(expected))
     assert torch.equal(fastreg.l2_penalty(p.detach().conj()), fastreg.l2_penalty(p.detach()))
     with pytest.raises(TypeError, match="l1_penalty"):
         fastreg.l1_penalty([p])
@@ -143,7 +143,7 @@ def test_one_launch_for_each_direction(penalty, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("params", "error", "message"),
     [
         ([], ValueError, "no tensors"),
         (nn.ReLU(), ValueError, "require gradients"),
@@ -153,9 +153,9 @@ def test_one_launch_for_each_direction(penalty, monkeypatch):
         ([torch.zeros(2, dtype=torch.int64)], TypeError, "int64"),
     ],
 )
-def test_what_penalties_refuse(penalty, given, error, message):
+def test_what_penalties_refuse(penalty, params, error, message):
     with pytest.raises(error, match=message):
-        penalty[0](given)
+        penalty[0](params)
 
 
 @pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, torch.ones(2)], ids=str)
@@ -275,9 +275,9 @@ def test_bfloat16_is_worked_out_in_float32():
     ],
 )
 def test_what_r_drop_loss_refuses(change, message):
-    given = {"logits": torch.zeros(4, 5), "logits2": torch.zeros(4, 5), "labels": torch.zeros(4).long()}
+    arguments = {"logits": torch.zeros(4, 5), "logits2": torch.zeros(4, 5), "labels": torch.zeros(4).long()}
     with pytest.raises(ValueError, match=message):
-        fastreg.r_drop_loss(**{**given, **change})
+        fastreg.r_drop_loss(**{**arguments, **change})
 
 
 # R-Drop of models -------------------------------------------------------------------------------------------
@@ -303,11 +303,11 @@ def language_batch():
 
 def test_without_dropout_a_model_gives_its_own_loss():
     net, batch = gpt2(0.0), language_batch()
-    own = net(**batch).loss
+    loss = net(**batch).loss
     apart = fastreg.r_drop(net, batch, 5.0, passes="apart")
-    assert torch.equal(apart.loss, own) and number(apart.kl) == 0
+    assert torch.equal(apart.loss, loss) and number(apart.kl) == 0
     together = fastreg.r_drop(net, batch, 5.0)
-    assert number(together.loss) == pytest.approx(number(own), rel=1e-6)
+    assert number(together.loss) == pytest.approx(number(loss), rel=1e-6)
     assert torch.allclose(together.logits, apart.logits, atol=1e-6)
 
 
@@ -315,11 +315,11 @@ def test_without_dropout_a_model_gives_its_own_loss():
 def test_a_language_model_with_dropout(passes):
     """Logits at t are for the label at t + 1, which may be padding."""
     net, batch = gpt2(0.3), language_batch()
-    found = fastreg.r_drop(net, batch, 2.0, passes=passes)
-    assert found.kl > 0 and not torch.equal(found.logits, found.logits2)
-    shifted = found.logits[:, :-1], found.logits2[:, :-1], batch["labels"][:, 1:]
-    assert number(found.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted, 2.0)), rel=1e-6)
-    found.loss.backward()
+    result = fastreg.r_drop(net, batch, 2.0, passes=passes)
+    assert result.kl > 0 and not torch.equal(result.logits, result.logits2)
+    shifted = result.logits[:, :-1], result.logits2[:, :-1], batch["labels"][:, 1:]
+    assert number(result.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted, 2.0)), rel=1e-6)
+    result.loss.backward()
     assert all(p.grad is not None for p in net.parameters())
 
 
@@ -354,18 +354,18 @@ def test_sums_divided_by_the_trainers_number():
     net, batch = gpt2(0.0), language_batch()
     count = int((batch["labels"][:, 1:] != -100).sum())
     for passes in ("together", "apart"):
-        found = fastreg.r_drop(net, batch, 1.0, passes=passes, num_items_in_batch=4 * count)
-        assert number(found.loss) == pytest.approx(number(net(**batch).loss) / 4, rel=1e-5)
-        found = fastreg.r_drop(gpt2(0.3), batch, 1.0, passes=passes, num_items_in_batch=4 * count)
-        shifted = found.logits[:, :-1], found.logits2[:, :-1], batch["labels"][:, 1:]
-        assert found.kl > 0
-        assert number(found.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted)) / 4, rel=1e-5)
+        result = fastreg.r_drop(net, batch, 1.0, passes=passes, num_items_in_batch=4 * count)
+        assert number(result.loss) == pytest.approx(number(net(**batch).loss) / 4, rel=1e-5)
+        result = fastreg.r_drop(gpt2(0.3), batch, 1.0, passes=passes, num_items_in_batch=4 * count)
+        shifted = result.logits[:, :-1], result.logits2[:, :-1], batch["labels"][:, 1:]
+        assert result.kl > 0
+        assert number(result.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted)) / 4, rel=1e-5)
 
 
 def test_what_all_samples_share_passes_once():
     net, batch = gpt2(0.0), language_batch()
-    found = fastreg.r_drop(net, {**batch, "position_ids": torch.arange(8)[None]})
-    assert number(found.loss) == pytest.approx(number(net(**batch).loss), rel=1e-6)
+    result = fastreg.r_drop(net, {**batch, "position_ids": torch.arange(8)[None]})
+    assert number(result.loss) == pytest.approx(number(net(**batch).loss), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,9 @@ def test_a_classifier_with_its_own_loss():
     )  # fmt: skip
     net = transformers.BertForSequenceClassification(config).train()
     batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.tensor([0, 1, 2, 1])}
-    found = fastreg.r_drop(net, batch, 2.0)
-    expected = fastreg.r_drop_loss(found.logits, found.logits2, batch["labels"], 2.0)
-    assert number(found.loss) == pytest.approx(number(expected), rel=1e-6) and found.kl > 0
+    result = fastreg.r_drop(net, batch, 2.0)
+    expected = fastreg.r_drop_loss(result.logits, result.logits2, batch["labels"], 2.0)
+    assert number(result.loss) == pytest.approx(number(expected), rel=1e-6) and result.kl > 0
 
 
 @pytest.mark.parametrize("kind", ["mapping", "tuple", "object"])
@@ -412,9 +412,9 @@ def test_models_that_return_their_loss_and_logits_in_other_ways(kind, passes):
             return {"loss": loss, "logits": logits} if kind == "mapping" else RDrop(loss, logits, *[None] * 3)
 
     net, x, y = Own(6, 4), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
-    found = fastreg.r_drop(net, {"x": x, "labels": y}, passes=passes)
+    result = fastreg.r_drop(net, {"x": x, "labels": y}, passes=passes)
     logits = F.linear(x, net.weight, net.bias)
-    assert torch.allclose(found.logits, logits) and torch.allclose(found.loss, F.cross_entropy(logits, y))
+    assert torch.allclose(result.logits, logits) and torch.allclose(result.loss, F.cross_entropy(logits, y))
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def rank(number, folder):
         timeout=datetime.timedelta(seconds=100),
     )  # fmt: skip
     mesh = torch.distributed.init_device_mesh("cpu", (WORLD,))
-    found = []
+    results = []
     for penalty in PENALTIES:
         net = model()
         fully_shard(net[0], mesh=mesh)
         fully_shard(net, mesh=mesh)
-        found.append(trained(net, penalty))
+        results.append(trained(net, penalty))
     whole = distribute_tensor(torch.arange(6.0), mesh)
     sums = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     try:
@@ -58,7 +58,7 @@ def rank(number, folder):
     except ValueError as error:
         refused = str(error)
     mixed = fastreg.l2_penalty([whole, torch.ones(2)]).item()
-    torch.save((found, refused, mixed), f"{folder}/{number}.pt")
+    torch.save((results, refused, mixed), f"{folder}/{number}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -86,8 +86,8 @@ def outcomes(tmp_path_factory):
 
 
 def test_value_and_gradients_are_those_of_one_process(outcomes, close):
-    for found, _, _ in outcomes:
-        for (value, gradients), penalty in zip(found, PENALTIES, strict=True):
+    for results, _, _ in outcomes:
+        for (value, gradients), penalty in zip(results, PENALTIES, strict=True):
             expected, slopes = trained(model(), penalty)
             assert value == pytest.approx(expected, rel=1e-6)
             close(gradients, slopes)
