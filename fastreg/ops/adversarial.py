@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +15,14 @@ from torch import Tensor
 from ..reference import adversarial as reference
 from ..reference.step import compute_dtype
 from ..runtime import backend
-from ..runtime.compile_ahead import compile_ahead
 from ..runtime.device import aligned, architecture, launch
 from ..runtime.launch_parameters import LaunchParameters, launch_parameters
-from ._elementwise import known_seed
+from ._elementwise import known_seed, run_compiled
 
-EXAMPLE = 773, 1361
-"""Samples and elements that the reference is compiled with: equal to no other size, and long enough for
-Inductor to use all threads."""
+SAMPLES, ELEMENTS = 773, 1361
+"""Example sizes for the compiler: equal to no other size, and long enough for Inductor to use all threads."""
+EXAMPLES = (*[(SAMPLES, ELEMENTS)] * 3, (SAMPLES, 3), (SAMPLES,), (ELEMENTS,), (ELEMENTS,))
+"""Example sizes of x, gradient, clean, step_scalars, peaks, lower and upper."""
 
 
 class Bounds(NamedTuple):
@@ -109,13 +108,13 @@ def norms(inputs: StepInputs, order: int) -> Tensor:
 # The reference ----------------------------------------------------------------------------------------------
 
 
-def _step(tensors: list[Any], seed: Any, kind: str, ball: str, dtype: torch.dtype) -> Any:
-    x, gradient, clean, step_scalars, peaks, lower, upper = tensors
+def _step(tensors: list[Any], kind: str, ball: str, dtype: torch.dtype) -> Any:
+    x, gradient, clean, step_scalars, peaks, lower, upper, seed = tensors
     return reference.step(x, gradient, clean, step_scalars, peaks, lower, upper, seed, kind, ball, dtype)
 
 
-def _size(tensors: list[Any], seed: Any, kind: str, order: int) -> Any:
-    x, gradient, clean, step_scalars, _ = tensors
+def _size(tensors: list[Any], kind: str, order: int) -> Any:
+    x, gradient, clean, step_scalars, _, seed = tensors
     return reference.size(x, gradient, clean, step_scalars, seed, kind, order)
 
 
@@ -125,48 +124,15 @@ def _by_reference(
     x, seed, step_scalars = inputs.x, inputs.seed, inputs.step_scalars
     if step_scalars is not None:
         step_scalars = step_scalars.expand(len(x), -1)
-    tensors = [x, inputs.gradient, inputs.clean, step_scalars, inputs.peaks, *limits]
+    tensors = x, inputs.gradient, inputs.clean, step_scalars, inputs.peaks, *limits
     if seed is None:
         seed = torch.zeros((), dtype=torch.int64, device=x.device)
     if name == "compiled" and min(x.shape) > 1:
-        kinds = tuple(None if t is None else (t.dtype, t.dim()) for t in tensors)
-        try:
-            fused = _compiled(body, kinds, options, x.device, torch.get_num_threads())
-        except Exception as error:
-            backend.cannot_compile(error)
-        else:
-            return fused([t.contiguous() for t in tensors if t is not None], seed)
-    return body(tensors, known_seed(seed), *options)
-
-
-@functools.cache
-def _compiled(
-    body: Callable[..., Any], kinds: tuple[Any, ...], options: tuple[Any, ...], device: torch.device,
-    threads: int,
-) -> Callable[..., Any]:  # fmt: skip
-    """Returns `_step` or `_size` compiled for tensors of these dtypes, of any size.
-
-    Args:
-        body: `_step` or `_size`.
-        kinds: dtype and number of dimensions of each tensor; `None` for missing tensors.
-        options: Arguments of the body after the seed.
-        device: Device of all tensors.
-        threads: `torch.get_num_threads()`, which Inductor builds in.
-    """
-
-    def fused(present: list[Tensor], seed: Tensor) -> Any:
-        remaining = iter(present)
-        return body([kind if kind is None else next(remaining) for kind in kinds], seed, *options)
-
-    samples, elements = EXAMPLE
-    # Of x, gradient, clean, step_scalars, peaks, lower and upper.
-    sizes = [(samples, elements)] * 3 + [(samples, 3), (samples,), (elements,), (elements,)]
-    example = [
-        torch.zeros(size if kind[1] else (), dtype=kind[0], device=device)
-        for kind, size in zip(kinds, sizes, strict=False)
-        if kind is not None
-    ]
-    return compile_ahead(fused, (example, torch.zeros((), dtype=torch.int64, device=device)))
+        contiguous = [t if t is None else t.contiguous() for t in (*tensors, seed)]
+        result = run_compiled(body, contiguous, EXAMPLES[: len(tensors)], options)
+        if result is not None:
+            return result
+    return body([*tensors, known_seed(seed)], *options)
 
 
 # The kernels ------------------------------------------------------------------------------------------------
