@@ -114,6 +114,19 @@ LETTERS = {
     "h": "hidden", "a": "attention", "x": "activation", "e": "embedding", "o": "head", "p": "path",
     "l": "layerdrop",
 }  # fmt: skip
+REPEATED = {
+    "distilbert",
+    "electra",
+    "gemma",
+    "gemma2",
+    "gptneox",
+    "mistral",
+    "phi",
+    "qwen2",
+    "roberta",
+    "whisper",
+}
+"""Families whose blocks are like those of another: their tests are slow ones."""
 DEFAULT = {name: "sdpa" if family.sdpa else "eager" for name, family in FAMILIES.items()}
 CASES = [(n, k) for n, f in FAMILIES.items() for k in (("sdpa", "eager") if f.sdpa else ("eager",))]
 
@@ -160,13 +173,21 @@ def make() -> Callable[..., Any]:
     return lambda name, attention=None: copy.deepcopy(_made(name, attention or DEFAULT[name]))
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+def marked(name: str, *values: str) -> Any:
+    """A parameter of tests, slow for a family that repeats another."""
+    return pytest.param(
+        (name, *values), marks=[pytest.mark.slow] * (name in REPEATED), id="-".join((name, *values))
+    )
+
+
+@pytest.fixture(params=[marked(*case) for case in CASES])
 def case(request: pytest.FixtureRequest) -> tuple[Family, Any]:
     """A family and a copy of its model, for each kind of attention."""
     return FAMILIES[request.param[0]], copy.deepcopy(_made(*request.param))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[marked(name) for name in FAMILIES])
 def family(request: pytest.FixtureRequest) -> tuple[Family, Any]:
     """A family and a copy of its model, with the attention that is its default."""
-    return FAMILIES[request.param], copy.deepcopy(_made(request.param, DEFAULT[request.param]))
+    (name,) = request.param
+    return FAMILIES[name], copy.deepcopy(_made(name, DEFAULT[name]))

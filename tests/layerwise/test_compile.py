@@ -44,6 +44,7 @@ def test_annealing_is_one_graph(make, name):
         torch.testing.assert_close(seen[-1], model.eval()(**next(candidates(model))[1]).logits)
 
 
+@pytest.mark.slow
 def test_attention_is_a_few_graphs(make):
     """One for each level, within the 8 that torch compiles before fullgraph makes it an error."""
     model = make("llama")

@@ -383,6 +383,7 @@ def test_which_models_predict_the_next_token(name, encoder, expected):
     net = type(name, (nn.Linear,), {"config": types.SimpleNamespace(is_encoder_decoder=encoder)})(2, 2)
     assert shifts(net) is expected
     adapted = nn.Module()
+    adapted.peft_config = {}
     adapted.get_base_model = lambda: net
     assert shifts(adapted) is expected
 
