@@ -18,7 +18,7 @@ from typing import Any
 
 from fastreg.optim import registry
 
-from . import audit, chains, kernels, report
+from . import audit, chains, operators, report
 from .suite import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def _machine_code_of_modules() -> str:
 
 SHOWN = {*chains.BUDGETS, "largest", "unit squares"} - {"AdamW+pullback"}
 """Whole steps, and norms that torch has as well."""
-MODULES = (*kernels.DROPOUT, *kernels.NOISE, *kernels.ADVERSARIAL)
+MODULES = (*operators.DROPOUT, *operators.NOISE, *operators.ADVERSARIAL)
 """What is done to activations and inputs."""
 
 

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 import fastreg.nn
 from fastreg.engine.stage import Chain, Stage
 from fastreg.runtime import launch_parameters
-from fastreg_benchmarks import audit, chains, kernels, sass
+from fastreg_benchmarks import audit, chains, kernels, operators, sass
 from fastreg_benchmarks.entry_points import entry_points
 
 ENTRIES = kernels.entries(audit.TARGETS["sm_90"].warp_size)
@@ -108,7 +108,7 @@ def test_dropout():
     plain = audit.audit(next(entry for entry in ENTRIES if entry.name == "dropout bf16"), "sm_90")
     assert (plain.entry.bytes, plain.shared, plain.loads, plain.stores) == (4, 0, [128], [128])
     assert plain.instructions <= 15
-    assert max(map(max, kernels.DROPOUT.values())) <= 41
+    assert max(map(max, operators.DROPOUT.values())) <= 41
 
 
 def test_adversarial():

@@ -49,13 +49,13 @@ def statistics(model: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("momentum", (0.1, None))
 def test_statistics_are_means_over_batches(momentum, close):
     net = Net(momentum).double()
-    given = batches(dtype=torch.float64)
-    net(100 + given[0])
-    update_bn(given, net)
-    inner = torch.stack([net.layers[0](x) for x in given]).detach()
+    inputs = batches(dtype=torch.float64)
+    net(100 + inputs[0])
+    update_bn(inputs, net)
+    inner = torch.stack([net.layers[0](x) for x in inputs]).detach()
     close(net.norm.running_mean, inner.mean(1).mean(0))
     close(net.norm.running_var, inner.var(1, unbiased=True).mean(0))
-    assert int(net.norm.num_batches_tracked) == len(given)
+    assert int(net.norm.num_batches_tracked) == len(inputs)
     assert net.norm.momentum == momentum
 
 
@@ -94,8 +94,8 @@ def test_forward_fn_gets_the_whole_batch_where_it_belongs():
         seen.append(batch)
         return model(batch["inputs"][0].to(torch.float32), batch["scale"])
 
-    given = [{"inputs": [x], "scale": 2.0, "pair": Pair(x, "y")} for x in batches()]
-    update_bn(given, net, "cpu", forward)
+    inputs = [{"inputs": [x], "scale": 2.0, "pair": Pair(x, "y")} for x in batches()]
+    update_bn(inputs, net, "cpu", forward)
     swa_utils.update_bn([2 * x for x in batches()], theirs)
     assert all(map(torch.equal, statistics(net), statistics(theirs)))
     assert len(seen) == 5 and isinstance(seen[0]["pair"], Pair)
@@ -194,10 +194,10 @@ def test_outputs_and_gradients_are_those_of_training_mode(norm, momentum):
     before = statistics(net)
     expected = twin(x)
     with frozen_running_stats(net):
-        found = net(x)
+        actual = net(x)
     expected.square().sum().backward()
-    found.square().sum().backward()  # after the block
-    assert torch.equal(found, expected)
+    actual.square().sum().backward()  # after the block
+    assert torch.equal(actual, expected)
     gradients = [p.grad for p in net.parameters()]
     assert all(map(torch.equal, gradients, [p.grad for p in twin.parameters()]))
     assert all(map(torch.equal, statistics(net), before))

@@ -63,8 +63,8 @@ STACKS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_found(name):
     model = MODELS[name]()
-    found = stacks(model)
-    for stack, (first, last, count) in zip(found, STACKS[name], strict=True):
+    actual = stacks(model)
+    for stack, (first, last, count) in zip(actual, STACKS[name], strict=True):
         assert stack[0][0].endswith(first) and stack[-1][0].endswith(last) and len(stack) == count
         assert all(model.get_submodule(path) is block for path, block in stack)
 

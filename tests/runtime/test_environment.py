@@ -16,21 +16,21 @@ def cpu():
 
 
 def test_versions():
-    found = fastreg.info().versions
-    assert found["torch"] == version("torch") and found["fastreg"] == version("fastreg")
-    assert found["triton"] == version("triton")
+    versions = fastreg.info().versions
+    assert versions["torch"] == version("torch") and versions["fastreg"] == version("fastreg")
+    assert versions["triton"] == version("triton")
 
 
 @pytest.mark.parametrize("name", ("auto", "reference", "compiled"))
 def test_it_tells_what_would_run(name):
     with fastreg.use_backend(name):
-        told, device = cpu().backend, torch.device("cpu")
+        message, device = cpu().backend, torch.device("cpu")
         small, large = (backend.resolve(device, count) for count in (1, backend.COMPILE_FROM))
         assert fastreg.info().forced == name
     if small == large:
-        assert told == f"{small}, as asked for"
+        assert message == f"{small}, as asked for"
     else:
-        assert told == f"{large} from 1,000,000 elements on, {small} below"
+        assert message == f"{large} from 1,000,000 elements on, {small} below"
 
 
 def test_what_is_impossible_is_told(monkeypatch):
@@ -58,6 +58,6 @@ def test_the_command_prints_it(capsys):
     assert main(["info"]) == 0
     assert capsys.readouterr().out.strip() == str(fastreg.info())
     assert main(["info", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["versions"] == fastreg.info().versions
-    assert told["devices"][0]["backend"] == cpu().backend
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["versions"] == fastreg.info().versions
+    assert shown["devices"][0]["backend"] == cpu().backend

@@ -104,10 +104,10 @@ def test_sees_chains():
     assert fingerprint(chain.Chain((stage,))) != fingerprint(chain.Chain((stage, stage)))
 
 
-@pytest.mark.parametrize("held", [torch.ones(2), object(), pytest], ids=["tensor", "object", "module"])
-def test_what_it_cannot_tell_is_refused(held):
+@pytest.mark.parametrize("value", [torch.ones(2), object(), pytest], ids=["tensor", "object", "module"])
+def test_what_it_cannot_tell_is_refused(value):
     with pytest.raises(Unknown):
-        fingerprint(lambda x: (x, held))
+        fingerprint(lambda x: (x, value))
 
 
 def member(text):
@@ -372,10 +372,10 @@ def test_code_that_could_do_anything_is_refused(tmp_path, code):
 
 
 def test_collections_within_themselves_and_empty_cells_are_refused():
-    held = []
-    held.append(held)
+    items = []
+    items.append(items)
     with pytest.raises(Unknown):
-        fingerprint(held)
+        fingerprint(items)
 
     def early():
         return late
@@ -405,12 +405,12 @@ def test_is_the_same_in_every_process(tmp_path):
             except Unknown:
                 print("unknown")
     """
-    found = [
+    digests = [
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path), str(len(CASES))], capture_output=True, text=True,
             check=True, env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout.split()
         for seed in ("1", "2")
     ]  # fmt: skip
-    assert found[0] == found[1] and len(found[0]) == 1 + len(CASES)
-    assert len(set(found[0])) == len(CASES)  # two of them are unknown
+    assert digests[0] == digests[1] and len(digests[0]) == 1 + len(CASES)
+    assert len(set(digests[0])) == len(CASES)  # two of them are unknown
