@@ -124,6 +124,11 @@ def test_every_module_has_a_floor() -> None:
     assert rooms - {*FLOORS, "reference", "__init__"} == set(), "name the new module in FLOORS, at its height"
 
 
+def test_the_floor_plan_is_that_of_the_contributors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("| floor | contents |")[1].split("\n\n")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == FLOORS
+
+
 def test_imports_point_downward() -> None:
     assert complaints(modules()) == []
 
