@@ -1,4 +1,4 @@
-"""The optimizer's side of sharpness-aware minimization: both steps of SAM, on gradients that are there."""
+"""The optimizer's share of sharpness-aware minimization: both steps of SAM, on given gradients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .suite import OURS, Case, Check
 class SamCase(StepCase):
     """`first_step` and `second_step` of SAM or ASAM.
 
-    Both are given the same gradients, so that the base optimizer alone says where weights must end; where
-    they climb to in between is verified apart.
+    Both get the same gradients, so that the base optimizer alone determines the weights after both; the
+    perturbed weights in between are verified on their own.
     """
 
     def __post_init__(self) -> None:
@@ -30,8 +30,8 @@ class SamCase(StepCase):
         self.bytes += self.elements * (climb.bytes + gradient + weight * self.adaptive)
 
     def _build(self, name: str, workload: Workload) -> peers.Step:
-        # Weights of its own for each: what is published moves them in memory with every step, and whoever
-        # keeps addresses would have to look for them again.
+        # Every optimizer gets copies of the weights: published ones move them in memory at every step, which
+        # would make others that keep addresses look for them again.
         params = [Parameter(weight.clone()) for weight in workload.start]
         for p, other in zip(params, workload.params, strict=True):
             p.grad = other.grad
@@ -84,11 +84,11 @@ class MsamCase(StepCase):
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """SAM, ASAM and momentum-SAM over GPT-2."""
     over, turns = models(device, quick)["gpt2"], 5 if quick else 20 if device.type == "cuda" else 7
-    cases = [("SAM+AdamW", SamCase), ("MSAM+AdamW", MsamCase)]
+    chosen = [("SAM+AdamW", SamCase), ("MSAM+AdamW", MsamCase)]
     if not quick:
-        cases[1:1] = [("SAM+SGD-momentum", SamCase), ("ASAM+AdamW", SamCase)]
-        cases += [("MSAM+SGD-momentum", MsamCase)]
+        chosen[1:1] = [("SAM+SGD-momentum", SamCase), ("ASAM+AdamW", SamCase)]
+        chosen += [("MSAM+SGD-momentum", MsamCase)]
     return [
         make("sam", chain, *over, rounds=turns, part="MSAM" if make is MsamCase else "")
-        for chain, make in cases
+        for chain, make in chosen
     ]
