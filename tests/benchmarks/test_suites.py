@@ -164,11 +164,11 @@ def test_averages_are_right():
 
 
 def no_perturbation(monkeypatch):
-    monkeypatch.setattr(perturb._Perturb, "step_scalars", lambda self, group, step: (0.0,))
+    monkeypatch.setattr(perturb._Ascend, "step_scalars", lambda self, group, step: (0.0,))
 
 
 def gradients_of_both(monkeypatch):
-    monkeypatch.setattr(perturb._Perturb, "device_scalars", lambda self, device: (torch.tensor(1.0),))
+    monkeypatch.setattr(perturb._Ascend, "device_scalars", lambda self, device: (torch.tensor(1.0),))
 
 
 def not_restored(monkeypatch):
@@ -193,7 +193,9 @@ def test_a_wrong_sam_is_noticed(fault, quantity, monkeypatch):
 
 
 def test_a_wrong_msam_is_noticed(monkeypatch):
-    monkeypatch.setattr(fastreg.MSAM, "former", lambda self, device: self._size(device)[1])
+    monkeypatch.setattr(
+        fastreg.MSAM, "prev_perturbation", lambda self, device: self.device_scalars(device)[0]
+    )
     assert "weights off" in rows(sharpness("MSAM+AdamW"))["fastreg"]["wrong"]
 
 
