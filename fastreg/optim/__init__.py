@@ -13,8 +13,10 @@ from .slow_weights import SlowWeights
 from .weight_averages import EMA, SWA
 from .weight_noise import WeightNoise
 
+Piece = Component  # an alias for one release
+
 __all__ = [
-    "EMA", "MSAM", "SAM", "SWA", "AveragedModel", "Component", "Lookahead", "Phase", "SlowWeights",
+    "EMA", "MSAM", "SAM", "SWA", "AveragedModel", "Component", "Lookahead", "Phase", "Piece", "SlowWeights",
     "WeightNoise", "get_ema_multi_avg_fn", "param_groups",
 ]  # fmt: skip
 __all__ += registry.__all__

@@ -55,3 +55,7 @@ def test_options_are_those_of_the_constructor():
 def test_every_regularizer_is_audited():
     components = {type(make(1.0, 0.1)).__name__ for make in chains.COMPONENTS.values()}
     assert set(fastreg.optim.regularizers.__all__) <= components
+
+
+def test_old_names_are_aliases():
+    assert fastreg.Piece is fastreg.Component and "Piece" in fastreg.__all__
