@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ def train_with_weight_decay(
         lr: Learning rate.
         weight_decay: The rate λ; decoupled with the default optimizer.
         recipe: What else regularizes: a `fastreg.Regularization`, a dictionary of its fields, or a YAML file.
-            Its fields replace those of this loop, such as `weight_decay`.
+            Its fields replace those of this loop, such as `weight_decay`; `False` in a dictionary turns one
+            off.
         optimizer: Makes the optimizer, by default the recipe's: a class such as `fastreg.Lion` or
             `torch.optim.SGD`, or a function of parameter groups and `lr`, such as
             `functools.partial(fastreg.SGD, momentum=0.9)`; also of `regularizers` if there are any.
@@ -71,8 +72,8 @@ def train_with_weight_decay(
         DivergedError: At a loss that is NaN or infinite.
     """
     fields = {"weight_decay": {"rate": weight_decay}}
-    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers))
-    return plan.train(model, dataloader, Settings.from_options(settings))
+    checked = Settings.from_options(settings)
+    return _train(model, dataloader, lr, fields, recipe, optimizer, regularizers, checked)
 
 
 def train_with_grad_clip_and_noise(
@@ -113,8 +114,8 @@ def train_with_grad_clip_and_noise(
     fields = {
         "clip": {"max_norm": max_norm}, "embedding_noise": noise, "weight_decay": {"rate": weight_decay}
     }  # fmt: skip
-    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers))
-    return plan.train(model, dataloader, Settings.from_options(settings))
+    checked = Settings.from_options(settings)
+    return _train(model, dataloader, lr, fields, recipe, optimizer, regularizers, checked)
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,7 @@ def fine_tune_with_adaptive_regularization(
         "schedule": fall if anneal else 1.0, "layers": functools.partial(_between, first, last),
         "inject": True, "inputs": checked.inputs,
     }  # fmt: skip
-    plan = _Plan(lr, _merge(fields, recipe, optimizer), optimizer, tuple(regularizers), rates)
-    return plan.train(model, dataloader, checked)
+    return _train(model, dataloader, lr, fields, recipe, optimizer, regularizers, checked, rates)
 
 
 def _between(first: float, last: float, layer: int, layers: int) -> float:
@@ -217,69 +217,62 @@ def _load(name: str, auto_class: str) -> nn.Module:
     return getattr(transformers, auto_class).from_pretrained(name)
 
 
-def _merge(fields: dict[str, Any], recipe: Recipe | None, optimizer: MakeOptimizer | None) -> Regularization:
-    """Returns the recipe of a loop, in which the fields of the user's recipe replace the loop's."""
-    added = {} if recipe is None else read_recipe(recipe).to_dict()
+def _train(
+    model: nn.Module, dataloader: Iterable[Any], lr: float, fields: dict[str, Any], recipe: Recipe | None,
+    factory: MakeOptimizer | None, regularizers: Iterable[Component], settings: Settings,
+    rates: dict[str, Any] | None = None,
+) -> History:  # fmt: skip
+    """Trains with the fields of a loop, which the user's recipe replaces, and annealed dropout rates."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    added = recipe or {} if recipe is None or isinstance(recipe, Mapping) else read_recipe(recipe).to_dict()
     merged = Regularization.from_dict({**fields, **added})
-    makes = [name for name in ("optimizer", "sam") if added.get(name) not in (None, {"name": "adamw"})]
-    makes += ["weight_decay.kind"] if build.weight_decay(merged).kind is not None else []
-    if optimizer is not None and makes:
-        raise ValueError(f"the recipe says how to make the optimizer ({makes[0]}): leave out optimizer=")
-    return merged
+    kind = build.weight_decay(merged).kind
+    if factory is not None and (merged.optimizer != {"name": "adamw"} or merged.sam or kind):
+        raise ValueError(
+            "optimizer= makes the optimizer, and so does a recipe with optimizer, sam or weight_decay.kind: "
+            "leave one out"
+        )
+    planned = settings.steps(dataloader)
+    steps = None if planned is None else settings.done + planned
+
+    def prepare(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer, Callbacks]:
+        if optimizer is None:
+            groups, components = build.make_groups(merged, unwrap_model(model), lr), tuple(regularizers)
+            if factory is None:
+                optimizer = build.make_optimizer(merged, groups, lr, steps, None, components)
+            else:
+                if isinstance(groups[0], Tensor):  # a group, lest the factory's default decay
+                    groups = [{"params": groups, "weight_decay": build.weight_decay(merged).rate}]
+                components = (*build.make_components(merged, steps), *components)
+                optimizer = _call(factory, groups, lr, list(components))
+        callbacks = build.make_callbacks(merged, model, optimizer, steps, None)
+        if rates is not None and "dropout" not in added:
+            try:
+                callbacks.append(DropoutRates(model, [rates]))
+            except BaseException:
+                callbacks.remove()
+                raise
+        return optimizer, callbacks
+
+    return train(model, dataloader, prepare, settings)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The regularizers of a loop."""
-
-    lr: float
-    recipe: Regularization
-    optimizer: MakeOptimizer | None
-    regularizers: tuple[Component, ...]
-    rates: dict[str, Any] | None = None
-    """Arguments of `DropoutScheduler`, unless the recipe sets dropout."""
-
-    def train(self, model: nn.Module, dataloader: Iterable[Any], settings: Settings) -> History:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        planned = settings.steps(dataloader)
-        steps = None if planned is None else settings.done + planned
-
-        def prepare(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer, Callbacks]:
-            if optimizer is None:
-                optimizer = self._make(model, steps)
-            callbacks = build.make_callbacks(self.recipe, model, optimizer, steps, None)
-            if self.rates is not None and self.recipe.dropout is None:
-                try:
-                    callbacks.append(DropoutRates(model, [self.rates]))
-                except BaseException:
-                    callbacks.remove()
-                    raise
-            return optimizer, callbacks
-
-        return train(model, dataloader, prepare, settings)
-
-    def _make(self, model: nn.Module, steps: int | None) -> torch.optim.Optimizer:
-        factory, groups = self.optimizer, build.make_groups(self.recipe, unwrap_model(model), self.lr)
-        if factory is None:
-            return build.make_optimizer(self.recipe, groups, self.lr, steps, None, self.regularizers)
-        if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
-            raise TypeError(
-                f"optimizer must be a class such as fastreg.AdamW, got {type(factory).__name__}; to continue "
-                "a training, give its history="
-            )
-        options: dict[str, Any] = {"lr": self.lr}
-        if components := [*build.make_components(self.recipe, steps), *self.regularizers]:
-            if "regularizers" not in inspect.signature(factory).parameters:
-                names = ", ".join(type(component).__name__ for component in components)
-                label = getattr(factory, "__name__", repr(factory))
-                raise TypeError(
-                    f"{label} takes no regularizers, here {names}: give one of fastreg's optimizers"
-                )
-            options["regularizers"] = components
-        if isinstance(groups[0], Tensor):  # without the default of the optimizer's own
-            groups = [{"params": groups, "weight_decay": build.weight_decay(self.recipe).rate}]
-        optimizer = factory(groups, **options)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        return optimizer
+def _call(
+    factory: MakeOptimizer, groups: list[Any], lr: float, components: list[Component]
+) -> torch.optim.Optimizer:
+    """Calls the user's factory of an optimizer, and refuses what is none."""
+    if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
+        raise TypeError(
+            f"optimizer must be a class such as fastreg.AdamW, got {type(factory).__name__}; to continue a "
+            "training, give its history="
+        )
+    if components and "regularizers" not in inspect.signature(factory).parameters:
+        names = ", ".join(type(component).__name__ for component in components)
+        label = getattr(factory, "__name__", repr(factory))
+        raise TypeError(f"{label} takes no regularizers, here {names}: give one of fastreg's optimizers")
+    options: dict[str, Any] = {"regularizers": components} if components else {}
+    optimizer = factory(groups, lr=lr, **options)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ..optim import AdamW
+from ..privacy import DPOptimizer, noise_multiplier_for, poisson_loader
 from .usage import UsageError, count, positive, require, whole
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 DESCRIPTION = """\
 Train a small network on scikit-learn's breast-cancer data twice, without and with differential privacy:
@@ -36,16 +38,17 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 
-    def add(flag: str, metavar: str, text: str, **options: Any) -> None:
-        parser.add_argument(flag, metavar=metavar, help=text, **options)
-
-    add("--epsilon", "X", "largest epsilon (%(default)s)", type=positive, default=3.0)
-    add("--delta", "X", "less than one by the number of samples (%(default)s)", type=positive, default=1e-4)
-    add("--max-grad-norm", "X", "largest norm of a gradient (%(default)s)", type=positive, default=1.0)
-    add("--sample-rate", "X", "probability to be in a batch (%(default)s)", type=positive, default=0.1)
-    add("--steps", "N", "training steps (%(default)s)", type=count, default=300)
-    add("--lr", "X", "learning rate (%(default)s)", type=positive, default=0.01)
-    add("--seed", "N", "seed of weights, never of the noise (%(default)s)", type=whole, default=0)
+    for flag, kind, default, text in (
+        ("--epsilon", positive, 3.0, "largest epsilon"),
+        ("--delta", positive, 1e-4, "less than one by the number of samples"),
+        ("--max-grad-norm", positive, 1.0, "largest norm of a gradient"),
+        ("--sample-rate", positive, 0.1, "probability to be in a batch"),
+        ("--steps", count, 300, "training steps"),
+        ("--lr", positive, 0.01, "learning rate"),
+        ("--seed", whole, 0, "seed of weights, never of the noise"),
+    ):
+        metavar = "X" if kind is positive else "N"
+        parser.add_argument(flag, metavar=metavar, type=kind, default=default, help=f"{text} (%(default)s)")
     parser.add_argument("--accountant", choices=("rdp", "prv"), default="rdp", help="of Opacus (%(default)s)")
     parser.set_defaults(run=run)
 
@@ -60,11 +63,6 @@ def run(args: argparse.Namespace) -> int:
         UsageError: For input that cannot be used.
     """
     require("private", "privacy", "opacus", "sklearn")
-    import torch
-
-    from ..optim import AdamW
-    from ..privacy import DPOptimizer, noise_multiplier_for, poisson_loader
-
     train, test = _data()
     samples = len(train.tensors[0])
     if args.sample_rate > 1 or args.delta >= 1:
@@ -93,18 +91,20 @@ def run(args: argparse.Namespace) -> int:
             expected_batch_size=expected, accountant=args.accountant, sample_rate=args.sample_rate,
         )  # fmt: skip
 
-    for label, make in (("not private", optimizer_of), ("private", private)):
-        batches = poisson_loader(train, args.sample_rate, args.steps)
-        began, threads = time.perf_counter(), torch.get_num_threads()
-        torch.set_num_threads(1)  # more would wait for each other, with so little to do
-        try:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other, with so little to do
+    try:
+        for label, make in (("not private", optimizer_of), ("private", private)):
+            begin, batches = time.perf_counter(), poisson_loader(train, args.sample_rate, args.steps)
             accuracy, optimizer = _train(make, batches, test, args.seed)
-        finally:
-            torch.set_num_threads(threads)
-        line = f"{label:<13}{accuracy:6.1%} of samples held back right, {time.perf_counter() - began:.1f} s"
-        if isinstance(optimizer, DPOptimizer):
-            line += f"; epsilon {optimizer.epsilon(args.delta)}, noise multiplier {float(sigma):.3g}"
-        print(line)
+            line = (
+                f"{label:<13}{accuracy:6.1%} of samples held back right, {time.perf_counter() - begin:.1f} s"
+            )
+            if isinstance(optimizer, DPOptimizer):
+                line += f"; epsilon {optimizer.epsilon(args.delta)}, noise multiplier {float(sigma):.3g}"
+            print(line)
+    finally:
+        torch.set_num_threads(threads)
     print(
         "\nThe epsilon is that of real arithmetic. Not defended against: attacks on floating-point\n"
         "arithmetic and the prediction of random numbers. The accuracies themselves are not private."
@@ -114,9 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _data() -> tuple[Any, Any]:
     """Returns the shares to train and to test, which are always the same."""
-    import torch
     from sklearn.datasets import load_breast_cancer  # type: ignore[import-untyped]
-    from torch.utils.data import TensorDataset
 
     features, labels = load_breast_cancer(return_X_y=True)
     x = torch.as_tensor(features).float() / torch.tensor(MAGNITUDES).flatten() - 1
@@ -129,17 +127,13 @@ def _data() -> tuple[Any, Any]:
 def _train(
     make: Callable[[nn.Module], torch.optim.Optimizer], batches: Any, test: Any, seed: int
 ) -> tuple[float, torch.optim.Optimizer]:
-    import torch
-    from torch import nn
-
     torch.manual_seed(seed)
     inputs = len(MAGNITUDES) * len(MAGNITUDES[0])
     model = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
     optimizer = make(model)
     for batch in batches:
         if batch is not None:  # an empty batch is a private step as well
-            loss: Tensor = nn.functional.cross_entropy(model(batch[0]), batch[1])
-            loss.backward()
+            nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
     x, y = test.tensors

@@ -9,12 +9,9 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    import torch
-
-T = TypeVar("T")
+import torch
 
 
 class UsageError(Exception):
@@ -32,31 +29,22 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def count(text: str) -> int:
-    """Reads an integer ≥ 1, for `add_argument(type=...)`."""
-    return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
+def _reader(kind: Callable[[str], float], lowest: int, above: bool = False) -> Callable[[str], Any]:
+    """Returns a function for `add_argument(type=...)` that reads a finite number in a range."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if (value > lowest if above else value >= lowest) and value < math.inf:
+                return value
+        wanted = f"a {'whole ' if kind is int else ''}number {'>' if above else '>='} {lowest}"
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+
+    return read
 
 
-def whole(text: str) -> int:
-    """Reads an integer ≥ 0, like `count`."""
-    return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
-
-
-def positive(text: str) -> float:
-    """Reads a finite float > 0, like `count`."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number > 0")
-
-
-def non_negative(text: str) -> float:
-    """Reads a finite float ≥ 0, like `count`."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number >= 0")
-
-
-def _number(text: str, kind: Callable[[str], T], accepts: Callable[[T], bool], wanted: str) -> T:
-    with contextlib.suppress(ValueError):
-        if accepts(value := kind(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+count, whole = _reader(int, 1), _reader(int, 0)
+positive, non_negative = _reader(float, 0, above=True), _reader(float, 0)
 
 
 def require(command: str, extra: str, *packages: str) -> None:
@@ -67,8 +55,6 @@ def require(command: str, extra: str, *packages: str) -> None:
 
 def device(name: str | None) -> torch.device:
     """Returns a device by name after trying it; by default a GPU if there is one."""
-    import torch
-
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

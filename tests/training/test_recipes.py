@@ -160,6 +160,15 @@ def test_dropout_of_a_recipe_replaces_that_of_fine_tuning(gpt2, language):
     assert rates == [[0.5] * 3] * 6
 
 
+def test_a_recipe_turns_off_what_a_loop_does(gpt2, language):
+    net, rates = gpt2(), []
+    history = fine_tune_with_adaptive_regularization(
+        net, language(2), lr=1e-3, recipe={"dropout": False, "clip": False}, epochs=1, **quiet,
+        callback=lambda history: rates.append(net.transformer.h[0].mlp.dropout.p),
+    )  # fmt: skip
+    assert rates == [0.1] * 2 and history.grad_norm == []
+
+
 @pytest.fixture
 def distributed(tmp_path):
     """A group of one process."""

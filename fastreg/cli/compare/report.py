@@ -103,29 +103,23 @@ def write_json(
         "seed": args.seed,
         "config": settings | {"device": str(args.device)},
         "model": {"name": task.model_name, "parameters": sum(p.numel() for p in task.model.parameters())},
-        "text": {
-            "name": task.text_name,
-            "train_tokens": len(task.train),
-            "validation_tokens": task.validation.numel(),
-        },
+        "text": {"name": task.text_name, "train_tokens": len(task.train),
+                 "validation_tokens": task.validation.numel()},
         "device": _device_name(args.device),
         "backend": backend_name(task, args),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("fastreg", "torch", "transformers", "triton")},
         "memory": PeakMemory(args.device).method,
-        "units": {
-            "loss": "nats per token",
-            "time": f"seconds, {QUANTILE:.0%} quantile over the steps",
-            "peak_memory": "bytes",
-        },
+        "units": {"loss": "nats per token", "time": f"seconds, {QUANTILE:.0%} quantile over the steps",
+                  "peak_memory": "bytes"},
         "baseline": baseline(results).label if results else None,
         "contenders": [_entry(result) for result in results],
         "verdicts": {
             verdict.label: {"outcome": verdict.outcome, "sentence": verdict.sentence}
             for verdict in verdicts(results)
         },
-    }
+    }  # fmt: skip
     document.write(path, contents)
 
 
@@ -136,9 +130,7 @@ def _entry(result: Result) -> dict[str, Any]:
         "label": result.label,
         "summary": result.summary,
         "privacy_budget": result.runs[0].budget or None,
-        "finished": result.finished,
-        "train_loss": result.losses[0],
-        "validation_loss": result.losses[1],
+        **_measured(result),
         "train_loss_std": train,
         "validation_loss_std": validation,
         "gap": result.gap,
@@ -147,25 +139,23 @@ def _entry(result: Result) -> dict[str, Any]:
         "step_time": result.step_time,
         "optimizer_time": result.optimizer_time,
         "optimizer_share": result.optimizer_time / result.step_time,
-        "peak_memory": result.peak_memory,
         "seconds": sum(record.seconds for record in result.records),
-        "curves": {"step": result.steps, "train": result.train, "validation": result.validation},
         "step_time_quantiles": {
             f"{q:.0%}": quantile(result.times("step_times"), q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
         },
-        "runs": [_run(record) for record in result.records],
+        "runs": [
+            {"seed": record.seed, "seconds": record.seconds, **_measured(record)} for record in result.records
+        ],
     }
 
 
-def _run(record: Record) -> dict[str, Any]:
+def _measured(run: Result | Record) -> dict[str, Any]:
     return {
-        "seed": record.seed,
-        "finished": record.finished,
-        "train_loss": record.losses[0],
-        "validation_loss": record.losses[1],
-        "peak_memory": record.peak_memory,
-        "seconds": record.seconds,
-        "curves": {"step": record.steps, "train": record.train, "validation": record.validation},
+        "finished": run.finished,
+        "train_loss": run.losses[0],
+        "validation_loss": run.losses[1],
+        "peak_memory": run.peak_memory,
+        "curves": {"step": run.steps, "train": run.train, "validation": run.validation},
     }
 
 
