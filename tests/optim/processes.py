@@ -11,7 +11,9 @@ WORLD = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_processes(module: str, folder: Path, *arguments: str, timeout: float = 120) -> None:
+def run_processes(
+    module: str, folder: Path, *arguments: str, timeout: float = 120, **environment: str
+) -> None:
     """Runs `python -m module rank folder *arguments` for each rank, and shows what they print if one fails.
 
     Args:
@@ -19,8 +21,9 @@ def run_processes(module: str, folder: Path, *arguments: str, timeout: float = 1
         folder: Where the processes write their logs and results.
         arguments: What else they get.
         timeout: Seconds for all of them.
+        environment: Variables that they get besides.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
     logs = [folder / f"log.{rank}" for rank in range(WORLD)]
     with contextlib.ExitStack() as stack:
         processes = []

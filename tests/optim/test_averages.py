@@ -158,10 +158,7 @@ def test_swa_is_the_plain_mean(backend, close):
     close(optimizer.state[weight]["swa"], torch.full_like(weight, 0.9 * 0.6513215599))
 
 
-@pytest.mark.parametrize(
-    "start, period",
-    (pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)),
-)
+@pytest.mark.parametrize("start, period", (pytest.param(1, 1, marks=pytest.mark.slow), (3, 2)))
 def test_swa_equals_torch(rule, backend, start, period, Race, close):
     race = Race()
     ours, theirs = rule(race.ours, regularizers=[SWA(start, period)]), rule.oracle(race.theirs)
@@ -206,7 +203,7 @@ WARMUPS = {
 
 
 @pytest.mark.parametrize("capturable", (False, True))
-@pytest.mark.parametrize("start, period", ((0, 1), (0, 3), (2, 1), (3, 2)))
+@pytest.mark.parametrize("start, period", ((0, 1), (3, 2)))
 @pytest.mark.parametrize("warmup", WARMUPS)
 def test_warm_up(warmup, start, period, capturable, close):
     """Against the definition; after `start` steps the average is the weight, then it is updated."""
