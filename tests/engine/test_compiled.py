@@ -41,26 +41,26 @@ def test_one_program_for_every_length(dtype, Race, close):
                 close(a, b)
 
 
-def place(p: Tensor, u: Tensor, at, seen: Tensor, scalar, word, one, two) -> tuple:
+def identify(p: Tensor, u: Tensor, at, seen: Tensor, scalar, word, one, two) -> tuple:
     """A toy that tells everything a stage is given apart; exact in float64."""
     index = (at.first + torch.arange(u.numel() + at.skip, device=u.device))[at.skip :]
     integers = index + 10**8 * at.stream + 10**9 * at.step + 10**10 * word
     return p + u, u, (seen + integers + 1e11 * one + 1e12 * two + 1e13 * scalar,)
 
 
-TOLD = Chain(
+TOY = Chain(
     (
-        Stage(None, place, (Buffer("first"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
-        Stage(None, place, (Buffer("second"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
+        Stage(None, identify, (Buffer("first"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
+        Stage(None, identify, (Buffer("second"),), device_scalars=("s",), rng_keys=("w",), step_scalars=2),
     )
 )
 
 
-def told(lengths, firsts) -> Batch:
+def toy_batch(lengths, firsts) -> Batch:
     count = len(lengths)
     ones = [torch.ones(length, dtype=torch.float64) for length in lengths]
     return Batch(
-        chain=TOLD,
+        chain=TOY,
         parameters=[one.clone() for one in ones],
         gradients=[one * 3 for one in ones],
         buffers=[[one * 0 for one in ones] for _ in range(2)],
@@ -78,7 +78,7 @@ def told(lengths, firsts) -> Batch:
 def test_everything_arrives_where_it_belongs(backend):
     """Also for shards that start inside a group of 8, and for tensors of several chunks."""
     lengths, firsts = (5, 1, 40, 41, 0, 3, CHUNK + 13), (0, 7, 0, 3, 5, 6, 2)
-    batch = told(lengths, firsts)
+    batch = toy_batch(lengths, firsts)
     with fastreg.use_backend(backend):
         run(batch)
     for i, (length, first) in enumerate(zip(lengths, firsts, strict=True)):
@@ -93,7 +93,7 @@ def test_everything_arrives_where_it_belongs(backend):
 
 def test_skip_flag():
     for flag, expected in ((1.0, 1.0), (0.0, 7.0)):
-        batch = told((40,), (0,))
+        batch = toy_batch((40,), (0,))
         batch.skip = torch.tensor([flag])
         with fastreg.use_backend("compiled"):
             run(batch)

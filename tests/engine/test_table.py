@@ -65,7 +65,7 @@ def test_a_graph_may_read_what_is_there_and_it_is_kept_for_good(gpu, batch):
     first = refreshed(table, batch)
     gpu.capturing, gpu.stream = True, "capture"
     assert same(first, refreshed(table, batch))
-    assert all(any(held is tensor for held in gpu.kept) for tensor in first)
+    assert all(any(kept is tensor for kept in gpu.kept) for tensor in first)
 
 
 def test_nothing_uploaded_in_a_capture_serves_a_later_step(gpu, batch):

@@ -80,14 +80,14 @@ class Seen(TorchDispatchMode):
 
     def __init__(self, tensors):
         super().__init__()
-        self.addresses, self.found = {t.untyped_storage().data_ptr() for t in tensors}, []
+        self.addresses, self.calls = {t.untyped_storage().data_ptr() for t in tensors}, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(
             isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in self.addresses for t in leaves
         ):
-            self.found.append(str(function))
+            self.calls.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
@@ -112,7 +112,7 @@ def test_gradients_are_touched_by_the_engine_alone(kind, monkeypatch):
                 scale.step(optimizer)
             assert launches == ["partial_norms", "run"]
             if turn:  # the first step has looked at layouts
-                assert seen.found == []
+                assert seen.calls == []
             scale.update()
 
 
@@ -124,7 +124,7 @@ def test_the_dispatch_mode_would_see_torchs_own_pass():
     scale.scale(torch.ones(()))
     with Seen([params[0].grad]) as seen:
         scale.step(torch.optim.AdamW(params, fused=True))
-    assert any("non_finite_check_and_unscale" in name for name in seen.found)
+    assert any("non_finite_check_and_unscale" in name for name in seen.calls)
 
 
 @pytest.mark.parametrize("kind", MAKE)

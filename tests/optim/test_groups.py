@@ -61,44 +61,44 @@ def test_norms_with_matrices_do_not_decay():
             self.weight = nn.Parameter(torch.ones(2, 2))
 
     model = nn.ModuleDict({"norm": MyRMSNorm(), "linear": nn.Linear(2, 2)})
-    found = rates(model, "weight_decay", weight_decay=0.3)
-    assert found == {"norm.weight": 0.0, "linear.weight": 0.3, "linear.bias": 0.0}
+    by_name = rates(model, "weight_decay", weight_decay=0.3)
+    assert by_name == {"norm.weight": 0.0, "linear.weight": 0.3, "linear.bias": 0.0}
 
 
 def test_layerwise_learning_rates():
     """lr · lr_decay^(L + 1 - depth), embeddings at depth 0 and the final norm at L + 1."""
-    found = rates(MODELS["GPT-2"](), "lr", **LAYERED)
-    assert found["transformer.wte.weight"] == found["transformer.wpe.weight"] == 1e-3 * 0.5**4
+    by_name = rates(MODELS["GPT-2"](), "lr", **LAYERED)
+    assert by_name["transformer.wte.weight"] == by_name["transformer.wpe.weight"] == 1e-3 * 0.5**4
     for block in range(3):
-        own = {rate for name, rate in found.items() if name.startswith(f"transformer.h.{block}.")}
-        assert own == {1e-3 * 0.5 ** (3 - block)}
-    assert found["transformer.ln_f.weight"] == 1e-3
-    found = rates(MODELS["Llama"](), "lr", **LAYERED)
-    assert found["model.embed_tokens.weight"] == 1e-3 / 16 and found["lm_head.weight"] == 1e-3
-    found = rates(MODELS["BERT"](), "lr", **LAYERED)
-    assert found["bert.pooler.dense.weight"] == found["classifier.bias"] == 1e-3
+        block_rates = {rate for name, rate in by_name.items() if name.startswith(f"transformer.h.{block}.")}
+        assert block_rates == {1e-3 * 0.5 ** (3 - block)}
+    assert by_name["transformer.ln_f.weight"] == 1e-3
+    by_name = rates(MODELS["Llama"](), "lr", **LAYERED)
+    assert by_name["model.embed_tokens.weight"] == 1e-3 / 16 and by_name["lm_head.weight"] == 1e-3
+    by_name = rates(MODELS["BERT"](), "lr", **LAYERED)
+    assert by_name["bert.pooler.dense.weight"] == by_name["classifier.bias"] == 1e-3
 
 
 def test_encoder_and_decoder_have_depths_of_their_own():
-    found, last = depths(MODELS["T5"]())
-    assert last == 4 and found["shared.weight"] == 0
-    assert found["encoder.block.0.layer.0.SelfAttention.q.weight"] == 1
-    assert found["decoder.block.1.layer.0.SelfAttention.q.weight"] == 2
-    assert found["encoder.final_layer_norm.weight"] == found["decoder.final_layer_norm.weight"] == 4
+    by_name, last = depths(MODELS["T5"]())
+    assert last == 4 and by_name["shared.weight"] == 0
+    assert by_name["encoder.block.0.layer.0.SelfAttention.q.weight"] == 1
+    assert by_name["decoder.block.1.layer.0.SelfAttention.q.weight"] == 2
+    assert by_name["encoder.final_layer_norm.weight"] == by_name["decoder.final_layer_norm.weight"] == 4
     config = hf.WhisperConfig(
         encoder_layers=2, decoder_layers=2, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
         decoder_start_token_id=0,
     )  # fmt: skip
-    found, _ = depths(hf.WhisperForConditionalGeneration(config))
-    assert found["model.encoder.conv1.weight"] == found["model.decoder.embed_tokens.weight"] == 0
-    assert found["model.encoder.layer_norm.weight"] == 3
+    by_name, _ = depths(hf.WhisperForConditionalGeneration(config))
+    assert by_name["model.encoder.conv1.weight"] == by_name["model.decoder.embed_tokens.weight"] == 0
+    assert by_name["model.encoder.layer_norm.weight"] == 3
 
 
 def test_decay_as_a_schedule_over_layers():
-    found = rates(MODELS["GPT-2"](), "weight_decay", weight_decay=lambda depth: 0.1 * depth)
-    assert found["transformer.wte.weight"] == 0
-    assert [found[f"transformer.h.{i}.mlp.c_fc.weight"] for i in range(3)] == pytest.approx(
+    by_name = rates(MODELS["GPT-2"](), "weight_decay", weight_decay=lambda depth: 0.1 * depth)
+    assert by_name["transformer.wte.weight"] == 0
+    assert [by_name[f"transformer.h.{i}.mlp.c_fc.weight"] for i in range(3)] == pytest.approx(
         [0.025, 0.05, 0.075]
     )
 

@@ -148,28 +148,30 @@ def test_replicas_round_alike_and_steps_differently():
 
 
 @pytest.mark.parametrize("make", (fastreg.AdamW, fastreg.SGD, fastreg.Lion))
-@pytest.mark.parametrize("held", (torch.float32, torch.bfloat16, torch.float64))
-def test_dtype_of_the_state(make, held, backend):
+@pytest.mark.parametrize("state_dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_dtype_of_the_state(make, state_dtype, backend):
     params = [Parameter(torch.ones(20)), Parameter(torch.ones(20, dtype=torch.bfloat16))]
     options = {"momentum": 0.9} if make is fastreg.SGD else {}
-    optimizer = make(params, lr=1e-2, state_dtype=held, **options)
+    optimizer = make(params, lr=1e-2, state_dtype=state_dtype, **options)
     for _ in range(2):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
     moments = [value for state in optimizer.state.values() for n, value in state.items() if n != "step"]
-    assert {value.dtype for value in moments} == {held} and all((p < 1).all() for p in params)
-    other = make(params, lr=1e-2, state_dtype=held, **options)
+    assert {value.dtype for value in moments} == {state_dtype} and all((p < 1).all() for p in params)
+    other = make(params, lr=1e-2, state_dtype=state_dtype, **options)
     other.load_state_dict(optimizer.state_dict())
-    assert {v.dtype for state in other.state.values() for n, v in state.items() if n != "step"} == {held}
+    assert {v.dtype for state in other.state.values() for n, v in state.items() if n != "step"} == {
+        state_dtype
+    }
 
 
 def test_bfloat16_state_follows_the_float32_state():
     generator, results = torch.Generator().manual_seed(0), []
     draws = [torch.randn(1000, generator=generator) for _ in range(20)]
-    for held in (None, torch.bfloat16):
+    for state_dtype in (None, torch.bfloat16):
         weight = Parameter(torch.ones(1000))
-        optimizer = fastreg.AdamW([weight], lr=1e-2, betas=(0.9, 0.95), state_dtype=held)
+        optimizer = fastreg.AdamW([weight], lr=1e-2, betas=(0.9, 0.95), state_dtype=state_dtype)
         for draw in draws:
             weight.grad = draw
             optimizer.step()

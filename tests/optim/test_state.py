@@ -118,12 +118,12 @@ def test_changing_hands_mid_run_is_the_uninterrupted_run(rule, order, carry, bac
     uninterrupted = rule.oracle(race.theirs)
     optimizer = None
     for name in order.split(", "):
-        former = optimizer
+        previous = optimizer
         optimizer = (rule if name == "fastreg" else rule.oracle)(
-            race.ours, lr=9.0 if former else rule.options.get("lr", 1e-3)
+            race.ours, lr=9.0 if previous else rule.options.get("lr", 1e-3)
         )
-        if former is not None:
-            optimizer.load_state_dict(carry(former.state_dict()))
+        if previous is not None:
+            optimizer.load_state_dict(carry(previous.state_dict()))
         for turn in range(4):
             race.step(optimizer, uninterrupted, *((1,) if turn == 2 else ()))
     race.check()
@@ -202,15 +202,15 @@ def test_loading_copies(rule, Race):
     optimizer = rule(race.ours, regularizers=[EMA(0.9)])
     race.gradients()
     optimizer.step()
-    given = copy.deepcopy(optimizer.state_dict())
-    kept = copy.deepcopy(given)
-    optimizer.load_state_dict(given)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
     mine = {t.untyped_storage().data_ptr() for state in optimizer.state.values() for t in state.values()}
-    theirs = {t.untyped_storage().data_ptr() for state in given["state"].values() for t in state.values()}
+    theirs = {t.untyped_storage().data_ptr() for state in saved["state"].values() for t in state.values()}
     assert not mine & theirs
     optimizer.param_groups[0]["lr"] = 5.0
     optimizer.step()
-    assert same(given, kept)
+    assert same(saved, kept)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

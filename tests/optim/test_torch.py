@@ -16,9 +16,9 @@ OPTIMIZERS = {"Adam": fastreg.Adam, "AdamW": fastreg.AdamW, "SGD": fastreg.SGD}
 INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in OPTIMIZERS}
 # The inputs for "cuda" are those for "cpu" and `capturable=True`, which ours can do anywhere.
 INPUTS = [
-    pytest.param(name, given, id=f"{name}, {given.desc}")
+    pytest.param(name, inputs, id=f"{name}, {inputs.desc}")
     for name, info in INFOS.items()
-    for given in info.optim_inputs_func(device="cuda", dtype=torch.float32)
+    for inputs in info.optim_inputs_func(device="cuda", dtype=torch.float32)
 ]
 
 
@@ -38,13 +38,13 @@ def parameters(dtype=torch.float32):
     return made
 
 
-def options(given, **changes):
-    return {**copy.deepcopy(given.kwargs), **changes}
+def options(inputs, **changes):
+    return {**copy.deepcopy(inputs.kwargs), **changes}
 
 
-def theirs(name, given, params):
+def theirs(name, inputs, params):
     """torch's optimizer with the same input, as numbers: its capturable form runs on accelerators only."""
-    kwargs = {k: v for k, v in options(given).items() if k != "capturable"}
+    kwargs = {k: v for k, v in options(inputs).items() if k != "capturable"}
     if "lr" in kwargs:
         kwargs["lr"] = float(kwargs["lr"])
     if "betas" in kwargs:
@@ -62,10 +62,10 @@ def train(optimizer, params, steps=5):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.complex64), ids=str)
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_inputs(name, given, backend, dtype, close):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_inputs(name, inputs, backend, dtype, close):
     ours, expected = parameters(dtype), parameters(dtype)
-    optimizer, oracle = OPTIMIZERS[name](ours, **options(given)), theirs(name, given, expected)
+    optimizer, oracle = OPTIMIZERS[name](ours, **options(inputs)), theirs(name, inputs, expected)
     result, wanted = train(optimizer, ours), train(oracle, expected)
     real = torch.view_as_real if dtype.is_complex else torch.Tensor.detach
     close(list(map(real, result)), list(map(real, wanted)))
@@ -79,17 +79,17 @@ def test_inputs(name, given, backend, dtype, close):
 
 def error_inputs():
     for name, info in INFOS.items():
-        for given in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
-            yield pytest.param(name, given, id=f"{name}, {given.optimizer_error_input.desc}")
+        for inputs in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
+            yield pytest.param(name, inputs, id=f"{name}, {inputs.optimizer_error_input.desc}")
 
 
-@pytest.mark.parametrize(("name", "given"), list(error_inputs()))
-def test_error_inputs(name, given):
-    wrong = given.optimizer_error_input
+@pytest.mark.parametrize(("name", "inputs"), list(error_inputs()))
+def test_error_inputs(name, inputs):
+    wrong = inputs.optimizer_error_input
     params = [Parameter(torch.ones(2))] if wrong.params is None else wrong.params
-    assert given.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
-    expected = pytest.warns if issubclass(given.error_type, Warning) else pytest.raises
-    with expected(given.error_type, match=given.error_regex):
+    assert inputs.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    expected = pytest.warns if issubclass(inputs.error_type, Warning) else pytest.raises
+    with expected(inputs.error_type, match=inputs.error_regex):
         OPTIMIZERS[name](params, **wrong.kwargs)
 
 
@@ -129,39 +129,39 @@ def test_schedulers_go_in_the_right_direction(name, chain, backend):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-6 * losses[1][0])
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_no_gradients_is_no_step(name, given):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_no_gradients_is_no_step(name, inputs):
     params = parameters()
     for p in params:
         p.grad = None
-    optimizer = OPTIMIZERS[name](params, **options(given))
+    optimizer = OPTIMIZERS[name](params, **options(inputs))
     before = [p.detach().clone() for p in params]
     optimizer.step()
     assert all(map(torch.equal, params, before)) and not optimizer.state
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_zero_gradients_change_nothing_without_decay(name, given):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_zero_gradients_change_nothing_without_decay(name, inputs):
     params = parameters()[:2]
     for p in params:
         p.grad.zero_()
-    optimizer = OPTIMIZERS[name](params, **options(given, weight_decay=0))
+    optimizer = OPTIMIZERS[name](params, **options(inputs, weight_decay=0))
     before = [p.detach().clone() for p in params]
     optimizer.step()
     assert all(map(torch.equal, params, before))
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_state_dict_is_deterministic_and_resumes(name, given, close):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_state_dict_is_deterministic_and_resumes(name, inputs, close):
     """Also through disk with `weights_only`, into an optimizer made with nothing but defaults."""
     params = parameters()
-    optimizer = OPTIMIZERS[name](params, **options(given))
+    optimizer = OPTIMIZERS[name](params, **options(inputs))
     train(optimizer, params, 3)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     twins = [Parameter(p.detach().clone()) for p in params]
-    flags = {"capturable": True} if "capturable" in given.kwargs else {}
+    flags = {"capturable": True} if "capturable" in inputs.kwargs else {}
     twin = OPTIMIZERS[name](twins, **flags)
     twin.load_state_dict(torch.load(file, weights_only=True))
     train(optimizer, params, 3)
@@ -174,11 +174,11 @@ def test_state_dict_is_deterministic_and_resumes(name, given, close):
     )
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_older_state_dicts_load(name, given):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_older_state_dicts_load(name, inputs):
     """Checkpoints from before a flag existed take its default."""
     params = parameters()
-    optimizer = OPTIMIZERS[name](params, **options(given))
+    optimizer = OPTIMIZERS[name](params, **options(inputs))
     train(optimizer, params, 2)
     saved = copy.deepcopy(optimizer.state_dict())
     for flag in INFOS[name].not_og_supported_flags:
@@ -203,11 +203,11 @@ def test_steps_that_are_no_tensors_load(name):
     assert isinstance(step, torch.Tensor) and step.shape == () and step == 3
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_copies(name, given):
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_copies(name, inputs):
     """torch's test: deepcopy keeps all public attributes and the groups."""
     params = parameters()
-    optimizer = OPTIMIZERS[name](params, **options(given))
+    optimizer = OPTIMIZERS[name](params, **options(inputs))
     train(optimizer, params, 2)
     copied = copy.deepcopy(optimizer)
     public = {k for k in dir(optimizer) if not k.startswith("_")}
@@ -215,10 +215,10 @@ def test_copies(name, given):
     assert repr(copied) == repr(optimizer)
 
 
-@pytest.mark.parametrize(("name", "given"), INPUTS)
-def test_printed_as_torch_prints_it(name, given):
-    ours = OPTIMIZERS[name](parameters(), **options(given))
-    plain = INFOS[name].optim_cls(parameters(), **options(given))
+@pytest.mark.parametrize(("name", "inputs"), INPUTS)
+def test_printed_as_torch_prints_it(name, inputs):
+    ours = OPTIMIZERS[name](parameters(), **options(inputs))
+    plain = INFOS[name].optim_cls(parameters(), **options(inputs))
     assert repr(ours) == repr(plain)
     assert re.match(rf"{name} \(\nParameter Group 0", repr(ours))
     assert ours.param_groups[0].keys() == plain.param_groups[0].keys()
