@@ -55,7 +55,8 @@ class Audit:
         lines = [("path", "role", "layer", "rate", "uses")]
         for k in self.sites:
             layer, uses = ("-" if x is None else str(x) for x in (k.layer, k.uses))
-            lines.append((k.path, k.role, layer, f"{k.rate:g}" if _plain(k.rate) else "many", uses))
+            rate = f"{k.rate:g}" if isinstance(k.rate, (int, float)) else "many"
+            lines.append((k.path, k.role, layer, rate, uses))
         lines += [(path, "in the code", "-", f"{rate:g}", "1") for rate, path in self.unknown]
         return aligned(lines) + (f"\nroles by name: {self.reason}" if self.reason else "")
 
@@ -81,8 +82,10 @@ def audit(model: nn.Module, inputs: Any = None) -> Audit:
     model = unwrap_model(model)
     if inputs is None:
         calls = list(candidates(model))
+    elif isinstance(inputs, dict):
+        calls = [((), inputs)]
     else:
-        calls = [((), dict(inputs)) if isinstance(inputs, dict) else (_tuple(inputs), {})]
+        calls = [(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})]
     reason = f"no inputs are known for {type(model).__name__}: give inputs="
     for args, kwargs in calls:
         sites = dropout_sites(model)
@@ -170,11 +173,3 @@ def _attention_functions(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         interface.get_interface = before
-
-
-def _tuple(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
-def _plain(rate: Any) -> bool:
-    return isinstance(rate, (int, float))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 
 class DropoutRow(NamedTuple):
@@ -27,30 +27,15 @@ class DropoutRow(NamedTuple):
     stack: str = ""
 
 
-class DropoutTable(Sequence[DropoutRow]):
+class DropoutTable(tuple[DropoutRow, ...]):
     """The dropout rates of a model, one row each, in the order of its modules; `print` aligns them."""
 
-    def __init__(self, rows: Sequence[DropoutRow]) -> None:
-        self._rows = tuple(rows)
-
-    @overload
-    def __getitem__(self, index: int) -> DropoutRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> DropoutTable: ...
-    def __getitem__(self, index: int | slice) -> DropoutRow | DropoutTable:
-        return DropoutTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, DropoutTable) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        return DropoutTable(item) if isinstance(index, slice) else item
 
     def __repr__(self) -> str:
-        return f"DropoutTable({list(self._rows)!r})"
+        return f"DropoutTable({list(self)!r})"
 
     def __str__(self) -> str:
         lines = [("path", "role", "layer", "rate", "how")]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,8 @@ def move(inputs: StepInputs, ball: str, bounds: Bounds | None, dtype: torch.dtyp
         launch_step(inputs, ball, bounds, out, None if master is out else master)
         return out, master
     limits = (None, None) if bounds is None else bounds.expand(x.shape[1])
-    result = _by_reference(_step, inputs, limits, (inputs.kind, ball, dtype), name)
+    tensors = x, inputs.gradient, inputs.clean, _scalars_of_all(inputs), inputs.peaks, *limits
+    result = _by_reference(reference.step, tensors, inputs, name, ball, dtype)
     return (result[0], result[0]) if result[1].dtype == dtype else result
 
 
@@ -102,37 +103,36 @@ def norms(inputs: StepInputs, order: int) -> Tensor:
         launch_norm(inputs, order, partial)
         total = partial.sum(1, keepdim=True)
         return (total.sqrt() if order == 2 else total).to(compute_dtype(x.dtype))
-    return _by_reference(_size, inputs, (), (inputs.kind, order), name)
+    tensors = x, inputs.gradient, inputs.clean, _scalars_of_all(inputs)
+    return _by_reference(reference.size, tensors, inputs, name, order)
 
 
 # The reference ----------------------------------------------------------------------------------------------
 
 
-def _step(tensors: list[Any], kind: str, ball: str, dtype: torch.dtype) -> Any:
-    x, gradient, clean, step_scalars, peaks, lower, upper, seed = tensors
-    return reference.step(x, gradient, clean, step_scalars, peaks, lower, upper, seed, kind, ball, dtype)
-
-
-def _size(tensors: list[Any], kind: str, order: int) -> Any:
-    x, gradient, clean, step_scalars, _, seed = tensors
-    return reference.size(x, gradient, clean, step_scalars, seed, kind, order)
-
-
 def _by_reference(
-    body: Callable[..., Any], inputs: StepInputs, limits: tuple[Any, ...], options: tuple[Any, ...], name: str
-) -> Any:
-    x, seed, step_scalars = inputs.x, inputs.seed, inputs.step_scalars
-    if step_scalars is not None:
-        step_scalars = step_scalars.expand(len(x), -1)
-    tensors = x, inputs.gradient, inputs.clean, step_scalars, inputs.peaks, *limits
-    if seed is None:
-        seed = torch.zeros((), dtype=torch.int64, device=x.device)
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], inputs: StepInputs, name: str,
+    *options: Any,
+) -> Any:  # fmt: skip
+    """Returns `function(*tensors, seed, kind, *options)`, compiled if that is the backend."""
+    x, seed = inputs.x, inputs.seed
+    seed = torch.zeros((), dtype=torch.int64, device=x.device) if seed is None else seed
+    options = function, inputs.kind, *options
     if name == "compiled" and min(x.shape) > 1:
         contiguous = [t if t is None else t.contiguous() for t in (*tensors, seed)]
-        result = run_compiled(body, contiguous, EXAMPLES[: len(tensors)], options)
+        result = run_compiled(_call, contiguous, EXAMPLES[: len(tensors)], options)
         if result is not None:
             return result
-    return body([*tensors, known_seed(seed)], *options)
+    return _call([*tensors, known_seed(seed)], *options)
+
+
+def _call(tensors: list[Any], function: Callable[..., Any], *options: Any) -> Any:
+    return function(*tensors, *options)
+
+
+def _scalars_of_all(inputs: StepInputs) -> Tensor | None:
+    scalars = inputs.step_scalars
+    return scalars if scalars is None else scalars.expand(len(inputs.x), -1)
 
 
 # The kernels ------------------------------------------------------------------------------------------------
