@@ -1,4 +1,4 @@
-"""Penalties and R-Drop against plain PyTorch."""
+"""R-Drop against the authors' formula, and on real models."""
 
 import math
 import types
@@ -9,162 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import fastreg
-from fastreg.engine.launch import triton as launchers
 from fastreg.losses.r_drop import RDrop, _SymmetricKL, shifts
-
-PENALTIES = {
-    "l1": (fastreg.l1_penalty, lambda t: t.abs().sum()),
-    "l2": (fastreg.l2_penalty, lambda t: t.pow(2).sum()),
-}
-
-
-@pytest.fixture(params=PENALTIES)
-def penalty(request):
-    """Ours, and torch's for one tensor."""
-    return PENALTIES[request.param]
-
-
-def number(value):
-    return value.detach().item() if isinstance(value, torch.Tensor) else float(value)
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 40), nn.ReLU(), nn.Linear(40, 33))
-
-
-# Penalties --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["reference", "triton"])
-def test_value_and_gradients_are_torchs(penalty, name, close):
-    ours, theirs = penalty
-    net, twin = model(), model().double()
-    x, y = torch.randn(5, 7), torch.randint(33, (5,))
-    expected = F.cross_entropy(twin(x.double()), y) + 0.3 * sum(map(theirs, twin.parameters()))
-    with fastreg.use_backend(name):
-        loss = F.cross_entropy(net(x), y) + 0.3 * ours(net)
-        loss.backward()
-    expected.backward()
-    assert number(loss) == pytest.approx(number(expected), rel=1e-6)
-    close([p.grad for p in net.parameters()], [p.grad.float() for p in twin.parameters()])
-
-
-def test_what_stands_for_parameters(penalty):
-    ours, theirs = penalty
-    net = model()
-    expected = number(sum(map(theirs, net.parameters())))
-    for params in (net, net.parameters(), net.named_parameters(), list(net.parameters())):
-        assert number(ours(params)) == pytest.approx(expected, rel=1e-6)
-    assert number(ours(net[0].weight)) == pytest.approx(number(theirs(net[0].weight)), rel=1e-6)
-
-
-def test_frozen_parameters_of_a_model_do_not_count_listed_ones_do(penalty):
-    ours, theirs = penalty
-    net = model()
-    net[0].requires_grad_(False)
-    trained, whole = (number(sum(map(theirs, part.parameters()))) for part in (net[2], net))
-    assert number(ours(net)) == pytest.approx(trained, rel=1e-6)
-    assert number(ours(net.parameters())) == pytest.approx(whole, rel=1e-6)
-    ours(net.parameters()).backward()
-    assert net[0].weight.grad is None and net[2].weight.grad is not None
-
-
-def test_a_strength_scales_value_and_gradient(penalty, close):
-    ours, _ = penalty
-    p = torch.randn(50, requires_grad=True)
-    strength = torch.tensor(0.5, requires_grad=True)
-    ours([p], 0.5).backward()
-    first, p.grad = p.grad, None
-    ours([p], strength).backward()
-    close(p.grad, first)
-    assert number(strength.grad) == pytest.approx(number(ours([p])), rel=1e-6)
-
-
-def test_tied_parameters_count_once(penalty):
-    ours, theirs = penalty
-    net = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
-    net[1].weight = net[0].weight
-    assert number(ours(net)) == pytest.approx(number(theirs(net[0].weight)), rel=1e-6)
-
-
-def test_derivatives_of_any_order(penalty):
-    ours, _ = penalty
-    tensors = [torch.randn(3, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64)]
-    tensors = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: ours(t) ** 2, tensors)
-    assert torch.autograd.gradgradcheck(lambda *t: ours(t) ** 2, tensors)
-
-
-def test_function_transforms(penalty, close):
-    ours, theirs = penalty
-    x = torch.randn(6, 3)
-    close(
-        torch.func.grad(lambda t: ours([t, 2 * t]))(x),
-        torch.func.grad(lambda t: theirs(t) + theirs(2 * t))(x),
-    )
-    close(torch.vmap(lambda t: ours([t]))(x), torch.vmap(theirs)(x))
-    close(torch.vmap(torch.func.grad(lambda t: ours([t])))(x), torch.vmap(torch.func.grad(theirs))(x))
-
-
-def test_compiles_into_one_graph(penalty, close):
-    ours, theirs = penalty
-    net, twin = model(), model()
-    x = torch.randn(5, 7)
-    compiled = torch.compile(lambda: net(x).sum() + ours(net, 0.1), backend="aot_eager", fullgraph=True)
-    compiled().backward()
-    (twin(x).sum() + 0.1 * sum(map(theirs, twin.parameters()))).backward()
-    close([p.grad for p in net.parameters()], [p.grad for p in twin.parameters()])
-    with torch.no_grad():
-        assert number(compiled()) == pytest.approx(number(net(x).sum() + ours(net, 0.1)), rel=1e-6)
-
-
-def test_penalty_of_complex_numbers(close):
-    p = torch.randn(9, dtype=torch.complex64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(fastreg.l2_penalty([p]), p)
-    (expected,) = torch.autograd.grad(p.abs().square().sum(), p)
-    close(torch.view_as_real(gradient), torch.view_as_real(expected))
-    assert torch.equal(fastreg.l2_penalty(p.detach().conj()), fastreg.l2_penalty(p.detach()))
-    with pytest.raises(TypeError, match="l1_penalty"):
-        fastreg.l1_penalty([p])
-
-
-def test_one_launch_for_each_direction(penalty, monkeypatch):
-    ours, _ = penalty
-    calls = []
-    for name in ("run", "partial_norms"):
-        inner = getattr(launchers, name)
-        monkeypatch.setattr(
-            launchers, name, lambda *a, name=name, inner=inner: (calls.append(name), inner(*a))[1]
-        )
-    with fastreg.use_backend("triton"):
-        ours(model()).backward()
-    assert calls == ["partial_norms", "run"]
-
-
-@pytest.mark.parametrize(
-    ("params", "error", "message"),
-    [
-        ([], ValueError, "no tensors"),
-        (nn.ReLU(), ValueError, "require gradients"),
-        ({"a": torch.zeros(1)}, TypeError, "dict"),
-        (3, TypeError, "int"),
-        ([3], TypeError, "int"),
-        ([torch.zeros(2, dtype=torch.int64)], TypeError, "int64"),
-    ],
-)
-def test_what_penalties_refuse(penalty, params, error, message):
-    with pytest.raises(error, match=message):
-        penalty[0](params)
-
-
-@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, torch.ones(2)], ids=str)
-def test_strengths_out_of_range(penalty, strength):
-    with pytest.raises(ValueError, match="strength must be"):
-        penalty[0]([torch.zeros(1)], strength)
-
-
-# R-Drop -----------------------------------------------------------------------------------------------------
 
 
 def naive(logits, logits2, labels, alpha, ignore_index=-100, **options):
@@ -191,7 +36,7 @@ WEIGHT = torch.linspace(0.5, 1.5, 11)
     "options", [{}, {"label_smoothing": 0.1}, {"weight": WEIGHT}], ids=("plain", "smoothed", "weighted")
 )
 @pytest.mark.parametrize("shape", [(6, 11), (3, 5, 11)])
-def test_loss_and_gradients_are_those_of_the_formula(shape, options, close):
+def test_loss_and_gradients_are_those_of_the_formula(shape, options, close, number):
     a, b, labels = drawn(*shape)
     labels.view(-1)[::3] = -100
     loss = fastreg.r_drop_loss(a, b, labels, 2.5, **options)
@@ -214,7 +59,7 @@ def test_equal_logits_give_the_cross_entropy_to_the_bit():
     assert torch.equal(fastreg.r_drop_loss(a, a.clone(), labels, 5.0), F.cross_entropy(a, labels))
 
 
-def test_sum_is_the_mean_times_what_counts():
+def test_sum_is_the_mean_times_what_counts(number):
     a, b, labels = drawn(6, 11)
     labels[0] = -100
     mean, total = (fastreg.r_drop_loss(a, b, labels, 2.0, reduction=r) for r in ("mean", "sum"))
@@ -246,7 +91,7 @@ def test_kl_has_derivatives_of_any_order():
     assert torch.autograd.gradgradcheck(_SymmetricKL.apply, (p, q))
 
 
-def test_classes_that_are_masked_out():
+def test_classes_that_are_masked_out(number):
     a, b, labels = drawn(4, 5)
     labels.clamp_(max=3)
     masked = [each.detach().index_fill(-1, torch.tensor([4]), -math.inf).requires_grad_() for each in (a, b)]
@@ -301,7 +146,7 @@ def language_batch():
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def test_without_dropout_a_model_gives_its_own_loss():
+def test_without_dropout_a_model_gives_its_own_loss(number):
     net, batch = gpt2(0.0), language_batch()
     loss = net(**batch).loss
     apart = fastreg.r_drop(net, batch, 5.0, passes="apart")
@@ -312,7 +157,7 @@ def test_without_dropout_a_model_gives_its_own_loss():
 
 
 @pytest.mark.parametrize("passes", ["together", "apart"])
-def test_a_language_model_with_dropout(passes):
+def test_a_language_model_with_dropout(passes, number):
     """Logits at t are for the label at t + 1, which may be padding."""
     net, batch = gpt2(0.3), language_batch()
     result = fastreg.r_drop(net, batch, 2.0, passes=passes)
@@ -323,7 +168,7 @@ def test_a_language_model_with_dropout(passes):
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_both_ways_agree_under_fixed_masks():
+def test_both_ways_agree_under_fixed_masks(number):
     class Fixed(nn.Module):
         """Drops other features in each pass, by the number of samples that passed before."""
 
@@ -349,7 +194,7 @@ def test_both_ways_agree_under_fixed_masks():
     )
 
 
-def test_sums_divided_by_the_trainers_number():
+def test_sums_divided_by_the_trainers_number(number):
     """With gradient accumulation, Hugging Face divides sums by the number of tokens of a whole window."""
     net, batch = gpt2(0.0), language_batch()
     count = int((batch["labels"][:, 1:] != -100).sum())
@@ -362,7 +207,7 @@ def test_sums_divided_by_the_trainers_number():
         assert number(result.loss) == pytest.approx(number(fastreg.r_drop_loss(*shifted)) / 4, rel=1e-5)
 
 
-def test_what_all_samples_share_passes_once():
+def test_what_all_samples_share_passes_once(number):
     net, batch = gpt2(0.0), language_batch()
     result = fastreg.r_drop(net, {**batch, "position_ids": torch.arange(8)[None]})
     assert number(result.loss) == pytest.approx(number(net(**batch).loss), rel=1e-6)
@@ -388,7 +233,7 @@ def test_which_models_predict_the_next_token(name, encoder, expected):
     assert shifts(adapted) is expected
 
 
-def test_a_classifier_with_its_own_loss():
+def test_a_classifier_with_its_own_loss(number):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
