@@ -105,33 +105,28 @@ def audit(model: nn.Module, inputs: Any = None) -> Audit:
 def _run(model: nn.Module, sites: list[DropoutSite], args: Any, kwargs: Any) -> Recorder:
     by_rate = {(i + 1) * UNIT: site for i, site in enumerate(sites)}
     recorder = Recorder(model, by_rate)
+    numpy = sys.modules.get("numpy")
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_training(model))
+        stack.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(preserve_rng(devices_of(model)))
+        stack.enter_context(preserve_modes(model, True))
+        stack.enter_context(preserve_buffers(model.modules()))
         for rate, site in by_rate.items():
             stack.enter_context(_sentinel(site, rate))
         stack.callback(register_module_forward_pre_hook(recorder.entering).remove)
         stack.callback(register_module_forward_hook(recorder.leaving).remove)
-        stack.enter_context(_attention_functions(recorder))
+        if hasattr(interface, "get_interface"):
+            stack.callback(setattr, interface, "get_interface", interface.get_interface)
+            interface.get_interface = recorder.interface(interface.get_interface)
         if any(module._compiled_call_impl is not None for module in recorder.names):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         model(*args, **kwargs)
     return recorder
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Sets training mode for the block; modes, buffers and random states are restored after it."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    try:
-        with preserve_rng(devices_of(model)), preserve_modes(model, True), preserve_buffers(model.modules()):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy is not None:
-            numpy.random.set_state(states[1])
 
 
 @contextlib.contextmanager
@@ -158,18 +153,3 @@ def _sentinel(site: DropoutSite, rate: float) -> Iterator[None]:
 
 def _dropout(rate: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return F.dropout(x, rate, True)
-
-
-@contextlib.contextmanager
-def _attention_functions(recorder: Recorder) -> Iterator[None]:
-    utils = sys.modules.get("transformers.modeling_utils")
-    interface: Any = getattr(utils, "AttentionInterface", None)
-    if interface is None or not hasattr(interface, "get_interface"):
-        yield
-        return
-    before = interface.get_interface
-    interface.get_interface = recorder.interface(before)
-    try:
-        yield
-    finally:
-        interface.get_interface = before
