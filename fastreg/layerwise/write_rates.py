@@ -91,11 +91,8 @@ def restore(model: nn.Module, strict: bool = True) -> DropoutTable:
             f"{type(model).__name__} has no dropout site for the saved rates of {', '.join(missing)}: load "
             "the class that was saved, or give strict=False"
         )
-    return (
-        write(model, [site for path, site in here.items() if path in rates], rates)
-        if rates
-        else DropoutTable(())
-    )
+    sites = [site for path, site in here.items() if path in rates]
+    return write(model, sites, rates) if rates else DropoutTable(())
 
 
 def remove(model: nn.Module) -> None:

@@ -42,7 +42,8 @@ def ghost_sums(left: Tensor, right: Tensor, grams: Grams | None = None) -> Tenso
     """Returns `reference.ghost_sums`, by the kernel or for some samples at a time to save memory."""
     samples, positions, p = left.shape
     if _by_kernel(left) and left.dtype == right.dtype and max(p, right.shape[2]) <= WIDEST:
-        return _in_chunks(_launch_ghost_sums, left.contiguous(), right.contiguous(), _most_samples(left))
+        samples = max(1, MOST_PROGRAMS // _tiles(left) ** 2)
+        return _in_chunks(_launch_ghost_sums, left.contiguous(), right.contiguous(), samples)
     step = max(1, CHUNK // max(1, positions**2))
     if step >= samples:
         return reference.ghost_sums(left, right, None if grams is None else grams.of(right))
@@ -76,11 +77,6 @@ def sample_sums(
 def _tiles(left: Tensor) -> int:
     """Returns the number of tiles along one side of the square of positions."""
     return -(-left.shape[1] // launch_parameters("ghost_sums", architecture(left.device)).block)
-
-
-def _most_samples(left: Tensor) -> int:
-    """Returns the most samples of one launch."""
-    return max(1, MOST_PROGRAMS // _tiles(left) ** 2)
 
 
 def _launch_ghost_sums(left: Tensor, right: Tensor) -> Tensor:
