@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,13 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 TARGET = re.compile(r"# (?:(append to|create) (\S+)|in ([^\s:]+)(?:::(\w+))?, (below|above): (.+))\n")
-PROGRAMS = {
-    "make render": (sys.executable, "-m", "fastreg_benchmarks.render"),
-    ".venv/bin/pytest": (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-    ".venv/bin/python": (sys.executable,),
-    ".venv/bin/fastreg": (sys.executable, "-m", "fastreg.cli"),
-}
-COPIED = ("fastreg", "kernels", "benchmarks", "tests", "tools", "README.md", "pyproject.toml")
+PROGRAMS = {"pytest": "-m pytest -q -p no:cacheprovider", "python": "", "fastreg": "-m fastreg.cli"}
+FOLDERS = ("fastreg", "kernels", "benchmarks", "tests", "tools")
+FILES = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "constraints.txt", "Makefile")
 
 
 def sections() -> dict[str, str]:
@@ -68,42 +63,55 @@ def span(lines: list[str], function: str) -> range:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, tmp_path)
+    """A copy of the repository with an environment that runs its packages."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "fastreg_benchmarks").symlink_to(tmp_path / "benchmarks")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, arguments in PROGRAMS.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        (programs / name).chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
     return tmp_path
 
 
 def run(command: str, folder: Path) -> None:
     """Runs a command with the packages of the copy."""
-    program = next(name for name in PROGRAMS if command.startswith(name))
     packages = (folder / "packages", folder, folder / "kernels")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages))}
     environment.pop("TRITON_INTERPRET", None)
-    words = (*PROGRAMS[program], *shlex.split(command.removeprefix(program)))
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        ("bash", "-o", "pipefail", "-c", command),
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+
+
+def apply(title: str, folder: Path) -> None:
+    """Does the steps of a section, after those of the section that it continues."""
+    section = sections()[title]
+    if before := re.search(r"^Continues \[(.+?)\]", section, re.MULTILINE):
+        apply(before[1], folder)
+    for block in blocks(section, "python"):
+        edit(folder, block)
 
 
 @pytest.mark.parametrize("title", sections())
 def test_the_steps_can_be_done(title: str, copy: Path) -> None:
     """The files and lines that they name are there, and each makes Python of its file."""
-    for block in blocks(sections()[title], "python"):
-        edit(copy, block)
-    subprocess.run([sys.executable, "-m", "compileall", "-q", *COPIED[:4]], cwd=copy, check=True)
+    apply(title, copy)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", *FOLDERS], cwd=copy, check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", sections())
 def test_the_steps_add_what_works(title: str, copy: Path) -> None:
-    section = sections()[title]
-    for block in blocks(section, "python"):
-        edit(copy, block)
-    commands = [line for block in blocks(section, "sh") for line in block.splitlines()]
+    apply(title, copy)
+    commands = [line for block in blocks(sections()[title], "sh") for line in block.splitlines()]
     assert commands, f"{title}: say how to check it"
     for command in commands:
         run(command, copy)
