@@ -56,8 +56,8 @@ class Lookahead(Wrapper):
         component = SlowWeights(k, alpha, pullback_momentum)
         super().__init__(optimizer)
         self._sync: _Sync | None = None
-        if self.engine is not None:
-            self.engine.add_component(component)
+        if self.fused_optimizer is not None:
+            self.fused_optimizer.add_component(component)
         else:
             self._sync = _Sync(optimizer, component)
             self._complete()
@@ -73,7 +73,7 @@ class Lookahead(Wrapper):
     @torch.no_grad()
     def _start(self) -> None:
         """Starts slow weights as the parameters are, where there are none."""
-        holder: Any = self._sync or self.engine
+        holder: Any = self._sync or self.fused_optimizer
         component = next(c for c in holder.components if isinstance(c, SlowWeights))
         buffer = component.stage(self.param_groups[0]).buffers[0]
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):

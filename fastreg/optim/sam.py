@@ -112,8 +112,8 @@ class SAM(Wrapper):
         self._perturbed: list[Tensor] = []
         self._accumulated: dict[Tensor, Tensor] = {}
         self._bad: Tensor | None = None
-        if self.engine is not None:
-            self.engine.reads_backups = True
+        if self.fused_optimizer is not None:
+            self.fused_optimizer.reads_backups = True
         amp.silence()
 
     def options(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class SAM(Wrapper):
         Raises:
             RuntimeError: While averages are swapped in.
         """
-        if self.engine is not None and active_average(self.engine) is not None:
+        if self.fused_optimizer is not None and active_average(self.fused_optimizer) is not None:
             raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:

@@ -28,12 +28,14 @@ class Wrapper(torch.optim.Optimizer):
         torch.optim.Optimizer.__setstate__(self, {"base_optimizer": base_optimizer})
 
     @property
-    def engine(self) -> FusedOptimizer | None:
+    def fused_optimizer(self) -> FusedOptimizer | None:
         """The fastreg optimizer inside all wrappers, `None` if it is another one."""
         inner: Any = self.base_optimizer
         while isinstance(inner, Wrapper):
             inner = inner.base_optimizer
         return inner if isinstance(inner, FusedOptimizer) else None
+
+    engine = fused_optimizer  # the name of former releases
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -172,7 +172,7 @@ def gradients_of_both(monkeypatch):
 
 
 def not_restored(monkeypatch):
-    monkeypatch.setattr(fastreg.SAM, "engine", None)
+    monkeypatch.setattr(fastreg.SAM, "fused_optimizer", None)
     monkeypatch.setattr(fastreg.SAM, "_step_fused", lambda self, base, *_: base.step())
 
 

@@ -126,7 +126,7 @@ def test_slow_weights_are_wide(base):
             weight.fill_(1 + 2**-7)
         weight.grad = torch.zeros_like(weight)
         optimizer.step()
-        slow = (optimizer._sync or optimizer.engine).state[weight]["slow"]
+        slow = (optimizer._sync or optimizer.fused_optimizer).state[weight]["slow"]
         assert slow.dtype == torch.float32
         expected = 1 + 2**-7 * (1 - (1 - 2**-3) ** count)
         assert (slow - expected).abs().max() < 1e-6
@@ -181,7 +181,7 @@ def test_evaluated_with_slow_weights(base):
     optimizer, parameters = make(base, lr=0.1, dtype=torch.float32)
     minimise(optimizer, parameters, 4)
     fast = [p.detach().clone() for p in parameters]
-    slow = [(optimizer._sync or optimizer.engine).state[p]["slow"].clone() for p in parameters]
+    slow = [(optimizer._sync or optimizer.fused_optimizer).state[p]["slow"].clone() for p in parameters]
     assert not any(map(torch.equal, fast, slow))
     places = [p.data_ptr() for p in parameters]
     with optimizer.averaged():
