@@ -61,7 +61,20 @@ def train(optimizer, params, steps=5):
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.complex64), ids=str)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        ("reference", torch.float32), ("compiled", torch.float32), ("triton", torch.float32),
+        ("reference", torch.float64), ("reference", torch.complex64),
+        slow("compiled", torch.float64), slow("compiled", torch.complex64),
+        slow("triton", torch.float64), slow("triton", torch.complex64),
+    ],
+    indirect=["backend"], ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize(("name", "inputs"), INPUTS)
 def test_inputs(name, inputs, backend, dtype, close):
     ours, expected = parameters(dtype), parameters(dtype)
@@ -99,6 +112,7 @@ def schedulers():
             yield pytest.param(name, chain, id=f"{name}, {i}")
 
 
+@pytest.mark.parametrize("backend", ["reference", slow("compiled"), slow("triton")], indirect=True)
 @pytest.mark.parametrize(("name", "chain"), list(schedulers()))
 def test_schedulers_go_in_the_right_direction(name, chain, backend):
     """torch's test of the Rosenbrock-like problem: with every scheduler, loss falls and equals torch's."""
