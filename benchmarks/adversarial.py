@@ -1,4 +1,4 @@
-"""Steps of adversarial inputs, on gradients that are there, against what one writes for them."""
+"""Times steps of adversarial inputs for given gradients against steps written in PyTorch."""
 
 from __future__ import annotations
 

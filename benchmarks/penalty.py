@@ -1,4 +1,4 @@
-"""Penalties in the loss, forward and backward, against what one writes for them."""
+"""Times penalties in the loss, forward and backward, against sums written in PyTorch."""
 
 from __future__ import annotations
 

@@ -415,6 +415,7 @@ def single(*layers):
         ({"steps": 3.0}, ValueError, "whole number"),
         ({"steps": math.inf}, ValueError, "whole number"),
         ({"alpha": -1.0}, ValueError, "alpha"),
+        ({"step": 3}, TypeError, "unknown options step; there are mode, model, steepest, generator"),
         ({"restarts": 2, "random_start": False}, ValueError, "random start"),
         ({"model_or_loss": single()}, ValueError, "at least 2 classes, got shape \\(6, 1\\)"),
         ({"model_or_loss": single(nn.Flatten(0)), "y": torch.ones(6)}, ValueError, "at least 2 classes"),
