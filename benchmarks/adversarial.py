@@ -21,7 +21,7 @@ IMAGE = 3, 128, 128
 
 @dataclass
 class Workload:
-    """Images, where they have moved to, and the gradients there."""
+    """Clean images, the points of an attack, and the gradients at these points."""
 
     clean: Tensor
     point: Tensor
@@ -30,7 +30,7 @@ class Workload:
 
     @property
     def size(self) -> float:
-        """Of a step: from the edge of the ball, it leads out of it."""
+        """The step size, with which steps from the edge leave the ball."""
         return self.epsilon / 4
 
 
@@ -70,7 +70,7 @@ class AttackCase(Case):
         return Workload(clean, point, gradient, epsilon)
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours as an attack runs it, and torch's functions, also compiled."""
+        """Returns fastreg's step, and one written in PyTorch, eager and compiled."""
         plain = functools.partial(_composite, self.attack == "PGD", self.norm)
         return {
             OURS: lambda workload: self._ours(workload),
@@ -86,7 +86,7 @@ class AttackCase(Case):
         return lambda: ball.layout.unflatten(ball.step(point, workload.gradient, size)[0])
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Against the same in float64; 16 bits may be rounded to either side."""
+        """Compares with a float64 step; 16-bit results may be rounded to either side."""
         wide = (t.double() for t in (workload.clean, workload.point, workload.gradient))
         size = workload.size if self.attack == "PGD" else workload.epsilon
         exact = _composite(self.attack == "PGD", self.norm, *wide, workload.epsilon, size)
@@ -105,7 +105,7 @@ def _of(workload: Workload, function: Callable[..., Tensor]) -> Callable[[], Ten
 def _composite(
     project: bool, norm: str, clean: Tensor, point: Tensor, gradient: Tensor, epsilon: float, size: float
 ) -> Tensor:
-    """As attacks are written."""
+    """Takes a step as it is usually written in PyTorch."""
 
     def norms(t: Tensor) -> Tensor:
         return t.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
@@ -122,7 +122,7 @@ def _composite(
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Four million elements on a CPU, 201 million on a GPU."""
+    """Returns cases of four million elements on a CPU, 201 million on a GPU."""
     if device.type != "cuda":
         turns = 5 if quick else 21
         return [AttackCase("PGD", norm, 86, "fp32", turns) for norm in (("linf",) if quick else EPSILON)]

@@ -55,7 +55,7 @@ class PenaltyCase(Case):
         )
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """The penalty as fastreg has it, in a loop, and through torch's norm of many tensors."""
+        """Returns fastreg's penalty, a sum over a loop, and one by torch's norm of many tensors."""
         contenders: dict[str, Callable[[Workload], Any]] = {
             OURS: lambda workload: _Run(
                 workload, fastreg.l1_penalty if self.kind == "L1" else fastreg.l2_penalty
@@ -71,7 +71,7 @@ class PenaltyCase(Case):
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Value and gradients; others sum in the weights' dtype."""
+        """Compares value and gradients with float64; other contenders sum in the weights' dtype."""
         value, gradients = run()
         narrow = DTYPES[self.storage] != torch.float32
         off = 0.0
@@ -86,7 +86,7 @@ class PenaltyCase(Case):
 
 
 class _Run:
-    """Value and gradients of a penalty."""
+    """Computes value and gradients of a penalty."""
 
     def __init__(self, workload: Workload, penalty: Callable[[list[Parameter]], Tensor]) -> None:
         self._parameters, self._penalty = workload.parameters, penalty
@@ -105,7 +105,7 @@ def _absolute(parameters: list[Parameter]) -> Tensor:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Over GPT-2, and over many small tensors."""
+    """Returns cases over GPT-2, and over many small tensors."""
     over, turns = models(device, quick), rounds(device, quick)
     chosen = (("L2", "gpt2", "fp32"), ("L2", "gpt2", "bf16"), ("L2", "many", "fp32"), ("L1", "gpt2", "fp32"))
     return [PenaltyCase(kind, *over[model], storage, turns) for kind, model, storage in chosen]

@@ -1,4 +1,4 @@
-"""What an attack must leave as it was: modes, gradients, buffers and random numbers, whatever happens."""
+"""Attacks preserve modes, gradients, buffers and random states, also after errors."""
 
 import copy
 
@@ -45,7 +45,7 @@ def trained(model, x, y):
 
 @ALL
 @MODES
-def test_all_is_as_it_was(trained, x, y, attack, mode):
+def test_state_is_preserved(trained, x, y, attack, mode):
     before, original = state(trained), x.clone()
     attack(trained, x, y, 0.1, mode=mode)
     assert equal(state(trained), before)
@@ -54,7 +54,7 @@ def test_all_is_as_it_was(trained, x, y, attack, mode):
 
 @ALL
 @MODES
-def test_also_after_an_exception(trained, x, y, attack, mode):
+def test_state_is_preserved_after_an_exception(trained, x, y, attack, mode):
     class Failing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -69,7 +69,7 @@ def test_also_after_an_exception(trained, x, y, attack, mode):
     before = state(model)
     torch.manual_seed(1)
     if attack is not fgsm:
-        torch.randint(2**62, ())  # what a random start takes
+        torch.randint(2**62, ())  # drawn by a random start
     random = torch.get_rng_state()
     torch.manual_seed(1)
     with pytest.raises(KeyError, match="inside"):
@@ -77,7 +77,7 @@ def test_also_after_an_exception(trained, x, y, attack, mode):
     assert equal(state(model), before) and torch.equal(torch.get_rng_state(), random)
 
 
-def test_modes_are_what_they_are_said_to_be(trained, x, y):
+def test_modes_during_the_attack(trained, x, y):
     seen = []
     handle = trained.register_forward_pre_hook(
         lambda module, _: seen.append([m.training for m in module.modules()])
@@ -89,8 +89,8 @@ def test_modes_are_what_they_are_said_to_be(trained, x, y):
     assert seen == [[False] * len(before), [True] * len(before), before]
 
 
-def test_modules_are_not_told(x, y):
-    """A module that does more in `train()` than to set its mode, as one that merges weights, must not."""
+def test_train_of_modules_is_not_called(x, y):
+    """Modules whose `train()` does more than set the mode, such as merging weights, must not notice."""
 
     class Merging(nn.Linear):
         def train(self, mode=True):
@@ -101,7 +101,7 @@ def test_modules_are_not_told(x, y):
     assert all(module.training for module in model.modules())
 
 
-def test_what_a_loss_is_made_of(trained, x, y):
+def test_model_behind_a_loss(trained, x, y):
     """Of a function the model is not known unless it is named."""
 
     def loss(x, y):

@@ -75,7 +75,7 @@ def compare(same, inputs, ball, bounds, dtype):
 
 
 def within_a_unit(a, b):
-    """Where multiply-adds are fused, what is rounded may be on the other side of a 16-bit number."""
+    """Fused multiply-adds may round to the other neighbouring 16-bit number."""
     fused = os.environ.get("FASTREG_TEST_DEVICE", "cpu") != "cpu" and a.dtype.itemsize == 2
     return fused and bool(
         ((a.double() - b.double()).abs() <= torch.finfo(a.dtype).eps * b.double().abs()).all()

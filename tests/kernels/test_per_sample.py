@@ -1,4 +1,4 @@
-"""Clipping of gradients that are held per sample: kernels against the reference, and against plain loops."""
+"""Clipping of per-sample gradients: kernels against the reference and against loops over samples."""
 
 import math
 import os
@@ -109,7 +109,7 @@ def test_no_samples(backend):
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("max_norms", [FLAT, LAYERS], ids=["flat", "per layer"])
 def test_samples_that_are_not_finite_count_for_nothing(backend, bad, max_norms, close):
-    """Flat: nothing of the sample is left; per layer, where each is a mechanism of its own: nothing there."""
+    """Flat clipping drops the whole sample; per-layer clipping drops it only in that layer."""
     samples = draw(5)
     samples[0][2, 3, 4] = bad
     out, clipped = clip(backend, samples, max_norms)

@@ -30,7 +30,7 @@ WAVES = {
 
 
 class Family(NamedTuple):
-    """How to make a model, and what it has."""
+    """How to make a model, and the sites it has."""
 
     model: str
     config: str
@@ -138,7 +138,7 @@ def _made(name: str, attention: str) -> nn.Module:
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = getattr(hf, family.model)(config)
-    with torch.no_grad():  # some start from zeros, which hide what is dropped
+    with torch.no_grad():  # some parameters start as zeros, which would hide dropout
         for p in model.parameters():
             p.normal_(std=0.2).add_(0.05)
     return model.eval()
@@ -146,7 +146,7 @@ def _made(name: str, attention: str) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take 9 ms where these sizes need 10 µs, on a busy machine."""
+    """On a busy machine, waiting threads take 9 ms where these sizes need 10 µs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -155,7 +155,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def run() -> Callable[..., list[torch.Tensor]]:
-    """What a model makes of small inputs: all its tensors.  Masks depend on the seed only."""
+    """Returns all output tensors of a model for small inputs; masks depend only on the seed."""
 
     def run(model: Any, training: bool, seed: int = 0) -> list[torch.Tensor]:
         args, kwargs = next(candidates(model))

@@ -1,4 +1,4 @@
-"""Every site of every family is found, and does what the audit says; the model is left as it was."""
+"""The audit finds every site of every family with its role, and preserves the model."""
 
 import random
 
@@ -18,7 +18,7 @@ LETTERS = {
 
 
 def tunable(model):
-    """The sites, with modules where an `nn.Identity` only held the place of one."""
+    """Returns the sites, after replacing each `nn.Identity` by a module."""
     places = [site.role for site in audit(model).sites if site.kind == "identity"]
     if places:
         set_dropout(model, dict.fromkeys(places, 0.0))
@@ -51,7 +51,7 @@ def test_at_rates_of_zero_nothing_is_random(case, run):
         assert torch.equal(a, b)
 
 
-def test_each_knob_alone_has_an_effect_where_it_is_used(case, run):
+def test_each_site_alone_has_an_effect_where_it_is_used(case, run):
     _, model = case
     sites = tunable(model)
     expected = run(model, training=False)
@@ -104,20 +104,20 @@ def test_uses_are_counted(make):
     assert uses["model.encoder.layers.0.dropout"] == 2 and uses["model.decoder.layers.0.dropout"] == 3
 
 
-def test_what_is_never_used_is_told(make):
+def test_unused_sites_are_reported(make):
     """OPT's decoder has a rate that nothing reads."""
     (unused,) = [site.path for site in audit(make("opt")).sites if site.uses == 0]
     assert unused == "model.decoder.dropout"
 
 
 class Own(nn.Module):
-    """Drops at a rate that stands in its code."""
+    """Drops at a rate that is written in its code."""
 
     def forward(self, x):
         return F.dropout(x, 0.25, self.training)
 
 
-def test_rates_in_the_code_are_told():
+def test_rates_in_the_code_are_reported():
     audited = audit(nn.Sequential(nn.Dropout(0.1), Own()), torch.ones(2, 2))
     assert audited.unknown == ((0.25, "1"),)
     assert "in the code" in str(audited)
@@ -192,7 +192,7 @@ def test_without_inputs_roles_follow_from_names(make):
     assert set(roles.values()) < set(ROLES)
 
 
-def test_inputs_that_do_not_fit_are_told(make):
+def test_inputs_that_do_not_fit_are_reported(make):
     model = make("gpt2")
     model.forward = lambda input_ids: 1 / 0
     assert "made-up inputs did not fit (ZeroDivisionError" in audit(model).reason
@@ -206,7 +206,7 @@ def test_compiled_models_are_audited(make):
     assert all(site.uses == 1 for site in audit(model).sites)
 
 
-def test_flash_attention_counts_where_it_heeds_rates(make, monkeypatch):
+def test_flash_attention_counts_where_it_uses_rates(make, monkeypatch):
     """Version 3 takes a rate and ignores it."""
     import transformers
 
