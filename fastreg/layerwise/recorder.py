@@ -17,16 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .sites import INJECTED, DropoutSite, block_positions
 
 _MHA = inspect.signature(F.multi_head_attention_forward)
-_SDPA = inspect.Signature(
-    [
-        inspect.Parameter(name, kind, default=inspect.Parameter.empty)
-        for names, kind in (
-            ("query key value attn_mask dropout_p is_causal", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            ("scale enable_gqa", inspect.Parameter.KEYWORD_ONLY),
-        )
-        for name in names.split()
-    ]
-)
+_SDPA = inspect.signature(
+    lambda query, key, value, attn_mask, dropout_p, is_causal, *, scale, enable_gqa: None
+)  # fmt: skip
 DROPOUTS = {
     F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout,
     torch.dropout_, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,

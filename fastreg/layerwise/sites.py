@@ -94,13 +94,15 @@ def dropout_sites(model: nn.Module) -> list[DropoutSite]:
         model: Any model, which may be wrapped.
     """
     model = unwrap_model(model)
-    where = block_positions(model)
-    longest = max((layers for _, _, layers in where.values()), default=0)
+    positions = block_positions(model)
+    longest = max((layers for _, _, layers in positions.values()), default=0)
     sites = []
     for path, owner, attribute, kind in _all(model):
-        prefix = next((name for name in _prefixes(path) if name in where), "")
-        stack, layer, layers = where.get(prefix, ("", None, longest))
-        role = _named_role(path, owner, kind, layer is not None or not where)
+        block = path
+        while block and block not in positions:
+            block = block.rpartition(".")[0]
+        stack, layer, layers = positions.get(block, ("", None, longest))
+        role = _named_role(path, owner, kind, layer is not None or not positions)
         sites.append(DropoutSite(path, role, stack, layer, layers, kind, owner, attribute))
     return sites
 
@@ -153,12 +155,6 @@ def _kind(module: nn.Module, name: str) -> str | None:
 
 def _is_rate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
 
 
 def _named_role(path: str, owner: Any, kind: str, inside: bool) -> str:
