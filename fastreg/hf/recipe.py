@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 from ..losses.r_drop import r_drop
 from ..recipe import Regularization
+from ..recipe.build import make_callbacks, make_groups, make_optimizer
 from ..recipe.callbacks import Callbacks, Passes
-from ..recipe.model_callbacks import SharpnessAware
 
 SAVED = "fastreg.pt"
 """The file of a checkpoint that holds the state of callbacks."""
@@ -82,28 +82,25 @@ class AppliedRecipe:
         self._fresh = False
 
     def optimizer(self, model: nn.Module, steps: int | None) -> Any:
-        """Applies the recipe to a model.
+        """Returns the optimizer for a model, and applies the recipe to it.
 
         Args:
             model: The model.
             steps: Optimizer steps of the whole run.
-
-        Returns:
-            The optimizer.
         """
         self.remove()
-        optimizer, callbacks = self._recipe.apply(
-            model, lr=self._args.learning_rate, steps=steps, seed=self._args.seed
-        )
-        self.callbacks = Callbacks(one for one in callbacks if not isinstance(one, SharpnessAware))
-        self.passes = [one for one in self.callbacks if isinstance(one, Passes)]
-        self._fresh = True
+        lr, seed = self._args.learning_rate, self._args.seed
+        optimizer = make_optimizer(self._recipe, make_groups(self._recipe, model, lr), lr, steps, seed)
+        self.reapply(model, steps)
         return optimizer
 
-    def reapply(self, model: nn.Module, steps: int) -> None:
+    def reapply(self, model: nn.Module, steps: int | None) -> None:
         """Applies the recipe for another run with the existing optimizer."""
         if not self._fresh:
-            self.optimizer(model, steps)
+            self.remove()
+            self.callbacks = make_callbacks(self._recipe, model, None, steps, self._args.seed)
+            self.passes = [one for one in self.callbacks if isinstance(one, Passes)]
+            self._fresh = True
 
     def begin(self, step: int) -> None:
         """Sets the rates of the step at which a run begins or is resumed."""

@@ -230,7 +230,7 @@ class RDropCallback(Passes):
     def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
         super().__init__("r_drop")
         self._alpha, self._compared = check_range("alpha", alpha, 0), False
-        self._calls: list[tuple[Tensor, Tensor, Any]] | None = None  # logits, counted positions, items
+        self._calls: list[tuple[Any, ...]] | None = None  # logits, counted positions, items
         self._hook = unwrap_model(model).register_forward_hook(self._record, with_kwargs=True)
 
     def around_loss(self, loss: Evaluate) -> Evaluate:

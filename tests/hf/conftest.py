@@ -79,17 +79,17 @@ class Runs:
 
     def trainer(
         self, cls: type = FastregTrainer, model: nn.Module | None = None, dropout: float = 0.1,
-        arguments: dict[str, Any] | None = None, **given: Any,
+        arguments: dict[str, Any] | None = None, **options: Any,
     ) -> Any:  # fmt: skip
         trainer = cls(
             tiny(dropout) if model is None else model, self.arguments(**arguments or {}),
-            train_dataset=self.data, eval_dataset=self.data[:8], **given,
+            train_dataset=self.data, eval_dataset=self.data[:8], **options,
         )  # fmt: skip
         trainer.remove_callback(hf.PrinterCallback)
         return trainer
 
-    def train(self, *args: Any, resume: Any = None, **given: Any) -> Any:
-        trainer = self.trainer(*args, **given)
+    def train(self, *args: Any, resume: Any = None, **options: Any) -> Any:
+        trainer = self.trainer(*args, **options)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

@@ -39,11 +39,11 @@ def batches(runs: Any) -> DataLoader:
 
 def run(text: str, runs: Any, tools: Any, folder: Path, **names: Any) -> dict[str, Any]:
     seen: list[Any] = []
-    given = {
+    defaults = {
         "Accelerator": Accelerator, "fastreg": fastreg, "model": tools.tiny(0.0), "loader": batches(runs),
         "folder": str(folder), "evaluate": lambda model: seen.append(tools.weights(model)),
     }  # fmt: skip
-    names = {**given, **names}
+    names = {**defaults, **names}
     exec(text, names)
     return {**names, "seen": seen}
 
@@ -120,8 +120,8 @@ def test_preparing_loses_nothing_that_is_in_the_state(tools, kind) -> None:
     prepared = Accelerator().prepare_optimizer(optimizer)
     after = prepared.state_dict()
     assert before["param_groups"] == after["param_groups"] and before["state"].keys() == after["state"].keys()
-    for index, held in before["state"].items():
-        assert all(torch.equal(value, after["state"][index][name]) for name, value in held.items())
+    for index, buffers in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][name]) for name, value in buffers.items())
     step(prepared)
     assert pointers == [p.data_ptr() for p in model.parameters()]
 

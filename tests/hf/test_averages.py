@@ -48,9 +48,9 @@ class Watching(hf.TrainerCallback):
             model.train()
 
 
-def watched(runs: Any, tools: Any, given: dict[str, Any], **arguments: Any) -> tuple[Any, Watching]:
+def watched(runs: Any, tools: Any, options: dict[str, Any], **arguments: Any) -> tuple[Any, Watching]:
     seen = Watching(tools, hf.default_data_collator(runs.data[:8]))
-    return runs.train(arguments=arguments, callbacks=[seen], **given), seen
+    return runs.train(arguments=arguments, callbacks=[seen], **options), seen
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
@@ -70,14 +70,14 @@ def test_checkpoints_evaluations_and_the_model_at_the_end_hold_averages(runs, to
 
 
 def test_callbacks_find_the_averages_at_the_end_of_training(runs, tools) -> None:
-    found: list[bool] = []
+    active: list[bool] = []
 
     class Storing(hf.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            found.append(averaged(kwargs["optimizer"]))
+            active.append(averaged(kwargs["optimizer"]))
 
     runs.train(callbacks=[Storing()], arguments={"max_steps": 2}, **AVERAGES["ema"](tools))
-    assert found == [True]
+    assert active == [True]
 
 
 def test_more_training_goes_on_from_the_trained_weights(runs, tools) -> None:

@@ -47,10 +47,10 @@ def clip_of(trainer: Any) -> fastreg.ClipNorm:
     return clip
 
 
-@pytest.mark.parametrize("given", [0, 0.5])
-def test_the_optimizers_own_clipping_may_be_repeated_or_left_out(runs, tools, given) -> None:
+@pytest.mark.parametrize("max_grad_norm", [0, 0.5])
+def test_the_optimizers_own_clipping_may_be_repeated_or_left_out(runs, tools, max_grad_norm) -> None:
     trainer = runs.trainer(
-        arguments={"max_grad_norm": given}, **tools.adamw(regularizers=[fastreg.ClipNorm(0.5)])
+        arguments={"max_grad_norm": max_grad_norm}, **tools.adamw(regularizers=[fastreg.ClipNorm(0.5)])
     )
     trainer.create_optimizer()
     assert clip_of(trainer).max_norm == 0.5
@@ -103,7 +103,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def operations_outside(runs: Any, cls: type, **given: Any) -> set[str]:
+def operations_outside(runs: Any, cls: type, **options: Any) -> set[str]:
     """Between backward and the next forward pass, without those of the step itself."""
     seen = Seen()
 
@@ -124,7 +124,7 @@ def operations_outside(runs: Any, cls: type, **given: Any) -> set[str]:
             seen.looking = False
             return super().get_batch_samples(*args, **kwargs)
 
-    trainer = runs.trainer(Watched, arguments={"max_steps": 2}, **given)
+    trainer = runs.trainer(Watched, arguments={"max_steps": 2}, **options)
     with seen:
         trainer.train()
         seen.looking = False
@@ -133,7 +133,7 @@ def operations_outside(runs: Any, cls: type, **given: Any) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["adamw", "sam"])
 def test_gradients_are_touched_by_the_step_alone(runs, tools, kind) -> None:
-    given = tools.adamw() if kind == "adamw" else tools.sam()
-    assert operations_outside(runs, FastregTrainer, **given) == set()
+    options = tools.adamw() if kind == "adamw" else tools.sam()
+    assert operations_outside(runs, FastregTrainer, **options) == set()
     stock = operations_outside(runs, hf.Trainer, **tools.torch_adamw())
     assert {name.partition(".")[0] for name in stock} >= {"_foreach_norm", "_foreach_mul_"}

@@ -33,10 +33,10 @@ def work(runs: Any, tools: Any, recipe: dict[str, Any], batch_size: int) -> dict
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2, "max_steps": 4,
         "save_strategy": "steps", "save_steps": 2, "seed": 3,
     }  # fmt: skip
-    given = {"dropout": 0.0, "recipe": {"optimizer": {"eps": 1e-5}, **recipe}, "arguments": arguments}
-    trainer = runs.train(**given)
+    options = {"dropout": 0.0, "recipe": {"optimizer": {"eps": 1e-5}, **recipe}, "arguments": arguments}
+    trainer = runs.train(**options)
     folder = f"{trainer.args.output_dir}/checkpoint-2"
-    resumed = runs.train(**given, resume=folder) if RESUMES else trainer
+    resumed = runs.train(**options, resume=folder) if RESUMES else trainer
     return {
         "weights": tools.weights(trainer.model), "resumed": tools.weights(resumed.model),
         "loss": tools.logged(trainer, "loss"), "grad_norm": tools.logged(trainer, "grad_norm"),
@@ -61,11 +61,11 @@ def test_two_processes_train_as_one(runs, tools, tmp_path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        told = [worker.communicate(timeout=TIMEOUT)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=TIMEOUT)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert not any(worker.returncode for worker in workers), "\n".join(told)
+    assert not any(worker.returncode for worker in workers), "\n".join(outputs)
     for name, recipe in CASES.items():
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)[name] for rank in range(2))
         assert tools.distance(first["weights"], second["weights"]) == 0

@@ -84,8 +84,8 @@ def test_label_smoothing(runs, tools) -> None:
 
 
 def test_a_model_that_is_made_anew_by_each_run(runs, tools) -> None:
-    given = {"recipe": RECIPE, "train_dataset": runs.data, "model_init": lambda: tools.tiny()}
-    trainer = FastregTrainer(args=runs.arguments(max_steps=3), **given)
+    options = {"recipe": RECIPE, "train_dataset": runs.data, "model_init": lambda: tools.tiny()}
+    trainer = FastregTrainer(args=runs.arguments(max_steps=3), **options)
     trainer.remove_callback(hf.PrinterCallback)
     trainer.train()
     first, model = tools.weights(trainer.model), trainer.model

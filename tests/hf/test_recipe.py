@@ -112,8 +112,8 @@ def test_a_recipe_from_a_dictionary_a_file_or_itself(runs, tools, tmp_path) -> N
     settings = {"ema": 0.5, "weight_decay": 0.1, "dropout": 0.3}
     recipe = fastreg.Regularization(**settings)
     recipe.to_yaml(tmp_path / "recipe.yaml")
-    given = [settings, recipe, tmp_path / "recipe.yaml", str(tmp_path / "recipe.yaml")]
-    first, *others = (tools.weights(runs.train(recipe=each).model) for each in given)
+    forms = [settings, recipe, tmp_path / "recipe.yaml", str(tmp_path / "recipe.yaml")]
+    first, *others = (tools.weights(runs.train(recipe=each).model) for each in forms)
     assert all(tools.distance(other, first) == 0 for other in others)
 
 
@@ -187,10 +187,10 @@ def test_r_drop_reaches_a_loss_that_is_overridden(runs, tools) -> None:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             return (loss, outputs) if return_outputs else loss
 
-    given = {"recipe": {"r_drop": 2.0}, "arguments": {"max_steps": 2, "eval_strategy": "steps"}}
-    plain, own = runs.train(**given), runs.train(Own, **given)
+    options = {"recipe": {"r_drop": 2.0}, "arguments": {"max_steps": 2, "eval_strategy": "steps"}}
+    plain, overridden = runs.train(**options), runs.train(Own, **options)
     for what in ("loss", "eval_loss"):
-        assert tools.logged(own, what) == tools.logged(plain, what)
+        assert tools.logged(overridden, what) == tools.logged(plain, what)
 
 
 # Refusals -----------------------------------------------------------------------------------------------
@@ -209,13 +209,13 @@ def test_a_loss_that_leaves_r_drop_out_is_refused(runs) -> None:
 def test_an_optimizer_besides_the_recipe_is_refused(runs, tools, kind) -> None:
     model = tools.tiny()
     optimizer = fastreg.AdamW(model.parameters())
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "optimizers": {"optimizers": (optimizer, None)},
         "optimizer_cls_and_kwargs": tools.adamw(),
         "scheduler": {"optimizers": (None, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))},
     }[kind]  # fmt: skip
     with pytest.raises(ValueError, match="the recipe makes the optimizer"):
-        runs.trainer(model=model, recipe={"ema": 0.9}, **given)
+        runs.trainer(model=model, recipe={"ema": 0.9}, **options)
 
 
 @pytest.mark.parametrize(

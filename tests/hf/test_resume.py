@@ -30,7 +30,7 @@ def components(kind: str) -> list[Any]:
     return copy.deepcopy(ADAMW[kind])
 
 
-def given(kind: str, tools: Any) -> dict[str, Any]:
+def options_of(kind: str, tools: Any) -> dict[str, Any]:
     if kind in ADAMW:
         return tools.adamw(regularizers=components(kind))
     if kind == "lookahead around torch":
@@ -75,9 +75,9 @@ def check_resumption(runs: Any, tools: Any, steps: tuple[int, ...], make: Any) -
     whole = runs.train(arguments=arguments, **make())
     for step in steps:
         folder = f"{whole.args.output_dir}/checkpoint-{step}"
-        given, counting = make(), Counting()
-        given["callbacks"] = [*given.get("callbacks", ()), counting]
-        resumed = runs.train(arguments=arguments, resume=folder, **given)
+        options, counting = make(), Counting()
+        options["callbacks"] = [*options.get("callbacks", ()), counting]
+        resumed = runs.train(arguments=arguments, resume=folder, **options)
         assert counting.steps == STEPS - step
         assert tools.logged(resumed, "loss") == tools.logged(whole, "loss")
         assert tools.logged(resumed, "grad_norm") == tools.logged(whole, "grad_norm")
@@ -111,4 +111,4 @@ def test_recipes_resume_bit_for_bit(runs, tools, kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumes_bit_for_bit(runs, tools, kind) -> None:
     steps = (1, 2, 3, 4, 5) if kind == "ema" else (1, 4) if kind == "sam" else (3,)
-    check_resumption(runs, tools, steps, lambda: given(kind, tools))
+    check_resumption(runs, tools, steps, lambda: options_of(kind, tools))

@@ -153,10 +153,10 @@ def test_a_checkpoint_between_both_passes_resumes_before_them(runs, tools) -> No
                 assert Saving.trainer.optimizer.optimizer.perturbed
                 Saving.trainer._save_checkpoint(Saving.trainer.model, trial=None)
 
-    given = tools.sam(rho=0.5, regularizers=[fastreg.EMA(0.5)])
+    options = tools.sam(rho=0.5, regularizers=[fastreg.EMA(0.5)])
     # Random numbers of the step that is made again have been drawn already.
-    whole = Saving.trainer = runs.trainer(dropout=0.0, callbacks=[Saving()], **given)
+    whole = Saving.trainer = runs.trainer(dropout=0.0, callbacks=[Saving()], **options)
     whole.train()
-    resumed = runs.train(dropout=0.0, resume=f"{whole.args.output_dir}/checkpoint-3", **given)
+    resumed = runs.train(dropout=0.0, resume=f"{whole.args.output_dir}/checkpoint-3", **options)
     assert tools.distance(tools.weights(resumed.model), tools.weights(whole.model)) == 0
     assert tools.logged(resumed, "loss") == tools.logged(whole, "loss")

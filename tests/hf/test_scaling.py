@@ -73,8 +73,8 @@ def test_a_step_that_overflows_is_left_out(runs, tools, kind, overflow) -> None:
             weights.append(tools.weights(model))
             rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
 
-    given = dict(KINDS[kind](tools))
-    trainer = runs.train(Scaled, model=model, callbacks=[Seeing()], arguments={"max_steps": 4}, **given)
+    options = dict(KINDS[kind](tools))
+    trainer = runs.train(Scaled, model=model, callbacks=[Seeing()], arguments={"max_steps": 4}, **options)
     assert tools.distance(weights[1], weights[0]) == 0
     assert tools.distance(weights[2], weights[1]) > 1e-4
     assert all(bool(w.isfinite().all()) for w in weights[-1].values())
