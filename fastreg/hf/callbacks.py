@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..nn import EmbeddingNoise, NoiseScheduler, attach_embedding_noise
+from ..nn import EmbeddingNoise, attach_embedding_noise
+from ..recipe.model_callbacks import Noise
 
 
 class ScheduleCallback(TrainerCallback):
@@ -60,7 +61,8 @@ class EmbeddingNoiseCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         EmbeddingNoise(alpha, std=std, length=length)  # refuses values out of range
         self._options: dict[str, Any] = {"alpha": alpha, "std": std, "length": length}
-        self._factor, self._attached, self._scheduler = factor, None, None  # type: Any, Any, Any
+        self._factor = factor
+        self._noise: Noise | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the noise to the model."""
@@ -70,17 +72,16 @@ class EmbeddingNoiseCallback(TrainerCallback):
                 f"{args.neftune_noise_alpha} of TrainingArguments; leave one out"
             )
         self.on_train_end(args, state, control)  # after a run that was interrupted
-        self._attached = attach_embedding_noise(kwargs["model"], **self._options)
-        if self._factor is not None:
-            self._scheduler = NoiseScheduler(self._attached, self._factor)
+        attached = attach_embedding_noise(kwargs["model"], **self._options)
+        self._noise = Noise("embedding_noise", attached, self._factor)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets the size of the noise."""
-        if self._scheduler is not None:
-            self._scheduler.step(state.global_step)
+        if self._noise is not None:
+            self._noise.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the noise away again."""
-        if self._attached is not None:
-            self._attached.remove()
-        self._attached = self._scheduler = None
+        if self._noise is not None:
+            self._noise.remove()
+        self._noise = None

@@ -119,7 +119,7 @@ def find_branches(model: nn.Module) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)))
 
 
-class NoisyWeights(Passes):
+class NoisyWeights(Passes, Noise):
     """Noise on the weights in every pass.
 
     Args:
@@ -128,8 +128,8 @@ class NoisyWeights(Passes):
     """
 
     def __init__(self, noise: Any, factor: Times | None = None) -> None:
-        super().__init__("weight_noise")
-        self._noise, self._levels = noise, Noise(self.name, noise, factor)
+        Passes.__init__(self, "weight_noise")
+        Noise.__init__(self, self.name, noise, factor)
 
     def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
         """Adds noise for the length of a pass."""
@@ -137,28 +137,31 @@ class NoisyWeights(Passes):
         def noisy() -> Tensor:
             self._made = True
             with watch:
-                self._noise.perturb()
+                self._attached.perturb()
             try:
                 return gradients()
             finally:
                 with watch:
-                    self._noise.restore()
+                    self._attached.restore()
 
         return noisy
 
     def step(self, step: int | None = None) -> None:
         """Sets the level of the next step."""
-        super().step(step)
-        self._levels.step(step)
+        Passes.step(self, step)
+        Noise.step(self, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns seed and count of the noise, and the step of the schedule."""
-        return {"noise": self._noise.state_dict(), "levels": self._levels.state_dict()}
+        return {"noise": self._attached.state_dict(), "levels": Noise.state_dict(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues the noise that was saved."""
-        self._noise.load_state_dict(state_dict["noise"])
-        self._levels.load_state_dict(state_dict["levels"])
+        self._attached.load_state_dict(state_dict["noise"])
+        Noise.load_state_dict(self, state_dict["levels"])
+
+    def remove(self) -> None:
+        """Does nothing, since weights have noise in passes only."""
 
 
 class Adversarial(Passes):

@@ -73,18 +73,15 @@ def duration(name: str, value: Any) -> int | float:
     return int(amount)
 
 
-def flag(name: str, value: Any) -> bool:
-    """Returns true or false, and nothing that merely counts as one of them."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return value
+def instance_of(kind: type, description: str) -> Reader:
+    """Returns a reader that accepts values of one type only."""
 
+    def read(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {description}, got {value!r}")
+        return value
 
-def text(name: str, value: Any) -> str:
-    """Returns text if the value is text."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {value!r}")
-    return value
+    return read
 
 
 def one_of(*choices: Any) -> Reader:
@@ -130,7 +127,8 @@ def either(*readers: Reader) -> Reader:
     return readers[0] if len(readers) == 1 else read
 
 
+flag = instance_of(bool, "true or false")
 _READERS: dict[Any, Reader] = {
-    bool: flag, int: whole, float: number, str: text, Duration: duration,
+    bool: flag, int: whole, float: number, str: instance_of(str, "text"), Duration: duration,
     torch.dtype: one_of("float32", "bfloat16", "float16"),
 }  # fmt: skip

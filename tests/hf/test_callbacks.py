@@ -46,7 +46,7 @@ def test_noise_falls_with_the_steps(runs, tools) -> None:
 
     class Seeing(hf.TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs) -> None:
-            seen.append(noise._attached.alpha)
+            seen.append(noise._noise._attached.alpha)
 
     runs.train(hf.Trainer, callbacks=[noise, Seeing()], arguments={"max_steps": 4})
     assert seen == pytest.approx([6, 4, 2, 0])

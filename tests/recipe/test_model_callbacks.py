@@ -80,7 +80,7 @@ def test_noise_is_annealed(tools):
     def levels():
         return (
             by_name["embedding_noise"]._attached.alpha, by_name["token_noise"]._attached.rate,
-            by_name["activation_noise"]._attached.std, by_name["weight_noise"]._noise.std,
+            by_name["activation_noise"]._attached.std, by_name["weight_noise"]._attached.std,
         )  # fmt: skip
 
     assert levels() == (4, 0.5, 0.2, 0.2)

@@ -90,7 +90,7 @@ ATTRIBUTES = {
         "kind": attached(callbacks, "activation_noise").kind,
     },
     "token_noise": lambda model, optimizer, callbacks: {"rate": attached(callbacks, "token_noise").rate},
-    "weight_noise": lambda model, optimizer, callbacks: callbacks[0]._noise.param_groups[0],
+    "weight_noise": lambda model, optimizer, callbacks: callbacks[0]._attached.param_groups[0],
     "adversarial": lambda model, optimizer, callbacks: {
         "method": type(callbacks[0]._attack).__name__.lower(), "epsilon": callbacks[0]._attack.epsilon,
     },
