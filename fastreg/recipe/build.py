@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import optim
+from ..common.module_state import preserve_rng
 from ..common.unwrap import unwrap_model, wrapped_optimizers
 from ..nn import TransformerWithDropout
 from ..optim.registry import OPTIMIZERS
@@ -116,8 +117,8 @@ class _StandIn(TransformerWithDropout):
 
 @functools.cache
 def _stand_in() -> nn.Module:
-    """Returns a model without memory, and without random numbers drawn."""
-    with torch.device("meta"):
+    """Returns a tiny model; torch's random numbers stay as they are."""
+    with preserve_rng():
         return _StandIn(16, 4, 1, 2, max_length=4)
 
 

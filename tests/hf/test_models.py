@@ -38,6 +38,7 @@ def test_sequence_to_sequence(runs, tools) -> None:
     assert trainer.predict(runs.data[:8]).predictions.shape[0] == 8
 
 
+@pytest.mark.slow
 def test_classification(runs, tools) -> None:
     torch.manual_seed(0)
     config = hf.BertConfig(
