@@ -120,6 +120,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a `slow` with values, such as `slow(backend="compiled")`, only where the test has these values.
+
+    A tuple holds several values of a parameter.
+    """
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        item.own_markers[:] = [
+            mark
+            for mark in item.own_markers
+            if mark.name != "slow"
+            or all(
+                values.get(name) in (chosen if isinstance(chosen, tuple) else (chosen,))
+                for name, chosen in mark.kwargs.items()
+            )
+        ]
+
+
 @pytest.fixture
 def rules() -> dict[str, Rule]:
     return RULES

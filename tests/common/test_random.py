@@ -85,6 +85,7 @@ def test_noise_is_that_of_seed_stream_step_and_index(device: str, seed: int) -> 
             assert_same(drawn, expected(seed, counts[stream], stream, step))
 
 
+@pytest.mark.slow(device="compiled")
 @pytest.mark.parametrize("first", (1, 7, 2499, 4096, 2**32 - 3, 2**33 + 5, 2**34 - 64, 2**35 - 9))
 def test_a_shard_gets_the_noise_of_the_whole(
     device: str, first: int, monkeypatch: pytest.MonkeyPatch

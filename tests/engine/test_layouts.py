@@ -190,6 +190,7 @@ def test_model_to_channels_last(rule, backend, close):
     close(list(model.parameters()), list(twin.parameters()))
 
 
+@pytest.mark.slow(backend="compiled", rule=("adam", "amsgrad", "sgd", "momentum", "nesterov"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)))
 def test_half_precision_is_rounded_once(rule, backend, dtype, Race):
     """The result of float32 arithmetic, to the last bit of the narrow dtype (the interpreter truncates)."""

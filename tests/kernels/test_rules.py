@@ -10,7 +10,7 @@ import fastreg
 SHAPES = [(1,), (127,), (1024,), (33, 65), (), (0,), (2 * 4096 + 17,), (3, 1, 5)]
 
 
-def train(make, dtype, steps=20, backend="reference"):
+def train(make, dtype, steps=8, backend="reference"):
     """Parameters and optimizer after some steps of what depends on the dtype alone."""
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
@@ -28,6 +28,7 @@ def tensors(params, optimizer, names):
     return [p.detach() for p in params] + [optimizer.state[p][name] for p in params for name in names]
 
 
+@pytest.mark.slow(backend="compiled", dtype=torch.float64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equals_the_oracle(rule, backend, dtype, close):
     expected, baseline = train(rule.oracle, dtype)
@@ -45,6 +46,7 @@ def test_backends_give_the_same_bits(rule, name, same):
     assert all(same(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow(backend="compiled", dtype=torch.float16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_storage_is_computed_in_float32(rule, backend, dtype):
     """One step is the float32 step rounded once; the interpreter truncates to bfloat16, hence a whole ulp."""

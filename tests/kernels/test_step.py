@@ -205,6 +205,7 @@ def drawn(first, count):
     return -tensor
 
 
+@pytest.mark.slow(backend="compiled")
 @pytest.mark.parametrize("origin", [0, 2**33 + 16])
 def test_shards_draw_what_the_whole_draws(backend, origin):
     whole = drawn(origin, 9000)

@@ -38,6 +38,7 @@ def clipped(weight, gradient, clipping, eps=1e-3):
     return torch.stack(out) if weight.dim() >= 2 and rows else out[0] if rows else gradient
 
 
+@pytest.mark.slow(backend="triton", dtype=torch.float64)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,6 +101,7 @@ def test_what_is_not_finite_stays_in_its_unit(backend):
     assert weight[1].isnan().all() and weight[[0, 2]].isfinite().all()
 
 
+@pytest.mark.slow(dtype=torch.float16)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_narrow_weights(dtype):
     """Sums of squares are taken in float32, the factor is that of the wide weights."""

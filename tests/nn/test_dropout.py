@@ -36,6 +36,7 @@ def test_only_0_and_1_are_realised_as_such():
     assert rates.drop_thresholds([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0]).tolist() == [0, 1, 32768, 65535, 65536]
 
 
+@pytest.mark.slow(backend="compiled", dtype=(torch.float64, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_what_stays_is_scaled_by_the_rate_realised(backend, dtype, x):
     x, p = x.to(dtype), 0.3

@@ -48,6 +48,7 @@ def gradients(y, given):
     return torch.autograd.grad(y, [t for t in given if t is not None], g)
 
 
+@pytest.mark.slow(backend="compiled", activation=("identity", "relu", "gelu_tanh", "silu"))
 @pytest.mark.parametrize("bias, residual", FORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_its_parts(backend, activation, bias, residual, close):
@@ -61,6 +62,7 @@ def test_equals_its_parts(backend, activation, bias, residual, close):
         close(gradients(y, given), gradients(expected, given))
 
 
+@pytest.mark.slow(backend="compiled", activation="gelu_tanh")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_exact_as_the_parts_in_the_same_dtype(backend, dtype, activation):
@@ -80,6 +82,7 @@ def test_as_exact_as_the_parts_in_the_same_dtype(backend, dtype, activation):
         assert a.dtype == dtype and own <= 2 * other + unit * c.abs().max()
 
 
+@pytest.mark.slow(backend="compiled")
 def test_reduces_to_plain_dropout(backend):
     x, _, residual = inputs()
     plain = seeded(5, functional.dropout, x, 0.4)
@@ -110,6 +113,7 @@ def test_non_contiguous(backend):
     assert torch.equal(y, seeded(7, dropout_add, x.t().contiguous(), residual.t().contiguous(), 0.5))
 
 
+@pytest.mark.slow(backend="compiled")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in Triton's interpreter
 def test_what_is_dropped_is_0_with_its_gradient(backend):
     for bad in (math.inf, -math.inf, math.nan):
@@ -127,6 +131,7 @@ def test_gradcheck(backend):
     )
 
 
+@pytest.mark.slow(backend="compiled")
 def test_mixed_dtypes(backend):
     x, bias, residual = inputs()
     x = x.detach().bfloat16().requires_grad_()

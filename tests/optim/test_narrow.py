@@ -25,6 +25,7 @@ def train(dtype, steps, lr, weight_decay, noise=0.0, make=fastreg.AdamW, **optio
     return float(weight.detach().double().norm()) / start
 
 
+@pytest.mark.slow(dtype=torch.float16)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_weight_decay_is_not_lost(mode, dtype):
@@ -36,6 +37,7 @@ def test_rounding_to_nearest_loses_it():
     assert train(torch.bfloat16, 2000, 1e-3, 0.1, bf16="nearest") == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_weight_decay_beside_noisy_gradients(mode):
     """|w| with decay over |w| without, in bfloat16 as in float32: 0.82; rounded to nearest it is 0.98."""
@@ -112,6 +114,7 @@ def ties(wide):
     return bool((wide.detach().view(torch.int32) & 0xFFFF == 0x8000).any())
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_the_same_everywhere():
     results = []
     for name in ("reference", "compiled", "triton"):
@@ -147,6 +150,7 @@ def test_replicas_round_alike_and_steps_differently():
     assert torch.equal(run(1, 1), run(2, 1)) and not torch.equal(run(1, 1), run(1, 2))
 
 
+@pytest.mark.slow(backend="compiled", make=(fastreg.SGD, fastreg.Lion))
 @pytest.mark.parametrize("make", (fastreg.AdamW, fastreg.SGD, fastreg.Lion))
 @pytest.mark.parametrize("state_dtype", (torch.float32, torch.bfloat16, torch.float64))
 def test_dtype_of_the_state(make, state_dtype, backend):
