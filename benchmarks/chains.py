@@ -18,7 +18,7 @@ from fastreg.engine.stage import Chain
 from fastreg.optim import registry
 from fastreg.optim.model_average import Averaging
 from fastreg.optim.perturb import Restore
-from fastreg.privacy.noise import Noise, PrivateNoise
+from fastreg.privacy.noise import NoiseKey, PrivateNoise
 
 MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.999, 0.05, 5, 0.5
 
@@ -63,7 +63,7 @@ COMPONENTS: dict[str, Callable[[float, float], Any]] = {
     "Lookahead": lambda *_: fastreg.SlowWeights(K, ALPHA),
     "pullback": lambda *_: fastreg.SlowWeights(K, ALPHA, "pullback"),
     "MSAM": lambda max_norm, rho: fastreg.MSAM(rho),
-    "dp": lambda *_: PrivateNoise(Noise()),
+    "dp": lambda *_: PrivateNoise(NoiseKey()),
 }
 """What else the name of a chain may hold besides SAM or ASAM, made of max_norm and rho."""
 READ_ONLY = ("l2_sp_start", "slow_momentum")

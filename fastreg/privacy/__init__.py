@@ -1,4 +1,4 @@
-"""Training with differential privacy: per-sample clipping, Gaussian noise, and who accounts for it."""
+"""Trains with differential privacy: per-sample clipping, Gaussian noise, accounting by other libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`PrivacyEngine`, for which Opacus is imported."""
+    """Imports Opacus when `PrivacyEngine` is first used."""
     if name == "PrivacyEngine":
         return importlib.import_module(".opacus", __name__).PrivacyEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

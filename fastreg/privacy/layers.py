@@ -1,7 +1,7 @@
-"""The layers whose per-sample gradients are known: how each runs, and what it gives to its parameters.
+"""Defines for each supported layer how it runs and which per-sample gradients its parameters get.
 
 A layer runs on weights that autograd does not see, so that its backward pass ends with the gradient of its
-input; what the weights would have got follows from what the layer keeps and the gradient of its output.
+input. The gradients of its weights follow from tensors that the layer saves and the gradient of its output.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.ghost import sample_sums
-from .parts import Convolution, Dense, Outer, Part, Rows
+from .per_sample_grads import ConvGrad, DenseGrad, EmbeddingGrad, OuterProductGrad, PerSampleGrad
 
-Kept = tuple[Tensor, ...]
-Parts = dict[str, Part]
-
-
-class Refused(ValueError):
-    """A layer that cannot be covered; the message says why."""
+Saved = tuple[Tensor, ...]
+Grads = dict[str, PerSampleGrad]
 
 
-class Layer:
-    """How one kind of layer runs and what its parameters get.
+class UnsupportedLayer(ValueError):
+    """Error for a layer that cannot be covered; the message says why."""
+
+
+class CoveredLayer:
+    """A layer whose per-sample gradients are known (base class).
 
     Args:
-        module: The layer; samples come first in what is passed to the methods.
+        module: The layer. The first dimension of all tensors passed to methods is that of samples.
     """
 
     names: tuple[str, ...] = ("weight", "bias")
@@ -39,39 +39,42 @@ class Layer:
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def run(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """The output, which is no view, and what `parts` needs; no parameter is part of the graph."""
+    def run(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """Returns the output, which is no view, and tensors that `per_sample_grads` needs.
+
+        No parameter is part of the graph of the output.
+        """
         with self._frozen():
             out = type(self.module).forward(self.module, x)
         return (out.clone() if out._is_view() else out), (x,)
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """What the parameters in `needed` get from the gradient of the output.
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns per-sample gradients of the parameters in `needed`, by name.
 
         Args:
-            kept: As `run` has it.
-            grad: Of the output.
+            saved: The tensors that `run` returned.
+            grad: Gradient of the output.
             needed: Names of parameters.
         """
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _frozen(self, **values: Tensor) -> Iterator[None]:
-        """Within the block the module sees its parameters detached, or these values instead."""
+        """Replaces parameters of the module by detached ones, or by these values, within the block."""
         parameters = self.module._parameters
-        own = dict(parameters)
-        parameters.update({name: None if p is None else p.detach() for name, p in own.items()} | values)
+        originals = dict(parameters)
+        parameters.update({name: None if p is None else p.detach() for name, p in originals.items()} | values)
         try:
             yield
         finally:
-            parameters.update(own)
+            parameters.update(originals)
 
     def _parameter(self, name: str) -> Tensor | None:
         parameter = self.module._parameters[name]
         return None if parameter is None else parameter.detach()
 
     def _cast(self, *tensors: Tensor | None) -> list[Any]:
-        """As autocast would have them for a product of matrices."""
+        """Casts tensors as autocast does for a matrix product."""
         kind = next(t for t in tensors if t is not None).device.type
         if not torch.is_autocast_enabled(kind):
             return list(tensors)
@@ -79,11 +82,11 @@ class Layer:
         return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-class Linear(Layer):
-    """`nn.Linear` over any number of dimensions."""
+class CoveredLinear(CoveredLayer):
+    """`nn.Linear` with inputs of any number of dimensions."""
 
-    def run(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """A product of matrices: `F.linear` may return a view."""
+    def run(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """Multiplies matrices, because `F.linear` may return a view."""
         x, weight, bias = self._cast(x, self._parameter("weight"), self._parameter("bias"))
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         weight = self._matrix(weight)
@@ -93,32 +96,32 @@ class Linear(Layer):
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """The product of both; the bias gets the sum over positions."""
-        x, grad = (_positions(t) for t in (kept[0], grad))
-        found: Parts = {}
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns outer products for the weight, sums over positions for the bias."""
+        x, grad = (_positions(t) for t in (saved[0], grad))
+        grads: Grads = {}
         if "weight" in needed:
-            found["weight"] = self._outer(x, grad)
+            grads["weight"] = self._outer(x, grad)
         if "bias" in needed:
-            found["bias"] = _summed(grad)
-        return found
+            grads["bias"] = _summed(grad)
+        return grads
 
-    def _outer(self, x: Tensor, grad: Tensor) -> Outer:
-        return Outer(grad, x)
+    def _outer(self, x: Tensor, grad: Tensor) -> OuterProductGrad:
+        return OuterProductGrad(grad, x)
 
 
-class Conv1D(Linear):
-    """transformers' `Conv1D`: a linear layer whose weight is transposed."""
+class CoveredConv1D(CoveredLinear):
+    """transformers' `Conv1D`, a linear layer whose weight is transposed."""
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight
 
-    def _outer(self, x: Tensor, grad: Tensor) -> Outer:
-        return Outer(x, grad)
+    def _outer(self, x: Tensor, grad: Tensor) -> OuterProductGrad:
+        return OuterProductGrad(x, grad)
 
 
-class Embedding(Layer):
-    """`nn.Embedding`; the row of padding gets nothing."""
+class CoveredEmbedding(CoveredLayer):
+    """`nn.Embedding`, whose padding row gets no gradient."""
 
     names = ("weight",)
 
@@ -126,48 +129,49 @@ class Embedding(Layer):
         super().__init__(module)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):
-                raise Refused(f"{option} is not supported: build the embedding without it")
+                raise UnsupportedLayer(f"{option} is not supported: build the embedding without it")
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """Rows of the matrix."""
-        ids, padding = kept[0], self.module.padding_idx
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns gradients of rows of the matrix."""
+        ids, padding = saved[0], self.module.padding_idx
         ids = ids.reshape(len(ids), math.prod(ids.shape[1:]))
         grad = grad.reshape(*ids.shape, grad.shape[-1])
         if padding is not None:
             grad = torch.where((ids == padding).unsqueeze(-1), 0.0, grad)
-        return {"weight": Rows(ids, grad, self.module.num_embeddings)}
+        return {"weight": EmbeddingGrad(ids, grad, self.module.num_embeddings)}
 
 
-class ScaledEmbedding(Embedding):
-    """transformers' `...ScaledWordEmbedding`: an embedding times a number, `embed_scale`.
+class CoveredScaledEmbedding(CoveredEmbedding):
+    """transformers' `...ScaledWordEmbedding`, an embedding times a number `embed_scale`.
 
     Raises:
-        Refused: If its output, tried out, is another.
+        UnsupportedLayer: If a trial shows another output.
     """
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device).unsqueeze(0)
         with torch.no_grad():
-            found, expected = type(module).forward(module, ids), F.embedding(ids, module.weight) * self._scale
-        if not torch.equal(found, expected):
-            raise Refused("its output is not that of an embedding times embed_scale")
+            actual = type(module).forward(module, ids)
+            expected = F.embedding(ids, module.weight) * self._scale
+        if not torch.equal(actual, expected):
+            raise UnsupportedLayer("its output is not that of an embedding times embed_scale")
 
     @property
     def _scale(self) -> Any:
         scale = self.module.embed_scale
         return scale.to(self.module.weight.dtype) if isinstance(scale, Tensor) else scale
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """Rows of the matrix."""
-        return super().parts(kept, grad * self._scale, needed)
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns gradients of rows of the matrix."""
+        return super().per_sample_grads(saved, grad * self._scale, needed)
 
 
-class LayerNorm(Layer):
-    """`nn.LayerNorm`."""
+class CoveredLayerNorm(CoveredLayer):
+    """`nn.LayerNorm` over the last dimensions."""
 
-    def run(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """Means and deviations are kept."""
+    def run(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """Returns the normalized input; means and inverse deviations are saved."""
         module, kind = self.module, x.device.type
         weight, bias = self._parameter("weight"), self._parameter("bias")
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -176,23 +180,23 @@ class LayerNorm(Layer):
         out, mean, deviation = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
         return out, (x, mean.detach(), deviation.detach())
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """Sums over positions."""
-        x, mean, deviation = kept
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns sums over positions for weight and bias."""
+        x, mean, deviation = saved
         return _scaled(grad, needed, self.module.weight.shape, lambda: x, mean, deviation)
 
 
-class Normalized(Layer):
-    """Norms of channels that do not mix samples: `nn.GroupNorm`, and instance norms without statistics."""
+class CoveredChannelNorm(CoveredLayer):
+    """`nn.GroupNorm`, and instance norms without running statistics."""
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         if getattr(module, "track_running_stats", False):
-            raise Refused("running statistics mix samples: build it with track_running_stats=False")
+            raise UnsupportedLayer("running statistics mix samples: build it with track_running_stats=False")
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """Sums over all but channels."""
-        (x,) = kept
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns sums over all dimensions but channels."""
+        (x,) = saved
 
         def normalized() -> Tensor:
             if isinstance(self.module, nn.GroupNorm):
@@ -204,11 +208,11 @@ class Normalized(Layer):
         return _scaled(_channels_last(grad), needed, grad.shape[1:2], normalized)
 
 
-class RMSNorm(Layer):
-    """Whatever is named `...RMSNorm` and is linear in a weight over the last dimensions, such as Llama's.
+class CoveredRMSNorm(CoveredLayer):
+    """Any class named `...RMSNorm` that is linear in a weight over the last dimensions, such as Llama's.
 
     Raises:
-        Refused: If its gradient, tried out, is another.
+        UnsupportedLayer: If a trial shows another gradient.
     """
 
     names = ("weight",)
@@ -227,21 +231,24 @@ class RMSNorm(Layer):
                     out = type(module).forward(module, x)
                 (expected,) = torch.autograd.grad(out, probe, grad)
             self._offset = bool(self._with(x, torch.zeros_like).any())
-            found = self.parts((x,), grad.to(out.dtype), ("weight",))["weight"].per_sample(0, 2).sum(0)
+            grads = self.per_sample_grads((x,), grad.to(out.dtype), ("weight",))
+            actual = grads["weight"].per_sample(0, 2).sum(0)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise Refused(f"it could not be tried out as a norm: {error}") from error
-        off = (found - expected).abs().amax() / expected.abs().amax()
+            raise UnsupportedLayer(f"it could not be tried out as a norm: {error}") from error
+        off = (actual - expected).abs().amax() / expected.abs().amax()
         if not off <= 16 * torch.finfo(weight.dtype).eps * math.sqrt(size):
-            raise Refused(f"its output is not linear in its weight: gradients are off by {float(off):.1e}")
+            raise UnsupportedLayer(
+                f"its output is not linear in its weight: gradients are off by {float(off):.1e}"
+            )
 
     @torch.no_grad()
     def _with(self, x: Tensor, weight: Any) -> Tensor:
         with self._frozen(weight=weight(self.module._parameters["weight"])):
             return type(self.module).forward(self.module, x)
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """Sums over positions of what the weight multiplies."""
-        (x,) = kept
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns sums over positions of gradient times normalized input."""
+        (x,) = saved
 
         def normalized() -> Tensor:
             ones = self._with(x, torch.ones_like)
@@ -250,11 +257,11 @@ class RMSNorm(Layer):
         return _scaled(grad, needed, self.module.weight.shape, normalized)
 
 
-class Conv(Layer):
-    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`."""
+class CoveredConv(CoveredLayer):
+    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with batched input."""
 
-    def run(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """As the module would."""
+    def run(self, x: Tensor) -> tuple[Tensor, Saved]:
+        """Runs the convolution of the module."""
         if x.dim() != self.module.weight.dim():
             raise ValueError(
                 f"a batch of {self.module.weight.dim()} dimensions is needed, got {tuple(x.shape)}"
@@ -262,14 +269,14 @@ class Conv(Layer):
         x, weight, bias = self._cast(x, self._parameter("weight"), self._parameter("bias"))
         return self.module._conv_forward(x, weight, bias), (x,)
 
-    def parts(self, kept: Kept, grad: Tensor, needed: Sequence[str]) -> Parts:
-        """The bias gets the sum over positions."""
-        found: Parts = {}
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns gradients of the weight, and sums over positions for the bias."""
+        grads: Grads = {}
         if "weight" in needed:
-            found["weight"] = Convolution(self.module, kept[0], grad)
+            grads["weight"] = ConvGrad(self.module, saved[0], grad)
         if "bias" in needed:
-            found["bias"] = _summed(_channels_last(grad))
-        return found
+            grads["bias"] = _summed(_channels_last(grad))
+        return grads
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -282,36 +289,38 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
-def _summed(grad: Tensor) -> Dense:
-    return Dense(sample_sums(grad)[1])
+def _summed(grad: Tensor) -> DenseGrad:
+    return DenseGrad(sample_sums(grad)[1])
 
 
 def _scaled(
     grad: Tensor, needed: Sequence[str], shape: torch.Size, x: Callable[[], Tensor],
     mean: Tensor | None = None, deviation: Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Of output = weight · (x - mean) · deviation + bias, both of `shape`."""
+) -> Grads:  # fmt: skip
+    """Returns gradients of output = weight · (x - mean) · deviation + bias, both of `shape`."""
     positions = math.prod(grad.shape[1 : grad.dim() - len(shape)])
-    places = len(grad), positions, math.prod(shape)
-    value = x().reshape(places) if "weight" in needed else None
-    means = (None if t is None else t.reshape(places[:2]) for t in (mean, deviation))
-    sums = sample_sums(grad.reshape(places), value, *means)
+    flat = len(grad), positions, math.prod(shape)
+    value = x().reshape(flat) if "weight" in needed else None
+    means = (None if t is None else t.reshape(flat[:2]) for t in (mean, deviation))
+    sums = sample_sums(grad.reshape(flat), value, *means)
     named = zip(("weight", "bias"), sums, strict=True)
-    return {name: Dense(t.view(len(grad), *shape)) for name, t in named if name in needed and t is not None}
+    return {
+        name: DenseGrad(t.view(len(grad), *shape)) for name, t in named if name in needed and t is not None
+    }
 
 
-KINDS: dict[type[nn.Module], type[Layer]] = {
-    nn.Linear: Linear,
-    nn.Embedding: Embedding,
-    nn.LayerNorm: LayerNorm,
-    nn.RMSNorm: RMSNorm,
-    nn.GroupNorm: Normalized,
-    nn.InstanceNorm1d: Normalized,
-    nn.InstanceNorm2d: Normalized,
-    nn.InstanceNorm3d: Normalized,
-    nn.Conv1d: Conv,
-    nn.Conv2d: Conv,
-    nn.Conv3d: Conv,
+KINDS: dict[type[nn.Module], type[CoveredLayer]] = {
+    nn.Linear: CoveredLinear,
+    nn.Embedding: CoveredEmbedding,
+    nn.LayerNorm: CoveredLayerNorm,
+    nn.RMSNorm: CoveredRMSNorm,
+    nn.GroupNorm: CoveredChannelNorm,
+    nn.InstanceNorm1d: CoveredChannelNorm,
+    nn.InstanceNorm2d: CoveredChannelNorm,
+    nn.InstanceNorm3d: CoveredChannelNorm,
+    nn.Conv1d: CoveredConv,
+    nn.Conv2d: CoveredConv,
+    nn.Conv3d: CoveredConv,
 }
 
 HINTS = {
@@ -323,36 +332,38 @@ HINTS = {
 }
 
 
-def layer_of(module: nn.Module) -> Layer:
-    """How a module is covered.
+def cover_layer(module: nn.Module) -> CoveredLayer:
+    """Returns how a module is covered.
 
     Raises:
-        Refused: If it is not; the message says why and what to do.
+        UnsupportedLayer: If it cannot be; the message says why and what to do.
     """
     cls = type(module)
-    own = vars(module).get("forward")  # copies of models that were attached have their own method there
-    if own is not None and not (getattr(own, "__self__", None) is module and own.__func__ is cls.forward):
-        raise Refused("its forward method was replaced: attach before whatever replaces it")
-    kind: type[Layer] | None = None
+    patched: Any = vars(module).get("forward")  # in copies of attached models this is the ordinary method
+    if patched is not None and not (
+        getattr(patched, "__self__", None) is module and patched.__func__ is cls.forward
+    ):
+        raise UnsupportedLayer("its forward method was replaced: attach before whatever replaces it")
+    kind: type[CoveredLayer] | None = None
     for known, candidate in KINDS.items():
         # A subclass may compute anything; one that leaves `forward` alone computes the same.
         if isinstance(module, known) and cls.forward is known.forward:
             kind = candidate
     if isinstance(module, nn.Embedding) and cls.__name__.endswith("ScaledWordEmbedding"):
-        kind = ScaledEmbedding
+        kind = CoveredScaledEmbedding
     if kind is None and cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
-        kind = Conv1D
+        kind = CoveredConv1D
     if (
         kind is None
         and re.search("RMSNorm$|LayerNorm$", cls.__name__)
         and set(module._parameters) == {"weight"}
     ):
-        kind = RMSNorm
+        kind = CoveredRMSNorm
     if kind is None:
         hint = next((hint for name, hint in HINTS.items() if name in cls.__name__), None)
-        raise Refused(hint or "freeze it, or build it of the layers that are known")
+        raise UnsupportedLayer(hint or "freeze it, or build it of the layers that are known")
     if unknown := [n for n, p in module._parameters.items() if p is not None and n not in kind.names]:
-        raise Refused(f"its parameter {unknown[0]!r} is not known")
+        raise UnsupportedLayer(f"its parameter {unknown[0]!r} is not known")
     if missing := [n for n in kind.names if n not in module._parameters]:
-        raise Refused(f"its {missing[0]} is made of other parameters: remove the parametrization")
+        raise UnsupportedLayer(f"its {missing[0]} is made of other parameters: remove the parametrization")
     return kind(module)

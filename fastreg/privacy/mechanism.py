@@ -1,4 +1,4 @@
-"""The Gaussian mechanism of a step: sums of clipped gradients come out with noise, or not at all."""
+"""Adds noise to sums of clipped gradients and passes the result to an optimizer (Gaussian mechanism)."""
 
 from __future__ import annotations
 
@@ -9,48 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import Noise, Noising, PrivateNoise
-from .sources import Parameters, Source, reduced
+from ..engine import layout
+from .grad_sources import ClippedGradSource, Parameters
+from .noise import InPlaceNoise, NoiseKey, PrivateNoise
 
 
 class Mechanism:
-    """Hands sums of clipped gradients to an optimizer, with their noise.
+    """Passes sums of clipped gradients to an optimizer, and never without noise.
 
     Args:
-        source: Where the sums come from.
-        noise: Key and count of the noise.
+        source: Provides the sums.
+        noise: Key of the noise and count of steps.
         group: The processes that share a batch.
     """
 
-    def __init__(self, source: Source, noise: Noise, group: Any) -> None:
+    def __init__(self, source: ClippedGradSource, noise: NoiseKey, group: Any) -> None:
         self.source, self.noise, self._group = source, noise, group
         self.component = PrivateNoise(noise)
-        self._noising = Noising(self.component)
-        self._shown: dict[Tensor, Tensor] = {}
+        self._in_place = InPlaceNoise(self.component)
+        self._written: dict[Tensor, Tensor] = {}
         self._grad_dtypes: dict[Tensor, torch.dtype | None] = {}
         self.share_key()
 
     @property
     def world(self) -> int:
-        """How many processes share a batch."""
+        """Number of processes that share a batch."""
         available = torch.distributed.is_available() and torch.distributed.is_initialized()
         return torch.distributed.get_world_size(self._group) if available else 1
 
     def share_key(self) -> None:
-        """All processes draw the noise of the first."""
+        """Copies key and count of the first process to all others, so that they draw the same noise."""
         if self.world > 1:
             state = [(self.noise.key, self.noise.count)]
             torch.distributed.broadcast_object_list(state, group=self._group, group_src=0)
             self.noise.key, self.noise.count = state[0]
 
     def sums(self, parameters: Parameters) -> list[Tensor]:
-        """Of the samples of this process, not private yet; zeros where none contributes.
-
-        Args:
-            parameters: Of what.
+        """Returns the sums of this process, not private yet; zeros for parameters without samples.
 
         Raises:
-            RuntimeError: For sums of samples that were clipped to something else than the noise is for.
+            RuntimeError: For samples that were clipped to another sensitivity than that of the noise.
         """
         if other := self.source.clipped_to - {float(self.source.sensitivity)}:
             raise RuntimeError(
@@ -62,59 +60,65 @@ class Mechanism:
             for p, total in zip(parameters, self.source.take(parameters), strict=True)
         ]
 
-    def reduced(self, sums: list[Tensor]) -> list[Tensor]:
-        """Of the samples of all processes.
-
-        Args:
-            sums: As `sums` gives them; may be overwritten.
-        """
-        return reduced(sums, self._group) if self.world > 1 else sums
+    def all_reduce(self, sums: list[Tensor]) -> list[Tensor]:
+        """Adds up the sums of all processes, possibly in place; DTensors hold the whole sum already."""
+        if self.world == 1:
+            return sums
+        sums = [total if layout.is_dtensor(total) else total.contiguous() for total in sums]
+        works = [
+            torch.distributed.all_reduce(total, group=self._group, async_op=True)
+            for total in sums
+            if not layout.is_dtensor(total)
+        ]
+        for work in works:
+            work.wait()
+        return sums
 
     @contextlib.contextmanager
     def fused(
         self, parameters: Parameters, sums: list[Tensor], std: float, share: float
     ) -> Iterator[dict[Tensor, Tensor]]:
-        """Within the block a step by the sums adds the noise, which is nowhere in memory.
+        """Lets the optimizer that has the component step by the sums in the block, which adds the noise.
 
         Args:
-            parameters: Of what.
-            sums: As `sums` gives them; used up afterwards, whatever happens.
+            parameters: The trainable parameters.
+            sums: Sums over all processes, which are discarded after the block in any case.
             std: Standard deviation of the noise.
-            share: What noised sums are multiplied by.
+            share: Factor on noised sums.
 
         Yields:
-            The sums by parameter.
+            The sums by parameter, for `step(gradients=...)`.
         """
         try:
-            with self.component.armed(std, share, self.noise.advance()):
+            with self.component.authorize_step(std, share, self.noise.advance()):
                 yield dict(zip(parameters, sums, strict=True))
         finally:
-            self.source.used(parameters)
+            self.source.discard(parameters)
 
     @contextlib.contextmanager
     def written(
-        self, places: list[int], parameters: Parameters, sums: list[Tensor], std: float, share: float
+        self, streams: list[int], parameters: Parameters, sums: list[Tensor], std: float, share: float
     ) -> Iterator[None]:
-        """Within the block `p.grad` holds the noised sums, and stays until `forget`.
+        """Writes the noised sums to `p.grad`, and lets the optimizer step by them in the block.
 
         Args:
-            places: Of the parameters in their optimizer.
-            parameters: Of what.
-            sums: As `sums` gives them; overwritten.
+            streams: Indices of the parameters in their optimizer.
+            parameters: The trainable parameters.
+            sums: Sums over all processes; overwritten.
             std: Standard deviation of the noise.
-            share: What noised sums are multiplied by.
+            share: Factor on noised sums.
         """
         try:
-            with self.component.armed(std, share, self.noise.advance()):
-                self._noising.over(sums, places)
+            with self.component.authorize_step(std, share, self.noise.advance()):
+                self._in_place.add_noise(sums, streams)
         finally:
-            self.source.used(parameters)
-        self._shown = dict(zip(parameters, map(self._show, parameters, sums), strict=True))
-        with self.component.armed(0.0, 1.0, 0):  # what there is has its noise
+            self.source.discard(parameters)
+        self._written = dict(zip(parameters, map(self._write_grad, parameters, sums), strict=True))
+        with self.component.authorize_step(0.0, 1.0, 0):  # these gradients have their noise
             yield
 
-    def _show(self, p: Tensor, total: Tensor) -> Tensor:
-        """Put a noised gradient where optimizers look for it, in the dtype that they expect."""
+    def _write_grad(self, p: Tensor, total: Tensor) -> Tensor:
+        """Sets `p.grad` to a noised gradient in the dtype that optimizers expect."""
         if total.dtype != p.dtype:
             total, dtype = total.to(p.dtype), p.grad_dtype
             if dtype not in (None, p.dtype):
@@ -123,24 +127,19 @@ class Mechanism:
         p.grad = total
         return total
 
-    def forget(self, parameters: Parameters, kept: bool) -> None:
-        """Clear gradients.
-
-        Args:
-            parameters: Of what.
-            kept: Whether sums are kept for a later step.
-        """
-        self.source.clear(parameters, kept)
+    def clear(self, parameters: Parameters, keep_sums: bool) -> None:
+        """Clears gradients, and unless `keep_sums` also sums for a later step."""
+        self.source.clear(parameters, keep_sums)
         while self._grad_dtypes:
             p, dtype = self._grad_dtypes.popitem()
             p.grad_dtype = dtype
-        self._shown = {}
+        self._written = {}
 
-    def check_forgotten(self) -> None:
-        """Refuse gradients that an earlier step has written, and a backward pass may have added to.
+    def check_cleared(self) -> None:
+        """Refuses gradients written by an earlier step, to which a backward pass may have added.
 
         Raises:
             RuntimeError: If there are any.
         """
-        if any(p.grad is shown for p, shown in self._shown.items()):
+        if any(p.grad is written for p, written in self._written.items()):
             raise RuntimeError("p.grad still holds the latest step's: call zero_grad() after every step()")

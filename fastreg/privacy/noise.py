@@ -1,10 +1,9 @@
-"""Gaussian noise for differential privacy: where it comes from, and the stage that adds it.
+"""Gaussian noise for differential privacy: its key, and the component that adds it to gradients.
 
-Every normal is a function of (key, step, parameter, global element index): the same for every sharding and
-every way to split a batch, with no noise tensor anywhere.  Two updates under the same four show the
-difference of their gradients without any noise, so that a key is never used twice: it comes from the
-operating system, is not saved, not copied and not derived from any seed of torch, and the count of steps
-never goes back.
+Each normal is a function of (key, step, parameter, global element index): the same for all shardings and all
+ways to split a batch, without a tensor of noise. Two updates with the same four values would reveal the
+difference of their gradients, so a key is never used twice: it comes from the operating system, is not saved,
+not copied and not derived from any seed of torch, and the count of steps never decreases.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
 STEPS = 2**32
-"""How many steps the count can tell apart."""
+"""Number of steps after which noise would repeat."""
 
 
-class Noise:
-    """A key and a count of steps.
+class NoiseKey:
+    """The key of privacy noise and a count of the steps that used it.
 
     Args:
-        seed: Derives the key, for runs that are to be repeated; whoever knows it can take the noise off
-            again.  By default the key comes from `os.urandom`.
-        reproducible: Whether key and count are saved, copied and loaded.  If not, whatever continues from a
-            checkpoint or a copy has a key of its own.
+        seed: Derives the key, for repeatable runs; anyone who knows it can remove the noise. By default the
+            key comes from `os.urandom`.
+        reproducible: Whether key and count are saved, copied and loaded. If not, a checkpoint or a copy
+            continues with a new key.
 
     Raises:
         ValueError: If the seed has more than 64 bits.
@@ -55,12 +54,12 @@ class Noise:
         self.key, self.count = key(seed, Purpose.PRIVACY), 0
 
     def renew(self) -> None:
-        """A key that has never been used."""
+        """Draws a new key and resets the count."""
         self.key = int.from_bytes(os.urandom(8), "little", signed=True)
         self.count = 0
 
     def advance(self) -> int:
-        """The step whose noise is drawn now; no other is given the same, whether it succeeds or not.
+        """Returns the number of a step whose noise is drawn now; each number is returned once.
 
         Raises:
             OverflowError: After 2³² steps.
@@ -71,33 +70,33 @@ class Noise:
         return self.count - 1
 
     def state(self) -> dict[str, int]:
-        """What is saved; nothing unless `reproducible`."""
+        """Returns key and count for a checkpoint, or nothing unless `reproducible`."""
         return {"key": self.key, "count": self.count} if self.reproducible else {}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on from what was saved, or with a new key where there is nothing or that is not wanted."""
+        """Restores a saved key if `reproducible`, otherwise draws a new one."""
         self.renew()
         if self.reproducible and state:
             self.key, self.count = int(state["key"]), int(state["count"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep."""
+        """Returns the state of copies and pickles."""
         return {"reproducible": self.reproducible, **self.state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A key of its own, unless that was saved."""
+        """Draws a new key unless one was saved."""
         self.reproducible = state["reproducible"]
         self.load({name: state[name] for name in ("key", "count") if name in state})
 
 
 class PrivateNoise(Component):
-    """Makes a sum of clipped gradients private, and divides it: u ← (u + std · N(0, 1)) · share.
+    """Adds noise to a sum of clipped gradients and scales it: u ← (u + std · N(0, 1)) · share.
 
-    It stands before everything else that is done to a gradient, all of which is then post-processing of a
-    private quantity.  It does not clip, and so is no use without `DPOptimizer`, which arms it for a step.
+    It precedes all other components, which then post-process a private quantity. It does not clip, so a step
+    must be authorized by `DPOptimizer`.
 
     Args:
-        noise: Key and count.
+        noise: Key of the noise and count of steps.
 
     Reference:
         Abadi et al. 2016, "Deep learning with differential privacy".
@@ -108,89 +107,85 @@ class PrivateNoise(Component):
         "regularizers.private_noise", reference.private_noise, rng_keys=("key",), step_scalars=4, exact=True
     )
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self, noise: NoiseKey) -> None:
         self.noise = noise
-        self._armed: tuple[float, float, int] | None = None
-        self._passes = False
+        self._authorized: tuple[float, float, int] | None = None
+        self._pass_once = False
 
     def pass_once(self) -> None:
-        """Let the next step be taken as it is: its gradients have their noise."""
-        self._passes = True
+        """Lets the next step through without noise, because its gradients have it already."""
+        self._pass_once = True
 
     @contextlib.contextmanager
-    def armed(self, std: float, share: float, step: int) -> Iterator[None]:
-        """Within the block, steps may be taken.
+    def authorize_step(self, std: float, share: float, step: int) -> Iterator[None]:
+        """Allows steps within the block.
 
         Args:
             std: Standard deviation σ · C of the noise, in units of the gradient.
-            share: What the sum is multiplied by afterwards: 1 / expected batch size for a mean.
-            step: Which step's noise is drawn.
+            share: Factor on the noised sum: 1 / expected batch size for a mean.
+            step: The number of the step, from `NoiseKey.advance`.
         """
-        self._armed = std, share, step
+        self._authorized = std, share, step
         try:
             yield
         finally:
-            self._armed = None
+            self._authorized = None
 
-    def prepare(self, work: Work) -> None:
-        """Refuse a step that nobody has clipped for."""
-        self.check()
-
-    def check(self) -> None:
-        """Refuse a step that nobody has clipped for.
+    def prepare(self, work: Work | None = None) -> None:
+        """Refuses a step that is not authorized.
 
         Raises:
-            RuntimeError: Unless armed.
+            RuntimeError: Outside of `authorize_step`, unless `pass_once` was called.
         """
-        passes, self._passes = self._passes, False
-        if self._armed is None and not passes:
+        pass_once, self._pass_once = self._pass_once, False
+        if self._authorized is None and not pass_once:
             raise RuntimeError(
                 "step() of an optimizer inside DPOptimizer would use gradients that are not private: call "
                 "step() of the DPOptimizer, or its detach() to have the optimizer back"
             )
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
+        """Returns the same stage for all groups."""
         return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Standard deviation, share, and the count in halves that float32 holds exactly."""
-        std, share, count = self._armed or (0.0, 1.0, 0)
+        """Returns standard deviation, share, and the count in halves that float32 holds exactly."""
+        std, share, count = self._authorized or (0.0, 1.0, 0)
         return std, share, float(count & 0xFFFF), float(count >> 16)
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The key; the optimizer's seed has no part in it."""
+        """Returns the key, which does not depend on the optimizer's seed."""
         return (self.noise.key,)
 
 
-class _Replaced(Component):
-    """Writes the gradient where it was."""
+class _WriteGradient(Component):
+    """Writes the processed gradient in place."""
 
     phase = Phase.DESCEND
     _stage = Stage("regularizers.replaced", reference.replaced)
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
+        """Returns the same stage for all groups."""
         return self._stage
 
 
-class Noising(MultiTensorOptimizer):
-    """The pass that makes sums private in place: 8 bytes a parameter, for optimizers that are not fastreg's.
+class InPlaceNoise(MultiTensorOptimizer):
+    """Adds privacy noise to sums in place, for optimizers that are not fastreg's: 8 bytes a parameter.
 
     Args:
-        component: Which noise.
+        component: The noise.
     """
 
     def __init__(self, component: PrivateNoise) -> None:
-        self._set_components((component, _Replaced()), seed=0)
+        self._set_components((component, _WriteGradient()), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": [{"params": []}]})
 
-    def over(self, sums: list[Tensor], streams: list[int]) -> None:
-        """Add the noise and divide.
+    def add_noise(self, sums: list[Tensor], streams: list[int]) -> None:
+        """Adds noise to sums and scales them in place.
 
         Args:
-            sums: Of each parameter.
-            streams: Places of the parameters in their optimizer.
+            sums: The sum of each parameter.
+            streams: Indices of the parameters in their optimizer.
         """
         try:
             self._run_step(Operands(sums, list(sums), [0] * len(sums), streams))

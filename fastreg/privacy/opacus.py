@@ -1,4 +1,4 @@
-"""The place of Opacus' optimizers, taken by `DPOptimizer`: `PrivacyEngine` gives it instead of its own.
+"""Replaces Opacus' optimizer by `DPOptimizer`: a `PrivacyEngine` that creates it instead.
 
 Importing this module imports Opacus.
 """
@@ -10,38 +10,41 @@ from typing import Any
 
 import opacus  # type: ignore[import-untyped]
 import torch
-from opacus.optimizers import DPOptimizer as Stock  # type: ignore[import-untyped]
+from opacus.optimizers import DPOptimizer as StockOptimizer  # type: ignore[import-untyped]
 from torch import Tensor
 
-from . import optimizer as own
-from .noise import Noise
-from .sources import Ghost, PerSample
+from ..common.validation import check_choice
+from . import optimizer as base
+from .bounds import CLIPPING
+from .grad_sources import GradSampleSource, OpacusGhostSource
+from .noise import NoiseKey
+from .private_step import PrivateStep
 
 
-class DPOptimizer(own.DPOptimizer, Stock):
+class OpacusDPOptimizer(base.DPOptimizer, StockOptimizer):
     """`fastreg.DPOptimizer` with the constructor and the interface of `opacus.optimizers.DPOptimizer`.
 
-    The same numbers up to rounding, the same accountant's history; the noise is fastreg's.  What differs:
-    samples whose gradient is not finite count for nothing, hooks and schedulers of torch work, 16-bit
+    The same numbers up to rounding and the same accountant's history, but the noise is fastreg's. Other
+    differences: samples whose gradient is not finite are excluded, hooks and schedulers of torch work, 16-bit
     gradients are summed in float32, and around a fastreg optimizer `p.grad` is `None` after a step unless
-    `materialize_grad=True`.  With several processes sums are added up before the noise.
+    `materialize_grad=True`. With several processes sums are added up before the noise.
 
     Args:
-        optimizer: What steps.
+        optimizer: The optimizer that steps.
         noise_multiplier: σ.
         max_grad_norm: C; a list with one for each trainable parameter for `clipping="per_layer"`.
-        expected_batch_size: Of each process, as Opacus has it.
+        expected_batch_size: Expected number of samples of each process, as in Opacus.
         loss_reduction: `"mean"` or `"sum"`.
         generator: Its seed is the seed of the noise; by default the key comes from the operating system.
         secure_mode: Refused.
         clipping: `"flat"` or `"per_layer"`.
-        grad_sample_mode: `"ghost"` where `p.grad` holds what Opacus' ghost clipping has summed.
-        materialize_grad: Leave the noised gradient in `p.grad`.
-        reproducible: Save key and count of the noise in checkpoints.
-        kwargs: Ignored, as Opacus does.
+        grad_sample_mode: `"ghost"` if Opacus' ghost clipping writes sums to `p.grad`.
+        materialize_grad: Whether to leave the noised gradient in `p.grad`.
+        reproducible: Whether checkpoints hold key and count of the noise.
+        kwargs: Ignored, as in Opacus.
 
     Raises:
-        ValueError: For values out of range, and for what `fastreg.DPOptimizer` refuses.
+        ValueError: For values out of range, and optimizers that `fastreg.DPOptimizer` refuses.
     """
 
     def __init__(
@@ -56,62 +59,63 @@ class DPOptimizer(own.DPOptimizer, Stock):
                 "secure_mode=True is not supported: the noise is drawn by a generator that is not "
                 "cryptographic; use opacus.PrivacyEngine(secure_mode=True)"
             )
-        own.check_clipping(clipping)
+        check_choice("clipping", clipping, CLIPPING)
         ghost = grad_sample_mode == "ghost"
         if ghost and clipping != "flat":
             raise ValueError(f"ghost clipping must be 'flat', got {clipping=}")
-        source = Ghost(max_grad_norm) if ghost else PerSample(max_grad_norm, clipping)  # type: ignore[arg-type]
-        noise = Noise(None if generator is None else generator.initial_seed(), reproducible)
-        self._begin(
-            optimizer, source, noise_multiplier, expected_batch_size, loss_reduction, noise, materialize_grad,
-            None,
+        source = OpacusGhostSource(max_grad_norm) if ghost else GradSampleSource(max_grad_norm, clipping)
+        PrivateStep.__init__(
+            self, optimizer, source,
+            NoiseKey(None if generator is None else generator.initial_seed(), reproducible),
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction, materialize_grad=materialize_grad,
         )  # fmt: skip
         self.generator, self.secure_mode = generator, secure_mode
-        if isinstance(source, PerSample):
-            source.bounds(len(self.params))  # refuses another number of them
+        if isinstance(source, GradSampleSource):
+            source.bounds(len(self.params))  # refuses another number of bounds
 
     @property
     def max_grad_norm(self) -> float:
-        """C, or √(Σ C²) where each parameter has its own, which `max_grad_norms` holds."""
+        """The bound C, or √(Σ C²) if each parameter has its own, see `max_grad_norms`."""
         return self.sensitivity
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        given = self._source.max_grad_norm
-        if isinstance(given, Sequence):
+        bounds = self._source.max_grad_norm
+        if isinstance(bounds, Sequence):
             scale = float(value) / self.sensitivity
-            self._source.max_grad_norm = [scale * bound for bound in given]
+            self._source.max_grad_norm = [scale * bound for bound in bounds]
         else:
             self._source.max_grad_norm = float(value)
 
     @property
     def max_grad_norms(self) -> list[float]:
-        """C of each trainable parameter, with per-layer clipping."""
-        return self._source.bounds(len(self.params))  # type: ignore[attr-defined]
+        """The bound of each trainable parameter, for per-layer clipping."""
+        return self._source.bounds(len(self.params))  # type: ignore[union-attr]
 
     @property
     def grad_samples(self) -> list[Tensor]:
-        """What is held per sample of each parameter; those of several batches behind each other."""
+        """The per-sample gradients of each parameter; several batches are concatenated."""
         return [self._get_flat_grad_sample(p) for p in self.params]
 
     def _share(self) -> float:
         return super()._share() / (self._mechanism.world if self.loss_reduction == "mean" else 1)
 
     def clip_and_accumulate(self) -> None:
-        """Clip and sum, into `p.summed_grad`."""
+        """Clips gradients of samples and adds them to `p.summed_grad`."""
         with torch.no_grad():
-            self._source.keep(self._trainable())
+            self._source.accumulate(self._trainable())
 
     def pre_step(self, closure: Any = None) -> bool:
-        """Everything of a step but the base optimizer's: the noised gradient is in `p.grad`.
+        """Takes a step without the base optimizer's part; the noised gradient is then in `p.grad`.
 
         Args:
-            closure: Taken as in Opacus, without effect.
+            closure: Accepted as in Opacus, without effect.
 
         Returns:
-            Whether the base optimizer is to step; not if the step is skipped.
+            Whether the base optimizer should step; not if the step is skipped.
         """
-        self._refuse(None)
+        self._check_step(None)
         if self._check_skip_next_step():
             self.accumulate()
             return False
@@ -121,7 +125,7 @@ class DPOptimizer(own.DPOptimizer, Stock):
         return True
 
     def add_noise(self) -> None:
-        """Refused: noise, scale and step are one.
+        """Refuses to add noise without accounting for a step.
 
         Raises:
             NotImplementedError: Always.
@@ -133,14 +137,17 @@ class DPOptimizer(own.DPOptimizer, Stock):
     scale_grad = add_noise
 
     def __repr__(self) -> str:
-        """That of the base optimizer."""
+        """Returns the representation of the base optimizer."""
         return repr(self.base_optimizer)
 
 
-class PrivacyEngine(opacus.PrivacyEngine):
-    """`opacus.PrivacyEngine` whose `make_private` gives fastreg's `DPOptimizer`.
+DPOptimizer = OpacusDPOptimizer  # the name of the first release
 
-    Models, loaders, accountants, checkpoints and schedulers are those of Opacus.  `make_private` also takes
+
+class PrivacyEngine(opacus.PrivacyEngine):
+    """`opacus.PrivacyEngine` whose `make_private` returns fastreg's `DPOptimizer`.
+
+    Models, loaders, accountants, checkpoints and schedulers are those of Opacus. `make_private` also takes
     `materialize_grad` and `reproducible`.
     """
 
@@ -149,16 +156,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
         max_grad_norm: float | list[float], expected_batch_size: float, loss_reduction: str = "mean",
         distributed: bool = False, clipping: str = "flat", noise_generator: Any = None,
         grad_sample_mode: str = "hooks", **kwargs: Any,
-    ) -> DPOptimizer:  # fmt: skip
-        if isinstance(optimizer, own.DPOptimizer):
+    ) -> OpacusDPOptimizer:  # fmt: skip
+        if isinstance(optimizer, base.DPOptimizer):
             optimizer = optimizer.detach()
-        elif isinstance(optimizer, Stock):
+        elif isinstance(optimizer, StockOptimizer):
             optimizer = optimizer.original_optimizer
-        if clipping not in ("flat", "per_layer") or grad_sample_mode == "ghost_fsdp":
+        if clipping not in CLIPPING or grad_sample_mode == "ghost_fsdp":
             raise ValueError(
                 f"{clipping=} with {grad_sample_mode=} is not supported by fastreg: use opacus.PrivacyEngine"
             )
-        return DPOptimizer(
+        return OpacusDPOptimizer(
             optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size, loss_reduction=loss_reduction,
             generator=noise_generator, secure_mode=self.secure_mode, clipping=clipping,

@@ -13,8 +13,8 @@ from scipy import stats
 
 import fastreg
 from fastreg.privacy import DPOptimizer, epsilon
+from fastreg.privacy.grad_sources import GradSampleSource
 from fastreg.privacy.noise import PrivateNoise
-from fastreg.privacy.sources import PerSample
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_seed")
 
@@ -40,7 +40,7 @@ def observed(canaries, sigma, steps=1, broken=None, seed=0, monkeypatch=None):
             factor = min(1.0, C / float(sums.norm() / (canaries / 2)))  # of the mean, to C
         p.summed_grad = sums * factor
 
-    monkeypatch.setattr(PerSample, "keep", keep)
+    monkeypatch.setattr(GradSampleSource, "accumulate", keep)
     if broken in ("half the noise", "nine tenths of the noise"):
         share = 0.5 if broken == "half the noise" else 0.9
         numbers = PrivateNoise.step_scalars

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastreg.privacy.bookkeeping import BookKeeping
+from fastreg.privacy.per_sample_grads import OuterProductGrad
 
 WORDS, FEATURES, LENGTH = 50, 32, 8
 
@@ -287,16 +288,18 @@ def test_products_are_precise_whatever_is_set(OneByOne, precision, monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        places = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-        chosen = [place.fp32_precision for place in places]
-        with monkeypatch.context() as patch:
-            seen = []
-            patch.setattr(engine, "_sum", lambda *a: seen.append(places[0].fp32_precision))
-            loss.backward(retain_graph=True)
-        assert seen == ["ieee"] and [place.fp32_precision for place in places] == chosen
+        settings = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+        chosen = [setting.fp32_precision for setting in settings]
+        seen, sums = [], OuterProductGrad.weighted_sum
+        monkeypatch.setattr(
+            OuterProductGrad,
+            "weighted_sum",
+            lambda *args: seen.append(settings[0].fp32_precision) or sums(*args),
+        )
+        loss.backward()
+        assert seen == ["ieee"] and [setting.fp32_precision for setting in settings] == chosen
     finally:
         torch.set_float32_matmul_precision(before)
-    loss.backward()
     expected.check(model, engine.norms)
 
 
@@ -384,8 +387,8 @@ def test_gradients_of_inputs_alone():
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (expected,) = torch.autograd.grad(squared(model, x), x)
     engine = BookKeeping(model)
-    (found,) = torch.autograd.grad(squared(model, x), x)
-    assert torch.allclose(found, expected, rtol=1e-5) and engine.norms is None
+    (actual,) = torch.autograd.grad(squared(model, x), x)
+    assert torch.allclose(actual, expected, rtol=1e-5) and engine.norms is None
     squared(model, x).backward(inputs=[model[0].bias])
     assert model[0].bias.grad is not None and model[0].weight.grad is None
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastreg.privacy.bookkeeping import BookKeeping
-from fastreg.privacy.parts import Dense, Outer
+from fastreg.privacy.per_sample_grads import DenseGrad, OuterProductGrad
 
 BOUND = 0.37
 ALLOWED = BOUND * (1 + 2**-20)
@@ -136,8 +136,8 @@ def test_norms_are_never_too_small(positions, p, d, seed, kind, exponent):
         left[:, -1] = -left[:, :-1].sum(1)  # their sum is rounding alone
     left = left * 2.0 ** int(exponent)
     exact = torch.bmm(left.double().mT, right.double()).flatten(1).norm(dim=1)
-    part = Outer(left, right)
-    held = Dense(part.per_sample(0, 2))  # summed as it is
+    part = OuterProductGrad(left, right)
+    held = DenseGrad(part.per_sample(0, 2))  # summed as it is
     for each, expected in ((part, exact), (held, held.values.double().flatten(1).norm(dim=1))):
         squares, error = each.squares()
         upper = (squares.clamp(min=0) + error).sqrt()
@@ -205,17 +205,17 @@ def test_refused_by_name(make, match):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"max_grad_norm": 0.0}, "must be > 0, got 0.0"),
-        ({"max_grad_norm": math.nan}, "must be > 0, got nan"),
+        ({"max_grad_norm": 0.0}, "must be > 0, got max_grad_norm=0.0"),
+        ({"max_grad_norm": math.nan}, "must be > 0, got max_grad_norm=nan"),
         ({"max_grad_norm": [1.0, 1.0]}, "one number with clipping='flat', got 2"),
         (
             {"max_grad_norm": [1.0], "clipping": "per_layer"},
             "one number or 2 with .*'per_layer', got 1",
         ),
         ({"max_grad_norm": {"weight": 1.0}, "clipping": "per_layer"}, "no bound for parameter 'bias'"),
-        ({"clipping": "automatic"}, "'flat' or 'per_layer', got 'automatic'"),
-        ({"loss_reduction": "none"}, "'mean' or 'sum', got 'none'"),
-        ({"batch_dim": 2}, "0 or 1, got 2"),
+        ({"clipping": "automatic"}, "'flat', 'per_layer', got 'automatic'"),
+        ({"loss_reduction": "none"}, "'mean', 'sum', got 'none'"),
+        ({"batch_dim": 2}, "0, 1, got 2"),
         ({"shared_inputs": ["wpe"]}, "no layer that is covered: 'wpe'"),
     ],
 )

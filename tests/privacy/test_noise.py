@@ -11,7 +11,7 @@ from scipy import stats
 import fastreg
 from fastreg.common.random import Purpose, key
 from fastreg.privacy import BookKeeping, DPOptimizer
-from fastreg.privacy.noise import STEPS, Noise, PrivateNoise
+from fastreg.privacy.noise import STEPS, NoiseKey, PrivateNoise
 from fastreg.reference import random as reference_random
 from fastreg.reference import regularizers as reference
 
@@ -108,8 +108,8 @@ def test_is_that_of_the_reference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_count_has_noise_of_its_own(count, dtype):
     """The count travels in two halves, which float32 holds exactly."""
-    component = PrivateNoise(Noise(7))
-    with component.armed(1.0, 1.0, count):
+    component = PrivateNoise(NoiseKey(7))
+    with component.authorize_step(1.0, 1.0, count):
         *_, low, high = (torch.tensor(number, dtype=dtype) for number in component.step_scalars({}, 1))
     u, one = torch.zeros(16, dtype=dtype), torch.ones((), dtype=dtype)
     at = reference_random.PhiloxPosition(0, 0, 3, 99)
@@ -167,7 +167,7 @@ def test_key_comes_from_the_operating_system():
     keys = set()
     for _ in range(20):
         torch.manual_seed(0)
-        keys.add(Noise().key)
+        keys.add(NoiseKey().key)
     assert len(keys) == 20 and all(-(2**63) <= k < 2**63 for k in keys)
 
 
@@ -187,28 +187,28 @@ def test_the_seed_of_the_optimizer_has_no_part_in_it():
 
 def test_a_seed_warns():
     with pytest.warns(UserWarning, match="predictable"):
-        Noise(3)
+        NoiseKey(3)
 
 
 @pytest.mark.filterwarnings("error")
 def test_no_seed_does_not_warn():
-    Noise()
+    NoiseKey()
 
 
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, lambda noise: pickle.loads(pickle.dumps(noise))]
 )
 def test_copies_have_a_key_of_their_own(copied):
-    noise = Noise()
+    noise = NoiseKey()
     noise.advance()
     assert copied(noise).key != noise.key and copied(noise).count == 0
-    kept = Noise(reproducible=True)
+    kept = NoiseKey(reproducible=True)
     kept.advance()
     assert (copied(kept).key, copied(kept).count) == (kept.key, 1)
 
 
 def test_ends_before_it_repeats():
-    noise = Noise()
+    noise = NoiseKey()
     noise.count = STEPS - 1
     assert noise.advance() == STEPS - 1
     with pytest.raises(OverflowError, match="renew"):
@@ -231,7 +231,7 @@ def test_counts_steps_that_fail(monkeypatch):
 def test_counts_steps_that_a_device_skips():
     """A sum that is not finite, which the base optimizer is told to skip."""
     params, optimizer = private([(64,)], make=lambda ps, lr: fastreg.SGD(ps, lr, nonfinite="skip"))
-    optimizer._source.keep = lambda parameters: None
+    optimizer._source.accumulate = lambda parameters: None
     params[0].summed_grad = torch.full((64,), math.nan)
     optimizer.step()
     assert not params[0].any()

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg
 from fastreg.privacy import PrivacyEngine
-from fastreg.privacy.opacus import DPOptimizer
+from fastreg.privacy.noise import PrivateNoise
+from fastreg.privacy.opacus import OpacusDPOptimizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
@@ -113,7 +114,7 @@ def test_the_same_steps(base, reduction, clipping, how, close):
     expected = Run(Stock, theirs, **options).train(physical)
     for make in (ours, theirs) if base == "SGD" else (ours,):
         run = Run(PrivacyEngine, make, **options).train(physical)
-        assert isinstance(run.optimizer, DPOptimizer) and isinstance(run.optimizer, StockOptimizer)
+        assert isinstance(run.optimizer, OpacusDPOptimizer) and isinstance(run.optimizer, StockOptimizer)
         assert run.sizes == expected.sizes
         close(run.weights, expected.weights)
         assert run.engine.accountant.history == expected.engine.accountant.history
@@ -194,12 +195,10 @@ def test_schedulers_of_noise_and_clipping(close):
 @pytest.mark.parametrize("fused", [False, True])
 def test_noise_follows_its_scheduler(fused, monkeypatch):
     run = Run(PrivacyEngine, BASES["SGD"][fused], sigma=2.0)
-    used = []
-    armed = type(run.optimizer._mechanism.component).armed
+    used, authorize = [], PrivateNoise.authorize_step
     monkeypatch.setattr(
-        type(run.optimizer._mechanism.component), "armed",
-        lambda *of: used.append(of[1:]) or armed(*of),
-    )  # fmt: skip
+        PrivateNoise, "authorize_step", lambda *args: used.append(args[1:]) or authorize(*args)
+    )
     scheduler = ExponentialNoise(run.optimizer, gamma=0.5)
     run.train(steps=3, after=scheduler.step)
     expected = [(2.0 * 0.5**i * C, 1 / 8, i) for i in range(3)]
@@ -353,17 +352,17 @@ def test_refuses_what_it_does_not_do():
     base = torch.optim.SGD(model.parameters(), 0.1)
     options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 8}
     with pytest.raises(ValueError, match="secure_mode"):
-        DPOptimizer(base, **options, secure_mode=True)
+        OpacusDPOptimizer(base, **options, secure_mode=True)
     with pytest.raises(ValueError, match="ghost"):
-        DPOptimizer(base, **options, clipping="per_layer", grad_sample_mode="ghost")
+        OpacusDPOptimizer(base, **options, clipping="per_layer", grad_sample_mode="ghost")
     with pytest.raises(ValueError, match="adaptive"):
         PrivacyEngine()._prepare_optimizer(optimizer=base, **options, clipping="adaptive")
     with pytest.raises(ValueError, match="one number or 4"):
-        DPOptimizer(base, **{**options, "max_grad_norm": [1.0, 2.0]}, clipping="per_layer")
+        OpacusDPOptimizer(base, **{**options, "max_grad_norm": [1.0, 2.0]}, clipping="per_layer")
     with pytest.raises(ValueError, match="expected_batch_size"):
-        DPOptimizer(base, **{**options, "expected_batch_size": None})
+        OpacusDPOptimizer(base, **{**options, "expected_batch_size": None})
     with pytest.raises(NotImplementedError, match="pre_step"):
-        DPOptimizer(base, **options).add_noise()
+        OpacusDPOptimizer(base, **options).add_noise()
 
 
 def test_refuses_gradients_that_have_been_used():

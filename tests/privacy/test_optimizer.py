@@ -483,8 +483,8 @@ def base(**options):
         ({"noise_multiplier": math.nan}, "noise_multiplier"),
         ({"expected_batch_size": None}, "expected_batch_size must be given"),
         ({"expected_batch_size": 0}, "expected_batch_size must be finite and > 0"),
-        ({"loss_reduction": "none"}, "'mean' or 'sum'"),
-        ({"clipping": "adaptive"}, "'flat' or 'per_layer'"),
+        ({"loss_reduction": "none"}, "'mean', 'sum'"),
+        ({"clipping": "adaptive"}, "'flat', 'per_layer'"),
         ({"accountant": "rdp"}, "sample_rate"),
         ({"accountant": "gdp", "sample_rate": 0.1}, "too little"),
     ],
@@ -680,6 +680,15 @@ def test_poisson_sampling():
     assert abs(sizes.mean() - 5) < 4 * math.sqrt(4.5 / 4000) and abs(sizes.var() - 4.5) < 0.5
     counts = torch.bincount(torch.tensor([i for b in batches for i in b]), minlength=50)
     assert ((counts - 400).abs() < 5 * math.sqrt(360)).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 2.5}, {"steps": True}, {"steps": -1}, {"samples": 2.5}, {"samples": 0}]
+)
+def test_numbers_of_samples_and_steps_are_whole(wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"{name} must be a whole number >= ., got {name}={value}"):
+        PoissonSampler(**{"samples": 10, "sample_rate": 0.5, **wrong})
 
 
 def test_what_is_drawn_is_secret_by_default():

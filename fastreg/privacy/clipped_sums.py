@@ -1,0 +1,143 @@
+"""Measures per-sample gradients and adds up what clipping leaves of them.
+
+Many small operations are joined to few large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..ops.ghost import Grams, ghost_sums
+from ..reference import ghost as reference
+from ..reference.step import compute_dtype, scalar_dtype
+from .mixed_grads import join_grads
+from .per_sample_grads import ConvGrad, DenseGrad, OuterProductGrad, PerSampleGrad, Squares, StackedGrad
+
+
+class MeasuredGrad(NamedTuple):
+    """Per-sample gradients with the reductions computed while they were in the cache."""
+
+    grad: PerSampleGrad
+    ghost_sums: Tensor | None = None
+    squares: Squares | None = None
+
+
+def measure(grad: PerSampleGrad, grams: Grams) -> MeasuredGrad:
+    """Returns per-sample gradients in their cheapest form with the reductions that their norms need.
+
+    Args:
+        grad: The gradients of the only use of a parameter.
+        grams: Caches the inner products of a layer's input.
+    """
+    grad = grad.materialized() if isinstance(grad, OuterProductGrad | ConvGrad) else grad
+    if isinstance(grad, OuterProductGrad) and grad.uses_ghost_norm:
+        return MeasuredGrad(grad, ghost_sums(grad.left, grad.right, grams))
+    return MeasuredGrad(grad) if is_small(grad) else MeasuredGrad(grad, squares=grad.squares())
+
+
+def is_small(grad: PerSampleGrad) -> bool:
+    """Returns whether gradients are small enough to be stacked with those of other parameters."""
+    return isinstance(grad, DenseGrad) and grad.values[:1].numel() <= reference.SHORT
+
+
+def group_grads(
+    uses: dict[Parameter, list[MeasuredGrad]], stack: bool
+) -> tuple[list[list[Parameter]], list[MeasuredGrad]]:
+    """Joins the uses of each parameter, and stacks small gradients of several parameters.
+
+    Args:
+        uses: The gradients of every use of each parameter.
+        stack: Whether to stack; not if every parameter is clipped by itself.
+
+    Returns:
+        Lists of the same length: the parameters that share a gradient, and that gradient.
+    """
+    owners: list[list[Parameter]] = []
+    grads: list[MeasuredGrad] = []
+    small: dict[Any, list[tuple[Parameter, Any]]] = {}
+    for p, measured in uses.items():
+        joined = measured[0] if len(measured) == 1 else MeasuredGrad(join_grads([m.grad for m in measured]))
+        if stack and is_small(joined.grad):
+            small.setdefault((p.device, joined.grad.dtype, p.dtype), []).append((p, joined.grad))
+        else:
+            owners.append([p])
+            grads.append(joined)
+    for pairs in small.values():
+        params, dense = zip(*pairs, strict=True)
+        owners.append(list(params))
+        grads.append(MeasuredGrad(dense[0] if len(dense) == 1 else StackedGrad.of(dense)))
+    return owners, grads
+
+
+def squared_norms(measured: Sequence[MeasuredGrad], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns squared norms and bounds on how much too small they are, `[grads, samples]` each in float64.
+
+    Args:
+        measured: Gradients of the same samples.
+        device: Device of the result.
+    """
+    results: list[Squares | None] = [m.squares for m in measured]
+    ghosts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (grad, sums, squares) in enumerate(measured):
+        if sums is not None:
+            ghosts.setdefault((sums.device, grad.dtype), []).append(i)
+        elif squares is None:
+            results[i] = grad.squares()
+    for (_, dtype), indices in ghosts.items():
+        grads = [measured[i].grad for i in indices]
+        stacked = torch.stack([measured[i].ghost_sums for i in indices])  # type: ignore[misc]
+        terms, shapes = [grad.terms for grad in grads], [grad.shape for grad in grads]
+        pair = reference.ghost_squares(stacked, terms, shapes, dtype)
+        for i, squares, error in zip(indices, *(result.unbind() for result in pair), strict=True):
+            results[i] = squares, error
+    wide, columns = scalar_dtype(device), zip(*(pair for pair in results if pair is not None), strict=True)
+    return tuple(torch.stack([t.to(device, wide) for t in column]) for column in columns)  # type: ignore[return-value]
+
+
+def add_weighted_sums(
+    owners: list[list[Parameter]], measured: list[MeasuredGrad], weights: Tensor, finite: Tensor | None
+) -> None:
+    """Adds weighted sums of per-sample gradients to `p.grad`.
+
+    Args:
+        owners: Parameters of each gradient.
+        measured: The gradients; the list is emptied, so that memory is released along the way.
+        weights: `[1, samples]`, or `[grads, samples]` if each is clipped by itself; float64.
+        finite: `[samples]`, False for samples that are excluded; `None` if there are none.
+    """
+    cast: dict[Any, Tensor] = {}
+    measured.reverse()
+    for i, params in enumerate(owners):
+        grad = measured.pop().grad
+        key = row, device, dtype = min(i, len(weights) - 1), params[0].device, compute_dtype(params[0].dtype)
+        if key not in cast:
+            cast[key] = weights[row].to(device, dtype)
+        included = None if finite is None else finite.to(device)
+        out = _accumulator(params[0]) if len(params) == 1 else None
+        total = grad.weighted_sum(cast[key], included, out)
+        sizes = grad.sizes if isinstance(grad, StackedGrad) else [total.numel()]
+        del grad
+        for p, value in zip(params, total.split(sizes) if len(params) > 1 else [total], strict=True):
+            _add_to_grad(p, value.view(p.shape))
+
+
+def _accumulator(p: Parameter) -> Tensor | None:
+    """Returns `p.grad` if a sum can be added to it in place."""
+    grad = p.grad
+    fits = grad is not None and grad.dtype == compute_dtype(p.dtype) and grad.is_contiguous()
+    return grad if fits else None
+
+
+def _add_to_grad(p: Parameter, value: Tensor) -> None:
+    """Adds a value to `p.grad` unless it was added in place already."""
+    if p.grad is None:
+        p.grad = value
+    elif p.grad.dtype != value.dtype:
+        p.grad = value + p.grad
+    elif p.grad.data_ptr() != value.data_ptr():
+        p.grad.add_(value)
