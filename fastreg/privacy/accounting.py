@@ -1,7 +1,7 @@
-"""What a run has spent, as other people's accountants say: fastreg has none of its own.
+"""Computes the privacy spent by a run with the accountants of other libraries; fastreg has none of its own.
 
-Accountants are told the noise multiplier, the sampling rate and the number of steps of a Poisson-subsampled
-Gaussian mechanism.  What they return says who has worked it out.
+Accountants get the noise multiplier, the sampling rate and the number of steps of a Poisson-subsampled
+Gaussian mechanism. Results name the accountant.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import math
 import warnings
 from typing import Any
 
+from ..common.validation import check_choice, check_int, check_range
+
 ACCOUNTANTS = {"opacus": ("rdp", "prv"), "dp_accounting": ("rdp", "pld")}
-"""What may be asked, by library."""
+"""The accountants of each library."""
 GDP = (
     "accountant 'gdp' is a central limit approximation that reports up to two times too little, which is no "
     "guarantee"
@@ -21,28 +23,26 @@ GDP = (
 
 
 class Accounted(float):
-    """A number of an accountant, which is a float and says where it is from.
+    """A number computed by an accountant: a float that names its source.
 
     Attributes:
         source: Library, version and accountant.
-        delta: The δ that it goes with.
+        delta: The δ of the result.
     """
 
     source: str
     delta: float
 
     def __new__(cls, value: float, source: str, delta: float) -> Accounted:
-        """The number and where it is from."""
-        made = super().__new__(cls, value)
-        made.source, made.delta = source, delta
-        return made
+        """Creates a float with a source."""
+        result = super().__new__(cls, value)
+        result.source, result.delta = source, delta
+        return result
 
     def __getnewargs__(self) -> Any:
-        """For copies and pickles."""
         return float(self), self.source, self.delta
 
     def __repr__(self) -> str:
-        """Number, δ and source."""
         return f"{float(self):.4g} (delta={self.delta:g}, {self.source})"
 
     __str__ = __repr__
@@ -52,16 +52,16 @@ def epsilon(
     *, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str = "rdp",
     backend: str = "opacus",
 ) -> Accounted:  # fmt: skip
-    """The ε of (ε, δ)-differential privacy that steps of DP-SGD on Poisson-sampled batches spend.
+    """Returns the ε of (ε, δ)-differential privacy that steps of DP-SGD on Poisson-sampled batches spend.
 
-    One sample more or less.  Batches that are shuffled instead of Poisson-sampled are another mechanism.
+    Neighbouring data sets differ by one sample more or less. Shuffled batches are another mechanism.
 
     Args:
         noise_multiplier: σ of `DPOptimizer`.
         sample_rate: The probability with which a sample is in a batch, in (0, 1].
-        steps: How many steps, empty batches included; ≥ 0.
+        steps: Number of steps, including those of empty batches; ≥ 0.
         delta: δ, in (0, 1).
-        accountant: `"rdp"`, an upper bound by Rényi differential privacy, or a tighter one that takes longer:
+        accountant: `"rdp"`, an upper bound by Rényi differential privacy, or a tighter and slower one:
             `"prv"` of Opacus, `"pld"` of dp_accounting.
         backend: `"opacus"` or `"dp_accounting"`, which must be installed.
 
@@ -69,74 +69,68 @@ def epsilon(
         ImportError: If the library is not installed.
         ValueError: For values out of range, and for the accountant `"gdp"`.
     """
-    _check(delta, sample_rate, accountant, backend)
-    if not 0 <= noise_multiplier < math.inf:
-        raise ValueError(f"noise_multiplier must be finite and >= 0, got {noise_multiplier=}")
-    if int(steps) != steps or steps < 0:
-        raise ValueError(f"steps must be a whole number >= 0, got {steps=}")
-    source = _source(backend, accountant)
+    source = _check(delta, sample_rate, accountant, backend)
+    noise_multiplier, steps = (
+        check_range("noise_multiplier", noise_multiplier, 0),
+        check_int("steps", steps, 0),
+    )
     if not steps or not noise_multiplier:
         return Accounted(0.0 if not steps else math.inf, source, delta)
     if backend == "opacus":
-        made = accountant_of(accountant)
-        made.history = [(float(noise_multiplier), float(sample_rate), int(steps))]
-        return Accounted(made.get_epsilon(delta), source, delta)
-    made = _dp_accountant(accountant)
-    made.compose(_event(noise_multiplier, sample_rate), int(steps))
-    return Accounted(made.get_epsilon(delta), source, delta)
+        counter = accountant_of(accountant)
+        counter.history = [(noise_multiplier, float(sample_rate), steps)]
+    else:
+        counter = _dp_accountant(accountant)
+        counter.compose(_event(noise_multiplier, sample_rate), steps)
+    return Accounted(counter.get_epsilon(delta), source, delta)
 
 
 def noise_multiplier_for(
     target_epsilon: float, *, sample_rate: float, steps: int, delta: float, accountant: str = "rdp",
     backend: str = "opacus",
 ) -> Accounted:  # fmt: skip
-    """The σ with which steps of DP-SGD on Poisson-sampled batches spend no more than a given ε.
+    """Returns the σ with which steps of DP-SGD on Poisson-sampled batches spend at most ε.
 
     Args:
         target_epsilon: ε, > 0.
-        sample_rate: As for `epsilon`, like all that follow.
-        steps: How many steps, ≥ 1.
-        delta: δ.
-        accountant: Which accountant.
-        backend: Whose.
+        sample_rate: The probability with which a sample is in a batch, in (0, 1].
+        steps: Number of steps, ≥ 1.
+        delta: δ, in (0, 1).
+        accountant: See `epsilon`.
+        backend: See `epsilon`.
 
     Raises:
         ImportError: If the library is not installed.
         ValueError: For values out of range, and for the accountant `"gdp"`.
     """
-    _check(delta, sample_rate, accountant, backend)
-    if not 0 < target_epsilon < math.inf:
-        raise ValueError(f"target_epsilon must be finite and > 0, got {target_epsilon=}")
-    if int(steps) != steps or steps < 1:
-        raise ValueError(f"steps must be a whole number >= 1, got {steps=}")
-    source = _source(backend, accountant)
+    source = _check(delta, sample_rate, accountant, backend)
+    check_range("target_epsilon", target_epsilon, 0, above=True)
+    steps = check_int("steps", steps)
     if backend == "opacus":
         utils = importlib.import_module("opacus.accountants.utils")
-        with warnings.catch_warnings():  # of what is only tried
+        with warnings.catch_warnings():  # about values that are only tried
             warnings.filterwarnings("ignore", message="Optimal order is the")
-            found = utils.get_noise_multiplier(
-                target_epsilon=target_epsilon, target_delta=delta, sample_rate=sample_rate, steps=int(steps),
+            sigma = utils.get_noise_multiplier(
+                target_epsilon=target_epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps,
                 accountant=accountant,
             )  # fmt: skip
-        return Accounted(found, source, delta)
+        return Accounted(sigma, source, delta)
     dp = importlib.import_module("dp_accounting")
-    found = dp.calibrate_dp_mechanism(
+    sigma = dp.calibrate_dp_mechanism(
         lambda: _dp_accountant(accountant),
-        lambda sigma: dp.SelfComposedDpEvent(_event(sigma, sample_rate), int(steps)),
-        target_epsilon,
-        delta,
-        dp.LowerEndpointAndGuess(0.0, 1.0),
-    )
-    return Accounted(found, source, delta)
+        lambda sigma: dp.SelfComposedDpEvent(_event(sigma, sample_rate), steps),
+        target_epsilon, delta, dp.LowerEndpointAndGuess(0.0, 1.0),
+    )  # fmt: skip
+    return Accounted(sigma, source, delta)
 
 
 def accountant_of(accountant: Any) -> Any:
-    """An accountant of Opacus by its name, or what has been given, if it counts steps.
+    """Returns an accountant of Opacus by its name, or the argument itself if it is an accountant.
 
     Raises:
         ImportError: If Opacus is not installed.
-        TypeError: For what has no `step` and `get_epsilon`.
-        ValueError: For unknown names, and for those that report too little.
+        TypeError: For objects without `step` and `get_epsilon`.
+        ValueError: For unknown accountants, and for those that report too little.
     """
     if isinstance(accountant, str):
         _check_name(accountant, "opacus")
@@ -153,11 +147,7 @@ def accountant_of(accountant: Any) -> Any:
 
 
 def spent(accountant: Any, delta: float) -> Accounted:
-    """What an accountant says of the steps that it was told.
-
-    Args:
-        accountant: The accountant.
-        delta: δ, in (0, 1).
+    """Returns the ε of all steps that an accountant has counted, for a δ in (0, 1).
 
     Raises:
         ValueError: For a delta out of range.
@@ -171,14 +161,14 @@ def spent(accountant: Any, delta: float) -> Accounted:
     return Accounted(accountant.get_epsilon(delta), _source(package, mechanism), delta)
 
 
-def _check(delta: float, sample_rate: float, accountant: str, backend: str) -> None:
+def _check(delta: float, sample_rate: float, accountant: str, backend: str) -> str:
+    """Checks arguments, and returns the source of the result."""
     _check_delta(delta)
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate=}")
-    if backend not in ACCOUNTANTS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ACCOUNTANTS))}, got {backend!r}")
+    check_range("sample_rate", sample_rate, 0, 1, above=True)
+    check_choice("backend", backend, ACCOUNTANTS)
     _check_name(accountant, backend)
     _library(backend)
+    return _source(backend, accountant)
 
 
 def _check_delta(delta: float) -> None:
@@ -202,8 +192,8 @@ def _library(backend: str) -> None:
     except ImportError as error:
         package = backend.replace("_", "-")
         raise ImportError(
-            f"accounting is that of {package}, which is not installed: pip install {package}, or give the "
-            f"other backend={' or '.join(repr(name) for name in ACCOUNTANTS if name != backend)}"
+            f"privacy accounting needs {package}, which is not installed: pip install {package}, or use "
+            f"backend={' or '.join(repr(name) for name in ACCOUNTANTS if name != backend)}"
         ) from error
 
 

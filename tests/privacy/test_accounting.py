@@ -107,7 +107,8 @@ def test_says_where_it_is_from():
         ({"sample_rate": 1.1}, "sample_rate"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"steps": -1}, "steps"),
-        ({"steps": 1.5}, "steps"),
+        ({"steps": 1.5}, "steps must be a whole number >= 0, got steps=1.5"),
+        ({"steps": True}, "steps must be a whole number >= 0, got steps=True"),
     ],
     ids=str,
 )
@@ -117,7 +118,11 @@ def test_refuses(wrong, match):
         epsilon(**{**options, **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"target_epsilon": 0.0}, {"steps": 0}, {"accountant": "gdp"}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"target_epsilon": 0.0}, {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"accountant": "gdp"}],
+    ids=str,
+)
 def test_refuses_to_find(wrong):
     options = {"target_epsilon": 1.0, "sample_rate": 0.1, "steps": 10, "delta": 1e-5}
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -135,6 +140,6 @@ def test_accountants_that_report_too_little_are_refused():
 
 def test_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ImportError, match="pip install opacus, or give the other backend='dp_accounting'"):
+    with pytest.raises(ImportError, match="pip install opacus, or use backend='dp_accounting'"):
         epsilon(noise_multiplier=1.0, sample_rate=0.1, steps=1, delta=1e-5)
     assert importlib.import_module("fastreg.privacy").DPOptimizer is fastreg.DPOptimizer
