@@ -58,37 +58,37 @@ class Penalty(Decay):
         self._at_zero = at_zero
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """If the group has this kind."""
+        """Returns the stage if the group has this kind."""
         return self._stage if self._kind(group) == "l2" and (self._at_zero or group["weight_decay"]) else None
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The rate."""
+        """Returns the rate of the decay."""
         return values(group, step, "weight_decay")
 
 
 class Shrinkage(Decay):
-    """The other kinds: p times what is kept of it, beside the update."""
+    """The other kinds: scales the weight, beside the update."""
 
     phase = Phase.DECAY
     _everywhere = Stage("regularizers.decoupled_decay", reference.decoupled_decay, step_scalars=1)
     _cautious = Stage("regularizers.cautious_decay", reference.cautious_decay, step_scalars=1)
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """Also where the rate is 0, so that groups that differ only there share a launch."""
+        """Returns the stage, also for a rate of 0, so that groups that differ only there share a launch."""
         kind = self._kind(group)
         return None if kind in (None, "l2") else self._cautious if kind == "cautious" else self._everywhere
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The share of the weight that stays: as a factor, since torch rounds at the same place."""
+        """Returns the share of the weight that stays: a factor, since torch rounds at the same place."""
         lr, rate = values(group, step, "lr", "weight_decay")
         if self._kind(group) == "independent":
-            # Schedulers that rise above the first learning rate say so in `max_lr`.
+            # Schedulers that rise above the first learning rate set `max_lr`.
             largest = max(group["lr_max"], float(group.get("max_lr", 0)))
             return (1 - (lr / largest if largest else 0 * lr) * rate,)
         return (1 - lr * rate,)
 
 
 def complete(group: dict[str, Any], kind: str | None) -> None:
-    """Note the largest learning rate of a new group where its decay follows the schedule alone."""
+    """Adds the largest learning rate to a new group whose decay follows the schedule alone."""
     if group.get("decay", kind) == "independent":
         group.setdefault("lr_max", float(group["lr"]))

@@ -1,4 +1,4 @@
-"""Parameter groups: what decays, and by how much, and how fast each layer learns."""
+"""Parameter groups: weight decay and learning rates by kind of parameter and depth of its layer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 from torch import nn
 
 from ..common.blocks import stacks
+from ..common.validation import check_choice, check_range
 
 
 def param_groups(
     model: nn.Module, weight_decay: float | Callable[[float], float] = 0.01, lr: float | None = None,
     lr_decay: float | None = None, *, perturb: str = "all", adaptive: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Parameter groups of a model, for fastreg's optimizers and torch's.
+    """Returns the parameter groups of a model, for fastreg's optimizers and torch's.
 
     Biases, parameters of norms and all with less than two dimensions do not decay.  Frozen parameters are
     included, so that unfreezing them later is enough; tied ones appear once, where they are first.
 
     Layers have a depth: 0 for all before the blocks, such as embeddings, 1 to L for the blocks, L + 1 for all
-    after them, such as the final norm and the head.  Blocks are found by `fastreg.common.blocks.stacks`.
+    after them, such as the final norm and the head.  `fastreg.common.blocks.stacks` finds the blocks.
 
     Args:
         model: The model.
@@ -29,10 +30,11 @@ def param_groups(
         lr: Learning rate of the last layers, put into the groups.
         lr_decay: Layerwise decay of the learning rate, in (0, 1]: lr · lr_decay^(L + 1 - depth).
         perturb: What `SAM` perturbs, `"all"` or `"norms"` only (SAM-ON): the others get a `rho` of 0.
-        adaptive: With `"weights"`, what does not decay gets `adaptive=False`: ASAM scales by weights alone.
+        adaptive: With `"weights"`, parameters that do not decay get `adaptive=False`: ASAM scales by the
+            weights of the others alone.
 
     Returns:
-        Groups with `params`, `weight_decay`, `name` and, where given, `lr`: by depth, decayed ones first.
+        Groups with `params`, `weight_decay`, `name` and, if passed, `lr`: by depth, decayed ones first.
 
     Raises:
         TypeError: If the model is not a module.
@@ -45,16 +47,14 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups() takes a model, not its parameters, got {type(model).__name__}")
-    if lr is not None and not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be finite and >= 0, got {lr=}")
-    if lr_decay is not None and not 0 < lr_decay <= 1:
-        raise ValueError(f"lr_decay must be in (0, 1], got {lr_decay=}")
+    if lr is not None:
+        check_range("lr", lr, 0)
+    if lr_decay is not None:
+        check_range("lr_decay", lr_decay, 0, 1, above=True)
     if lr_decay is not None and lr is None:
         raise ValueError(f"lr_decay needs the learning rate of the last layers: give lr=, got {lr=}")
-    if perturb not in ("all", "norms"):
-        raise ValueError(f"perturb must be 'all' or 'norms', got {perturb=}")
-    if adaptive not in (None, "weights"):
-        raise ValueError(f"adaptive must be None or 'weights', got {adaptive=}")
+    check_choice("perturb", perturb, ("all", "norms"))
+    check_choice("adaptive", adaptive, (None, "weights"))
     layered = lr_decay is not None or callable(weight_decay)
     depth_of, last = depths(model)
     if layered and last < 2:
@@ -73,7 +73,7 @@ def param_groups(
         still = perturb == "norms" and id(p) not in norms
         if (depth, exempt, still) not in groups:
             rate = _rate(weight_decay, depth / last)
-            where = _place(depth, last) if layered else "all layers"
+            where = _describe(depth, last) if layered else "all layers"
             group = {"params": [], "weight_decay": rate, "name": where}
             if exempt:
                 group |= {"weight_decay": 0.0, "name": f"{where}, no decay"}
@@ -88,17 +88,17 @@ def param_groups(
 
 
 def depths(model: nn.Module) -> tuple[dict[str, int], int]:
-    """The depth of every parameter by name, and that of what comes after the blocks (1 without blocks).
+    """Returns the depth of every parameter by name, and the depth after the blocks (1 without blocks).
 
-    What stands in no block belongs to the stack nearest to it in the tree of modules: an encoder's final norm
-    comes after the encoder's blocks, a decoder's embedding before the decoder's.
+    A parameter outside of all blocks belongs to the stack nearest to it in the tree of modules: an encoder's
+    final norm comes after the encoder's blocks, a decoder's embedding before the decoder's.
     """
-    found = stacks(model)
-    last = max(map(len, found), default=0) + 1
+    all_stacks = stacks(model)
+    last = max(map(len, all_stacks), default=0) + 1
     names = [name for name, _ in model.named_parameters()]
     result: dict[str, int] = {}
     starts = []
-    for stack in found:
+    for stack in all_stacks:
         inside = {
             name: depth
             for depth, (block, _) in enumerate(stack, 1)
@@ -127,7 +127,7 @@ def _rate(weight_decay: float | Callable[[float], float], depth: float) -> float
     return float(rate)
 
 
-def _place(depth: int, last: int) -> str:
+def _describe(depth: int, last: int) -> str:
     return "before the blocks" if depth == 0 else "after the blocks" if depth == last else f"block {depth}"
 
 
