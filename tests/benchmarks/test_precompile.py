@@ -139,7 +139,8 @@ def test_families_need_the_kernels_that_the_audit_reads():
     assert set(launches) == entry_points().keys()
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "gfx942"])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_other_targets(tmp_path, target):
     filled = precompile.fill(target, tmp_path, precompile.items(["SGD", "noise"], ["bf16"]))
     assert filled.kernels and not filled.failed

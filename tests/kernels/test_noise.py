@@ -115,6 +115,7 @@ def test_a_scale_of_0_leaves_every_bit(kind, dtype, backend):
     assert untouched.tolist() == (some == 0).tolist()
 
 
+@pytest.mark.slow(kind="additive")
 @pytest.mark.parametrize("kind, dtype, inner", [
     ("additive", torch.float32, 1), ("uniform", torch.bfloat16, 771),
 ])  # fmt: skip

@@ -26,6 +26,7 @@ def draw(dtype=torch.float32, scale=1.0):
     return [(scale * torch.randn(size, generator=generator)).to(dtype) for size in SIZES]
 
 
+@pytest.mark.slow(backend="compiled", dtype=torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
 def test_norm_is_that_of_float64(backend, dtype):

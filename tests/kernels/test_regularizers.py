@@ -47,7 +47,7 @@ def test_clip_and_average_equal_the_composition(backend, close):
     close([optimizer.state[p]["ema"] for p in params], baseline.averages)
 
 
-@pytest.mark.slow(backend="compiled", make=(fastreg.SGD, fastreg.Lion))
+@pytest.mark.slow(make=(fastreg.SGD, fastreg.Lion))
 @pytest.mark.parametrize("backend", ["compiled", "triton"])
 @pytest.mark.parametrize("make", [fastreg.AdamW, fastreg.SGD, fastreg.Lion])
 def test_backends_give_the_same_bits(make, backend, same):
@@ -208,7 +208,7 @@ def test_l2_sp_towards_what_does_not_fit():
         assert all((p == 1).all() for p in params)
 
 
-@pytest.mark.slow(backend="compiled", clip=0.5)
+@pytest.mark.slow(backend="compiled")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clip", (math.inf, 0.5))
 def test_relative_noise_is_a_share_of_the_norm(backend, clip):

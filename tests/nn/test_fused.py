@@ -62,6 +62,7 @@ def test_equals_its_parts(backend, activation, bias, residual, close):
         close(gradients(y, given), gradients(expected, given))
 
 
+@pytest.mark.slow(backend="compiled", dtype=torch.float32)
 @pytest.mark.slow(backend="compiled", activation="gelu_tanh")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ MAKE = {
 }
 
 
-@pytest.mark.slow(backend="compiled", kind="noise", dtype=torch.float64)
+@pytest.mark.slow(backend="compiled", kind="noise")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("kind", MAKE)
 def test_equals_counting_on_the_host(kind, dtype, backend, Race, close):
