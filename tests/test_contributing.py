@@ -49,7 +49,8 @@ def edit(folder: Path, block: str) -> None:
         lines = file.read_text("utf-8").split("\n")
         inside = span(lines, function) if function else range(len(lines))
         (index,) = (i for i in inside if lines[i].strip() == line)
-        content = content.rstrip("\n") if where == "below" else content + "\n"
+        space = "\n\n" if where == "above" and not lines[index].startswith(" ") else ""
+        content = content.rstrip("\n") + space
         lines.insert(index + (where == "below"), content)
         file.write_text("\n".join(lines), "utf-8")
 

@@ -281,7 +281,6 @@ def test_what_a_tensor_costs_on_the_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_training_step_and_the_optimizers_share():
     result, _ = suite.measured(TrainingCase("toy", 1, 64, 1, 8, 2), CPU)
     assert len(result["rows"]) == 8
