@@ -30,14 +30,28 @@ LayerRates = float | Sequence[float] | Callable[..., float]
 """A rate for all layers, one for each, or a function of (layer, number of layers) or of the layer."""
 
 
+_RATES = ("rate", "start", "end")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Base of the rates that are functions of the step, `schedule(step)`."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in _RATES:
+                check_rate(name, value)
+            elif name in ("steps", "cutoff"):
+                check_int(name, value)
+            elif name == "kind":
+                check_choice(name, value, ("constant", "linear"))
+
     @property
     def bounds(self) -> tuple[float, float]:
         """The lowest and the highest rate of all steps."""
-        raise NotImplementedError
+        rates = [value for name, value in vars(self).items() if name in _RATES]
+        rates += [0.0] * hasattr(self, "cutoff")
+        return min(rates), max(rates)
 
     def __call__(self, step: int) -> float:
         """Returns the rate at a step; step 0 is the first.
@@ -66,14 +80,6 @@ class Constant(Schedule):
 
     rate: float
 
-    def __post_init__(self) -> None:
-        check_rate("rate", self.rate)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The rate as lowest and highest."""
-        return self.rate, self.rate
-
     def _rate(self, step: int) -> float:
         return self.rate
 
@@ -83,16 +89,6 @@ class _Ramp(Schedule):
     start: float
     end: float = 0.0
     steps: int = 0
-
-    def __post_init__(self) -> None:
-        check_rate("start", self.start)
-        check_rate("end", self.end)
-        check_int("steps", self.steps)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Start and end, the lower first."""
-        return min(self.start, self.end), max(self.start, self.end)
 
     def _rate(self, step: int) -> float:
         if step >= self.steps:
@@ -168,16 +164,6 @@ class Early(Schedule):
     cutoff: int
     kind: str = "constant"
 
-    def __post_init__(self) -> None:
-        check_rate("rate", self.rate)
-        check_int("cutoff", self.cutoff)
-        check_choice("kind", self.kind, ("constant", "linear"))
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The pair of 0 and the rate."""
-        return 0.0, self.rate
-
     def _rate(self, step: int) -> float:
         if step >= self.cutoff:
             return 0.0
@@ -204,15 +190,6 @@ class Late(Schedule):
     rate: float
     cutoff: int
 
-    def __post_init__(self) -> None:
-        check_rate("rate", self.rate)
-        check_int("cutoff", self.cutoff)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The pair of 0 and the rate."""
-        return 0.0, self.rate
-
     def _rate(self, step: int) -> float:
         return self.rate if step >= self.cutoff else 0.0
 
@@ -236,7 +213,7 @@ class Piecewise(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", tuple((step, rate) for step, rate in self.points))
-        check_choice("kind", self.kind, ("constant", "linear"))
+        super().__post_init__()
         steps = [step for step, _ in self.points]
         if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"points must be (step, rate) with growing steps >= 0, got {self.points}")

@@ -105,29 +105,31 @@ def _here() -> str:
     return device.architecture(torch.device("cuda", torch.cuda.current_device())).name
 
 
+def _split(option: str, argument: str | None, example: str) -> list[str]:
+    parts = [part.strip() for part in (argument or "").split(",") if part.strip()]
+    if argument is not None and not parts:
+        raise UsageError(f"{option} names nothing, got {argument!r}; for example {option} {example}")
+    return parts
+
+
 def _names(argument: str | None) -> list[str]:
     from fastreg_benchmarks.chains import known
     from fastreg_benchmarks.families import FAMILIES
 
-    names = [name.strip() for name in (argument or "").split(",") if name.strip()]
-    for name in names:
-        if name not in FAMILIES and not known(name):
-            raise UsageError(
-                f"--only: unknown name {name!r}; --list shows the names, and parts may be combined with a "
-                "rule, as in EMA+SGD"
-            )
-    if argument is not None and not names:
-        raise UsageError(f"--only names nothing, got {argument!r}; for example --only AdamW,dropout")
+    names = _split("--only", argument, "AdamW,dropout")
+    if unknown := [name for name in names if name not in FAMILIES and not known(name)]:
+        raise UsageError(
+            f"--only: unknown name {unknown[0]!r}; --list shows the names, and parts may be combined with a "
+            "rule, as in EMA+SGD"
+        )
     return names
 
 
 def _features(argument: str | None) -> list[int]:
     from fastreg_benchmarks.precompile import FEATURES
 
-    if argument is None:
-        return list(FEATURES)
     try:
-        return [count(number.strip()) for number in argument.split(",")]
+        return [count(number) for number in _split("--features", argument, "768,1024")] or list(FEATURES)
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"--features: {error}; for example --features 768,1024") from None
 
@@ -136,14 +138,7 @@ def _kinds(argument: str | None) -> list[str]:
     from fastreg_benchmarks.chains import STORAGES
     from fastreg_benchmarks.precompile import DTYPES, KINDS
 
-    kinds = (
-        [kind.strip() for kind in argument.split(",") if kind.strip()]
-        if argument is not None
-        else list(KINDS)
-    )
-    if not kinds:
-        raise UsageError(f"--dtype names nothing, got {argument!r}; for example --dtype fp32,bf16")
-    for kind in kinds:
-        if kind not in (known := dict.fromkeys((*DTYPES, *STORAGES))):
-            raise UsageError(f"--dtype: unknown dtype {kind!r}; choose from {', '.join(known)}")
-    return kinds
+    kinds, known = _split("--dtype", argument, "fp32,bf16"), dict.fromkeys((*DTYPES, *STORAGES))
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise UsageError(f"--dtype: unknown dtype {unknown[0]!r}; choose from {', '.join(known)}")
+    return kinds or list(KINDS)
