@@ -26,7 +26,7 @@ FOLLOWING = (
     "scipy", "setuptools", "tokenizers",
 )  # fmt: skip
 """Packages whose pinned versions belong to the pinned versions of others."""
-TOLD = ("torch", "triton", "transformers", "accelerate", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy")
 RECORDS = Path("benchmarks/results/versions")
 ABOUT_RECORDS = (
     "tests/test_packaging.py::test_each_session_has_recorded_that_all_tests_pass",
@@ -54,7 +54,7 @@ def newest(session: nox.Session) -> None:
 
 
 def constraints(session: nox.Session, pins: dict[str, str], without: tuple[str, ...]) -> str:
-    """constraints.txt with other pins, and without some of its own."""
+    """Writes constraints.txt with other pins, and without some of its own."""
     lines = Path("constraints.txt").read_text().splitlines()
     groups = tuple(name for name in without if name.endswith("-"))
     names = [line.partition("==")[0] for line in lines]
@@ -68,15 +68,15 @@ def constraints(session: nox.Session, pins: dict[str, str], without: tuple[str, 
 
 
 def check(session: nox.Session, label: str, versions: str, *how: str) -> None:
-    """Install, run the tests as `make test` does, and record how many have passed."""
+    """Installs, runs all tests, slow ones too, and records how many have passed."""
     session.install("--constraint", versions, "setuptools")
     session.install("--constraint", versions, "--no-build-isolation", *how, "--editable", ".[dev]")
     if session.posargs:
         session.run("pytest", *session.posargs)
         return
-    if not (found := installed(session)):  # --install-only
+    if not (packages := installed(session)):  # --install-only
         return
-    record = {"session": label, "versions": found}
+    record = {"session": label, "versions": packages}
     parts = {"tests": ["tests", "--ignore=tests/benchmarks"], "machine code": ["tests/benchmarks"]}
     deselected = [word for test in ABOUT_RECORDS for word in ("--deselect", test)]
     for name, arguments in parts.items():
@@ -95,21 +95,21 @@ def check(session: nox.Session, label: str, versions: str, *how: str) -> None:
 
 
 def installed(session: nox.Session) -> dict[str, str]:
-    """What the tests run with; nothing if nox runs nothing."""
+    """Returns the versions that the tests run with; nothing if nox runs nothing."""
     code = "import importlib.metadata as m, platform; print(platform.python_version(), *map(m.version, "
-    code += f"{TOLD!r}))"
-    told = session.run("python", "-c", code, silent=True)
-    return dict(zip(("python", *TOLD), told.split(), strict=True)) if isinstance(told, str) else {}
+    code += f"{PACKAGES!r}))"
+    output = session.run("python", "-c", code, silent=True)
+    return dict(zip(("python", *PACKAGES), output.split(), strict=True)) if isinstance(output, str) else {}
 
 
 def second_attempt(first: dict[str, int], failed: int) -> dict[str, int]:
-    """The counts once what failed was run again, as for processes of torch's that abort when they end."""
+    """Returns the counts after failed tests were run again: processes of torch may abort when they end."""
     passed = first["failed"] - failed
     return {**first, "passed": first["passed"] + passed, "failed": failed, "second_attempt": passed}
 
 
 def counts(report: Path) -> dict[str, int]:
-    """How many tests have passed, been skipped and failed."""
+    """Returns how many tests have passed, been skipped and failed."""
     (suite,) = xml.etree.ElementTree.parse(report).getroot().iter("testsuite")
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
