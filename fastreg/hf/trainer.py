@@ -1,7 +1,7 @@
 """Trainer with regularization in the optimizer's step.
 
 create_optimizer    the recipe's, or the one that the user made; it clips by `max_grad_norm` (optimizer.py)
-training_step       SAM's second pass after the last micro-batch of a step (second_pass.py)
+training_step       SAM's second pass after the last micro-batch of a step (optimizer.py)
 optimizer.step      one pass over gradients and weights; Trainer makes none of its own
 checkpoints         hold averages, and so does the model at the end (optimizer.py)
 """
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..recipe.regularization import Recipe, read_recipe
-from .optimizer import OptimizerInTrainer
+from .optimizer import OptimizerInTrainer, SecondPass
 from .recipe import AppliedRecipe, RDropModel
-from .second_pass import SecondPass
 
 
 class FastregTrainerMixin:

@@ -72,14 +72,10 @@ class Callbacks(list[Callback]):
     """Several callbacks as one; the passes of later ones are around those of earlier ones."""
 
     def step(self, step: int | None = None) -> None:
-        """Sets what changes with the step, after every step of the optimizer.
-
-        Args:
-            step: How many steps there were; by default one more than at the latest call.
+        """Sets what changes with the step, see `Callback.step`.
 
         Raises:
-            RuntimeError: If a regularizer needs passes of its own, and `training_step` or `gradients` has not
-                made them.
+            RuntimeError: If a regularizer needs passes of its own that have not been made.
         """
         for callback in self:
             callback.step(step)

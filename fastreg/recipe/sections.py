@@ -57,7 +57,7 @@ class Section:
     Args:
         text: What it does.
         factory: Makes it; its parameters are the settings, the first of which a bare value stands for.
-        others: Further callables with parameters that are settings, and with help.
+        others: Further callables whose parameters are settings.
         many: Whether a recipe may have a list of it.
         first: Settings before those of the factory.
         last: Settings that the factory lacks, or that take other values than it.
@@ -92,7 +92,7 @@ class Section:
                 reader = duration if name in self.durations else reader_of(hints.get(name))
                 if name in self.last:
                     keys[name] = self.last[name]
-                elif reader is not None and (name not in keys or keys[name].text.startswith("See ")):
+                elif reader is not None and name not in keys:
                     default = self.printed.get(name, parameter.default)
                     default = list(default) if isinstance(default, tuple) else default
                     keys[name] = Key(reader, default, helps.get(name, ""))
@@ -199,7 +199,7 @@ def _helps(factory: Any) -> dict[str, str]:
     doc = inspect.getdoc(getattr(factory, "func", factory)) or ""
     arguments = re.search(r"^Args:\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments[1] if arguments else "", re.MULTILINE)
-    sentences = {name: re.split(r"(?<=\.)\s", " ".join(entry.split()))[0] for name, entry in entries}
+    sentences = {name: re.split(r"(?<=\.)\s(?=[A-Z])", " ".join(entry.split()))[0] for name, entry in entries}
     return {name: _as_yaml(sentence.rstrip(".")) for name, sentence in sentences.items()}
 
 
@@ -228,7 +228,7 @@ _ANNEALING_KEY = Key(
 
 SECTIONS: dict[str, Section] = {
     "optimizer": Section(
-        "The update rule, with its options.", optim.AdamW,
+        "The update rule, with its options.", optim.Adam,
         [entry.optimizer for entry in OPTIMIZERS.values()],
         first={"name": Key(one_of(*OPTIMIZERS), "adamw", ", ".join(OPTIMIZERS))}, omitted=("decay",),
     ),
@@ -245,8 +245,7 @@ SECTIONS: dict[str, Section] = {
         "Gaussian noise on gradients.", functools.partial(optim.GradientNoise, std=1e-3)
     ),
     "embedding_noise": Section(
-        "Noise on token embeddings (NEFTune).", fastreg_nn.attach_embedding_noise,
-        [fastreg_nn.EmbeddingNoise], annealed=True,
+        "Noise on token embeddings (NEFTune).", fastreg_nn.attach_embedding_noise, annealed=True,
     ),
     "activation_noise": Section(
         "Gaussian noise on activations.", factories.activation_noise, annealed=True, needs_model=("pattern",)
