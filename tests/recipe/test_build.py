@@ -85,6 +85,23 @@ def test_groups_decay_weights_only_and_layers_learn_at_their_pace(tools):
     assert [group["adaptive"] for group in optimizer.param_groups] == [True, False]
 
 
+@pytest.mark.parametrize("clip, kinds", [
+    ({"norm_type": torch.inf}, {fastreg.ClipNorm}), ({"value": 0.5}, {fastreg.ClipValue}),
+    (
+        {"value": 0.5, "adaptive": 0.1, "max_norm": 2},
+        {fastreg.ClipValue, fastreg.AdaptiveClip, fastreg.ClipNorm},
+    ),
+])  # fmt: skip
+def test_clipping_is_by_what_is_set_and_else_by_the_norm(clip, kinds):
+    optimizer, _ = Regularization(clip=clip).apply(torch.nn.Linear(2, 2))
+    clips = [component for component in optimizer.components if "Clip" in type(component).__name__]
+    assert {type(component) for component in clips} == kinds
+    norms = [component for component in clips if isinstance(component, fastreg.ClipNorm)]
+    assert [(norm.max_norm, norm.norm_type) for norm in norms] == (
+        [(clip.get("max_norm", 1.0), clip.get("norm_type", 2.0))] if fastreg.ClipNorm in kinds else []
+    )
+
+
 def test_options_reach_the_optimizer(tools):
     recipe = {"optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "state_dtype": "bfloat16"}}
     _, _, optimizer, _ = tools.trained(recipe | {"weight_decay": {"rate": 0.1, "kind": "cautious"}})
@@ -173,7 +190,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("recipe, arguments, error, said", REFUSED, ids=lambda value: str(value)[:50])
-def test_what_a_model_or_run_has_no_place_for_leaves_it_as_it_was(recipe, arguments, error, said, tools):
+def test_settings_that_do_not_fit_leave_the_model_as_it_was(recipe, arguments, error, said, tools):
     model = tools.gpt2(0.1)
     before = tools.snapshot(model)
     with pytest.raises(error, match=re.escape(said)):
@@ -181,7 +198,7 @@ def test_what_a_model_or_run_has_no_place_for_leaves_it_as_it_was(recipe, argume
     assert tools.snapshot(model) == before
 
 
-def test_a_model_without_norms_or_embeddings_is_told_which_field_needs_them():
+def test_errors_on_missing_norms_and_embeddings_name_the_field():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"sam.perturb is 'norms', and Sequential has none: choose 'all'"):
         Regularization(sam={"perturb": "norms"}).apply(model)
@@ -189,7 +206,7 @@ def test_a_model_without_norms_or_embeddings_is_told_which_field_needs_them():
         Regularization(token_noise=0.1).apply(model)
 
 
-def test_apply_takes_a_model():
+def test_apply_refuses_parameters():
     with pytest.raises(TypeError, match="apply\\(\\) takes a model, got list"):
         Regularization().apply([torch.nn.Parameter(torch.ones(1))])
 

@@ -40,6 +40,16 @@ def test_early_and_late_dropout(schedule, expected, tools):
     assert rates == expected
 
 
+def test_annealing_alone_multiplies_the_default_rate(tools):
+    model = tools.gpt2()
+    _, callbacks = Regularization(dropout={"annealing": {"steps": 2}}).apply(model, lr=0.1)
+    rates = []
+    for _ in range(3):
+        rates.append(model.transformer.h[0].mlp.dropout.p)
+        callbacks.step()
+    assert rates == pytest.approx([0.1, 0.05, 0.0])
+
+
 def test_dropout_is_injected_where_there_is_none(tools):
     model = tools.llama()
     with pytest.raises(ValueError, match="dropout: LlamaForCausalLM has no 'hidden' dropout.*inject=True"):

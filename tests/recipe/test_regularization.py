@@ -36,7 +36,7 @@ def test_short_forms_and_numbers_as_text():
     assert Regularization() == Regularization.from_dict({}) == Regularization(clip=None)
 
 
-def test_a_recipe_tells_what_is_on():
+def test_describe_lists_what_is_on():
     text = str(
         Regularization(clip=1.0, dropout={"layers": "linear", "annealing": {"end": 0.1}, "inject": True})
     )
@@ -47,7 +47,7 @@ def test_a_recipe_tells_what_is_on():
     ]
 
 
-def test_what_is_given_is_not_shared():
+def test_settings_are_copied():
     settings = {"ema": {"decay": 0.5}}
     recipe = Regularization.from_dict(settings)
     recipe.to_dict()["ema"]["decay"] = 0.1
@@ -120,7 +120,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("settings, said", WRONG, ids=lambda value: str(value)[:60])
-def test_what_cannot_be_is_refused_when_it_is_made(settings, said):
+def test_bad_settings_are_refused_at_once(settings, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         Regularization.from_dict(settings)
 
@@ -143,7 +143,7 @@ def test_errors_of_a_file_name_it(tmp_path):
         Regularization.from_yaml(tmp_path / "none.yaml")
 
 
-def test_without_pyyaml_the_fix_is_told(monkeypatch):
+def test_missing_pyyaml_is_reported_with_the_fix(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "yaml", None)
