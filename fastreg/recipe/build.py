@@ -46,7 +46,7 @@ def build(
     recipe: Regularization, model: nn.Module, lr: float | None, steps: int | None, seed: int | None
 ) -> tuple[Any, Callbacks]:
     """Makes the optimizer and the callbacks of a recipe, see `Regularization.apply`."""
-    optimizer = make_optimizer(recipe, make_groups(recipe, unwrap_model(model), lr), lr, steps, seed)
+    optimizer = make_optimizer(recipe, make_groups(recipe, model, lr), lr, steps, seed)
     return optimizer, make_callbacks(recipe, model, optimizer, steps, seed)
 
 
@@ -174,7 +174,8 @@ def make_optimizer(
         return call("optimizer", factory, params, **settings)
     sam = {key: item for key, item in dict(recipe.sam).items() if key != "perturb"}  # type: ignore[arg-type]
     sam["adaptive"] = bool(sam.get("adaptive", False))
-    return SECTIONS["sam"].make("sam", sam, steps, params, factory, **settings)
+    base_optimizer = functools.partial(call, "optimizer", factory)
+    return SECTIONS["sam"].make("sam", sam, steps, params, base_optimizer, **settings)
 
 
 def make_components(recipe: Regularization, steps: int | None) -> list[optim.Component]:
@@ -198,7 +199,7 @@ def weight_decay(recipe: Regularization) -> WeightDecay:
 
 def make_groups(recipe: Regularization, model: nn.Module, lr: float | None) -> Any:
     """Returns the parameters, in groups where they are not all alike."""
-    decay, layers = weight_decay(recipe), recipe.lr_decay
+    model, decay, layers = unwrap_model(model), weight_decay(recipe), recipe.lr_decay
     sam: Any = recipe.sam or {}
     perturb, adaptive = sam.get("perturb", "all"), sam.get("adaptive")
     adaptive = "weights" if adaptive == "weights" else None
