@@ -25,7 +25,7 @@ from .readers import Reader, duration, either, flag, one_of, reader_of, unknown
 NOT_SETTINGS = frozenset(
     {
         "self", "params", "model", "lr", "seed", "regularizers", "base_optimizer", "buffers", "towards",
-        "weight_decay", "decay_kind", "maximize", "foreach", "differentiable", "decoupled_weight_decay",
+        "weight_decay", "maximize", "foreach", "differentiable", "decoupled_weight_decay",
         "closure", "sync_perturbation", "generator", "error_if_nonfinite", "kwargs",
     }
 )  # fmt: skip
