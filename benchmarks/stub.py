@@ -93,10 +93,10 @@ def stub_driver(target: str = "sm_90") -> Iterator[list[str]]:
 @contextlib.contextmanager
 def active(instead: DriverBase, target: str) -> Iterator[None]:
     """Within the block CPU tensors go to the kernels by way of a driver, for a target."""
-    allowed, lanes = backend._no_triton, gpu_target(target).warp_size
+    allowed, lanes = backend.why_not_triton, gpu_target(target).warp_size
     forget_compiled()
     driver.set_active(instead)
-    backend._no_triton = lambda device: None
+    backend.why_not_triton = lambda device: None
     try:
         with (
             backend.use_backend("triton"),
@@ -104,7 +104,7 @@ def active(instead: DriverBase, target: str) -> Iterator[None]:
         ):
             yield
     finally:
-        backend._no_triton = allowed
+        backend.why_not_triton = allowed
         forget_compiled()  # while there is the driver that has loaded it
         driver._active = None  # `reset_active` would look for a real one
 

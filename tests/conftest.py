@@ -213,7 +213,7 @@ def kernels_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adversarial_ops, "launch_step", step_there)
     monkeypatch.setattr(adversarial_ops, "launch_norm", norm_there)
-    monkeypatch.setattr(fastreg.runtime.backend, "_no_triton", lambda device: None)
+    monkeypatch.setattr(fastreg.runtime.backend, "why_not_triton", lambda device: None)
     monkeypatch.setattr(elementwise, "launch", elementwise_there)
     monkeypatch.setattr(launchers, "unit_squares", unit_squares_there)
     monkeypatch.setattr(launchers, "run", run_there)

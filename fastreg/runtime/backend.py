@@ -76,7 +76,7 @@ def resolve(device: torch.device, elements: int) -> Backend:
     """
     name = forced()
     if name == "triton":
-        if reason := _no_triton(device):
+        if reason := why_not_triton(device):
             raise RuntimeError(f"backend 'triton' cannot run on {device.type} tensors: {reason}")
         return "triton"
     if name == "compiled":
@@ -87,7 +87,7 @@ def resolve(device: torch.device, elements: int) -> Backend:
         return "compiled"
     if name == "reference":
         return "reference"
-    if not _no_triton(device) and device.type == "cuda":
+    if not why_not_triton(device) and device.type == "cuda":
         return "triton"
     if device.type == "cpu" and elements >= COMPILE_FROM and has_compiler() and _compiles:
         return "compiled"
@@ -97,7 +97,7 @@ def resolve(device: torch.device, elements: int) -> Backend:
 def why_reference(device: torch.device) -> str:
     """Returns why `auto` chooses the reference for every step on a device."""
     if device.type != "cpu":
-        return _no_triton(device) or "only CUDA and ROCm devices run the kernels"
+        return why_not_triton(device) or "only CUDA and ROCm devices run the kernels"
     if not has_compiler():
         return "no C++ compiler, none of $CXX, g++, clang++, c++ found"
     return "compiling the step has failed in this process"
@@ -122,7 +122,8 @@ def cannot_compile(error: Exception) -> None:
     )
 
 
-def _no_triton(device: torch.device) -> str | None:
+def why_not_triton(device: torch.device) -> str | None:
+    """Returns why no kernel runs on a device, `None` if kernels run there."""
     if not has_triton():
         return "triton is not installed"
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):
