@@ -16,7 +16,7 @@ from fastreg.engine.multi_tensor_optimizer import MultiTensorOptimizer
 from fastreg.engine.plan import Variant
 from fastreg.engine.stage import Chain
 from fastreg.optim import registry
-from fastreg.optim.model_average import Averaging
+from fastreg.optim.model_average import UpdateAverages
 from fastreg.optim.perturb import Restore
 from fastreg.privacy.noise import NoiseKey, PrivateNoise
 
@@ -231,7 +231,7 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     if name == "AveragedModel":  # over the averages: weights take the place of gradients
         rounded = parameter.detach().clone() if dtype == torch.bfloat16 else None
         average = parameter.detach().float()
-        made: MultiTensorOptimizer = Averaging([average], [rounded])
+        made: MultiTensorOptimizer = UpdateAverages([average], [rounded])
         parameter, group = average, int(rounded is not None)
     elif name == "Lookahead sync":
         made = fastreg.Lookahead(torch.optim.SGD([parameter]))._sync  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from ..common.validation import check_range
 from ..engine import layout
 from ..reference.step import compute_dtype
 from .fsdp import abandon_forward, fsdp_modules, reshard
-from .model_average import Averaging, local_part
+from .model_average import UpdateAverages, local_part
 from .tensor_tree import TensorTree, aliases, first_names, named_tensors, unsaved_buffers
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -159,12 +159,12 @@ class AveragedModel(swa_utils.AveragedModel):
         weights = [_like(entry.average, weight) for entry, weight in pairs if entry.averaged]
         done = int(self.n_averaged)
         if self.avg_fn is None and self.multi_avg_fn is None:
-            self._averaging.run(weights, 1 / (done + 1), done)
+            self._update.run(weights, 1 / (done + 1), done)
         elif isinstance(self.multi_avg_fn, ExponentialAverage):
-            self._averaging.run(weights, 1 - self.multi_avg_fn.decay if done else 1.0, done)
+            self._update.run(weights, 1 - self.multi_avg_fn.decay if done else 1.0, done)
         else:
             self._call(weights, copy=not done)
-            self._averaging.round()
+            self._update.round()
         for entry, weight in pairs:
             if not entry.averaged:
                 entry.average.copy_(weight)
@@ -243,7 +243,7 @@ class AveragedModel(swa_utils.AveragedModel):
             alias: first[id(live)] for alias, live in named_tensors(self.module) if first[id(live)] in beside
         }
         entries = [entry for entry in self._entries if entry.averaged]
-        self._averaging = Averaging([e.average for e in entries], [e.rounded for e in entries])
+        self._update = UpdateAverages([e.average for e in entries], [e.rounded for e in entries])
 
     def _current_key(self) -> list[Any]:
         tensors = (*self.module.parameters(), *self.module.buffers())
@@ -257,7 +257,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what copies and pickles keep: they make the pass anew."""
-        return {**self.__dict__, "_key": None, "_entries": [], "_averaging": None}
+        return {**self.__dict__, "_key": None, "_entries": [], "_update": None}
 
     # Sharded models -------------------------------------------------------------------------------------
 

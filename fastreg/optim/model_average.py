@@ -48,7 +48,7 @@ class _Rounded(Component):
         return self._stage if group["rounded"] else None
 
 
-class Averaging(MultiTensorOptimizer):
+class UpdateAverages(MultiTensorOptimizer):
     """Updates many averages in one pass.
 
     Args:

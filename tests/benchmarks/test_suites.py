@@ -12,7 +12,7 @@ from fastreg.cli import main
 from fastreg.engine.grad_norm import GradNorm
 from fastreg.optim import perturb
 from fastreg.optim.decay import Shrinkage
-from fastreg.optim.model_average import Averaging
+from fastreg.optim.model_average import UpdateAverages
 from fastreg.optim.rules import Adam
 from fastreg_benchmarks import (
     SUITES,
@@ -207,8 +207,10 @@ def test_a_wrong_lookahead_is_noticed(monkeypatch):
 
 
 def test_a_wrong_averaged_model_is_noticed(monkeypatch):
-    run = Averaging.run
-    monkeypatch.setattr(Averaging, "run", lambda self, ws, weight, *seed: run(self, ws, weight / 2, *seed))
+    run = UpdateAverages.run
+    monkeypatch.setattr(
+        UpdateAverages, "run", lambda self, ws, weight, *seed: run(self, ws, weight / 2, *seed)
+    )
     assert "averages off" in rows(AVERAGED)["fastreg"]["wrong"]
 
 
