@@ -20,7 +20,9 @@ def test_trains_twice_and_says_what_is_spent(capsys):
     threads = torch.get_num_threads()
     assert main(["private", "--steps", "60", "--epsilon", "8"]) == 0
     out = capsys.readouterr().out
-    accuracies = [float(found) for found in re.findall(r"([\d.]+)% of samples held back right", out)]
+    accuracies = [
+        float(percentage) for percentage in re.findall(r"([\d.]+)% of samples held back right", out)
+    ]
     assert len(accuracies) == 2 and min(accuracies) > 80  # 63 % of them are benign
     (spent,) = re.findall(r"epsilon ([\d.]+) \(delta=0.0001, opacus [\d.]+ RDP\)", out)
     assert 7.9 < float(spent) <= 8

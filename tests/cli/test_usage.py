@@ -151,11 +151,11 @@ def test_combinations_expand_to_entries():
 
 
 def test_a_strength_is_told_as_what_it_stands_for():
-    told = {
+    summaries = {
         label: choice.parse(label)[0].summary for label in ("swa", "swa=0.5", "swa=1", "clip=0.5", "plain")
     }
-    assert told["swa"].endswith("from 0.3 of the run on")
-    assert told["swa=0.5"].endswith("from 0.5 of the run on")
-    assert told["swa=1"].endswith("from step 1 on")
-    assert told["clip=0.5"].endswith("clipped to 0.5")
-    assert told["plain"] == contenders.ENTRIES["plain"].summary
+    assert summaries["swa"].endswith("from 0.3 of the run on")
+    assert summaries["swa=0.5"].endswith("from 0.5 of the run on")
+    assert summaries["swa=1"].endswith("from step 1 on")
+    assert summaries["clip=0.5"].endswith("clipped to 0.5")
+    assert summaries["plain"] == contenders.ENTRIES["plain"].summary

@@ -50,46 +50,34 @@ class Contender:
             entry.apply(setup, strength)
 
 
-def read_recipes(paths: Sequence[str]) -> list[Contender]:
-    """Returns a contender for each recipe, named after its file.
-
-    Args:
-        paths: YAML files, see `fastreg.Regularization.from_yaml`.
-
-    Raises:
-        UsageError: For files that cannot be read, and for recipes that cannot be used.
-    """
-    if paths:
-        require("compare --recipe", "cli", "yaml")
-    contenders = []
-    for path in paths:
-        try:
-            contenders.append(Contender(Path(path).stem, recipe=Regularization.from_yaml(path)))
-        except OSError as error:
-            raise UsageError(f"--recipe {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise UsageError(f"--recipe {error}") from None
-    return contenders
-
-
 def choose(names: str, paths: Sequence[str]) -> list[Contender]:
     """Returns all contenders, each with a label of its own.
 
     Args:
         names: See `parse`.
-        paths: See `read_recipes`.
+        paths: YAML files, see `fastreg.Regularization.from_yaml`; each is a contender named after its file.
 
     Raises:
-        UsageError: As these, and for recipes with the label of another contender.
+        UsageError: As `parse`; for files that cannot be read, recipes that cannot be used, and labels that
+            occur twice.
     """
-    chosen = [*parse(names), *read_recipes(paths)]
-    labels = [contender.label for contender in chosen]
+    chosen = parse(names)
+    if paths:
+        require("compare --recipe", "cli", "yaml")
     for path in paths:
-        if labels.count(Path(path).stem) > 1:
+        label = Path(path).stem
+        try:
+            recipe = Regularization.from_yaml(path)
+        except OSError as error:
+            raise UsageError(f"--recipe {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise UsageError(f"--recipe {error}") from None
+        if any(contender.label == label for contender in chosen):
             raise UsageError(
-                f"--recipe {path}: there is another contender {Path(path).stem!r}; the file's name is the "
-                "label: rename it"
+                f"--recipe {path}: there is another contender {label!r}; the file's name is the label: "
+                "rename it"
             )
+        chosen.append(Contender(label, recipe=recipe))
     return chosen
 
 

@@ -160,7 +160,7 @@ def _train_all(chosen: Any, task: Any, args: argparse.Namespace, run_file: RunFi
     width = max(map(len, names))
     records = run_file.records
     done = sum(record.finished for record in records)
-    run_file.write(records, run_file.state)
+    run_file.write(run_file.state)
     with progress.Progress(*columns, console=console) as bars:
         for name, (contender, seed) in list(zip(names, runs, strict=True))[done:]:
             state, run_file.state = run_file.state, None
@@ -173,12 +173,9 @@ def _train_all(chosen: Any, task: Any, args: argparse.Namespace, run_file: RunFi
                 losses = f"train {record.train[-1]:.2f}  validation {record.validation[-1]:.2f}"
                 bars.update(bar, completed=step, losses=losses)
 
-            def save(state: dict[str, Any]) -> None:
-                run_file.write(records, state)
-
             try:
-                train(contender, task, args, records[-1], advance, save, state)
-                run_file.write(records)
+                train(contender, task, args, records[-1], advance, run_file.write, state)
+                run_file.write()
             except KeyboardInterrupt:
                 if not records[-1].steps:
                     records.pop()

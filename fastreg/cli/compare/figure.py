@@ -84,6 +84,7 @@ def _panel(
     axes.spines["bottom"].set_color(FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(length=0, labelsize=10, labelcolor="#555555")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step", fontsize=10, color="#555555", loc="right")
     if not results:
         return

@@ -77,13 +77,10 @@ class RunFile:
             raise UsageError(f"--resume {folder}: {NAME} cannot be read: {first}") from None
         return run_file
 
-    def write(self, records: Sequence[Record], state: dict[str, Any] | None = None) -> None:
-        """Replaces the file by one with these records and this state."""
-        contents = {
-            "arguments": self.arguments,
-            "records": [dataclasses.asdict(record) for record in records],
-            "state": state,
-        }
+    def write(self, state: dict[str, Any] | None = None) -> None:
+        """Replaces the file by one with the records as they are now, and a state."""
+        records = [dataclasses.asdict(record) for record in self.records]
+        contents = {"arguments": self.arguments, "records": records, "state": state}
         new = self.path.with_name(f"{NAME}.new")
         try:
             torch.save(contents, new)

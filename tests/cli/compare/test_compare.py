@@ -27,15 +27,6 @@ SMALL = [*FEW, "--train-tokens", "160", "--val-tokens", "160"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost seconds here where other tests run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def compare(out, *arguments):
     code = main(["compare", *SMALL, "--device", "cpu", "--out", str(out), *arguments])
     return code, json.loads((out / "compare.json").read_text())
@@ -170,8 +161,8 @@ def test_every_contender_has_a_colour_of_its_own():
     labels = [*contenders.DEFAULT.split(","), "swa", "lookahead", "sam", "asam", "msam"]
     assert len({colour for colour, _ in figure._styles(labels)}) == len(labels)
     assert len({colour for colour, _ in figure._styles(["plain", "all", "sam=1", "sam=2", "clip+msam"])}) == 5
-    every = [*contenders.ENTRIES, "all", *(f"recipe {i}" for i in range(8))]
-    assert len(set(figure._styles(every))) == len(every)
+    labels = [*contenders.ENTRIES, "all", *(f"recipe {i}" for i in range(8))]
+    assert len(set(figure._styles(labels))) == len(labels)
 
 
 def test_strengths_and_combinations_reach_the_optimizer():
@@ -181,6 +172,14 @@ def test_strengths_and_combinations_reach_the_optimizer():
     assert components["GradientNoise"].std == 1e-3
     (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.25 and group["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"), [("lion", fastreg.Lion), ("sgd", fastreg.SGD), ("adam+ema", fastreg.Adam)]
+)
+def test_optimizers_are_contenders(label, kind):
+    optimizer = made(label).optimizer
+    assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_strengths_that_contradict_each_other_are_refused():
@@ -393,11 +392,11 @@ def test_annealing_ends_where_it_should():
     setup = Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=4)
     choice.parse("annealed=0.4")[0].apply(setup)
     _, callbacks = setup.make(setup)
-    found = [model.transformer.h[1].mlp.dropout.p]
+    rates = [model.transformer.h[1].mlp.dropout.p]
     for _ in range(4):
         callbacks.step()
-        found.append(model.transformer.h[1].mlp.dropout.p)
-    assert found == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+        rates.append(model.transformer.h[1].mlp.dropout.p)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
 
 
 def test_noise_adversarial_passes_and_r_drop(tmp_path):

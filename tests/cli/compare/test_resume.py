@@ -36,15 +36,12 @@ ema: 0.5
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """A narrow model, no picture, no search for garbage, and no threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A narrow model, no picture, and no search for garbage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "WIDTH", 16)
         patch.setattr(PeakMemory, "reset", lambda self: None)
         patch.setattr(figure, "draw", lambda path, *_: path.write_bytes(b""))
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -58,10 +55,10 @@ def results(out):
     return json.loads((out / "compare.json").read_text())
 
 
-def curves(found):
+def curves(contents):
     return {
         (c["label"], run["seed"]): (run["curves"], run["train_loss"], run["validation_loss"])
-        for c in found["contenders"]
+        for c in contents["contenders"]
         for run in c["runs"]
     }
 
@@ -96,10 +93,10 @@ def test_training_is_not_lost_where_results_cannot_be_written(tmp_path, monkeypa
 def test_seeds_and_recipes_beside_contenders(recipe, tmp_path, capsys):
     arguments = ["--with", "plain,noise", "--recipe", str(recipe), "--seeds", "2", "--seed", "5"]
     assert main(["compare", *SMALL, *arguments, "--out", str(tmp_path / "out")]) == 0
-    found = results(tmp_path / "out")
-    assert [c["label"] for c in found["contenders"]] == ["plain", "noise", "mine"]
-    assert "sam rho 0.1, interval 2" in found["contenders"][2]["summary"]
-    for contender in found["contenders"]:
+    contents = results(tmp_path / "out")
+    assert [c["label"] for c in contents["contenders"]] == ["plain", "noise", "mine"]
+    assert "sam rho 0.1, interval 2" in contents["contenders"][2]["summary"]
+    for contender in contents["contenders"]:
         one, two = contender["runs"]
         assert (one["seed"], two["seed"]) == (5, 6)
         assert one["curves"]["validation"][0] != two["curves"]["validation"][0], "weights differ"
@@ -113,7 +110,7 @@ def test_seeds_and_recipes_beside_contenders(recipe, tmp_path, capsys):
     assert row.count("±") == 2, row
     assert "means over seeds ± standard deviations" in printed and "seed 5 to 6" in printed
     assert main(["compare", *SMALL, "--with", "noise", "--seed", "6", "--out", str(tmp_path / "six")]) == 0
-    assert curves(results(tmp_path / "six"))["noise", 6] == curves(found)["noise", 6]
+    assert curves(results(tmp_path / "six"))["noise", 6] == curves(contents)["noise", 6]
 
 
 NAMES = "dropout+noise,sam+neftune,torch,annealed+ema,rdrop+msam,weightnoise+lookahead=2,adadrop+fgm"
@@ -141,9 +138,9 @@ def test_a_resumed_run_gives_the_same_losses(run, whole, tmp_path, monkeypatch, 
         assert main(["compare", *SMALL, *chosen, "--out", str(tmp_path)]) == 130
     assert curves(results(tmp_path))[label, 0] != expected
     assert main(["compare", "--resume", str(tmp_path)]) == 0
-    found = results(tmp_path)
-    assert curves(found)[label, 0] == expected
-    assert found["contenders"][-1]["finished"] and not found["interrupted"]
+    contents = results(tmp_path)
+    assert curves(contents)[label, 0] == expected
+    assert contents["contenders"][-1]["finished"] and not contents["interrupted"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.json", "compare.png"]
 
 
@@ -222,7 +219,7 @@ def test_a_checkpoint_holds_no_code_and_is_replaced_at_once(stopped, monkeypatch
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(KeyboardInterrupt):
-        file.write([])
+        file.write()
     assert (out / resume.NAME).read_bytes() == kept
     assert not list(out.glob("*.new"))
 
