@@ -88,7 +88,8 @@ def test_what_is_cached_adds_up(tmp_path, monkeypatch):
     assert kernel_cache.read(tmp_path) == [kernel_cache.Cached("sm_90", 2, True)]
 
 
-@pytest.mark.parametrize("target", ["sm_200", pytest.param("gfx000", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_200", "gfx000"])
 def test_a_target_that_the_compiler_dies_of(tmp_path, capfd, target):
     arguments = ["precompile", "--target", target, "--only", "SGD", "--dtype", "fp32", "--out", str(tmp_path)]
     assert main(arguments) == 1

@@ -10,7 +10,7 @@ import fastreg
 SHAPES = [(1,), (127,), (1024,), (33, 65), (), (0,), (2 * 4096 + 17,), (3, 1, 5)]
 
 
-def train(make, dtype, steps=8, backend="reference"):
+def train(make, dtype, steps=5, backend="reference"):
     """Parameters and optimizer after some steps of what depends on the dtype alone."""
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]

@@ -38,6 +38,7 @@ def clipped(weight, gradient, clipping, eps=1e-3):
     return torch.stack(out) if weight.dim() >= 2 and rows else out[0] if rows else gradient
 
 
+@pytest.mark.slow(backend="triton", layout=("transposed", "channels last"))
 @pytest.mark.slow(backend="triton", dtype=torch.float64)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -73,6 +73,7 @@ class Published:
             p.sub_(self.factor * v)
 
 
+@pytest.mark.slow(backend="triton", adam=False)
 @pytest.mark.slow(backend="triton", weight_decay=0.0)
 @pytest.mark.parametrize("weight_decay, clip", [(0.0, None), (0.1, 0.5)], ids=("plain", "decay and clip"))
 @pytest.mark.parametrize("adam", (False, True), ids=("SGD", "AdamW"))

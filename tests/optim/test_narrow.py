@@ -77,6 +77,7 @@ def combined(optimizer, parameter):
     return read_split(parameter.detach(), optimizer.state[parameter]["remainder"])
 
 
+@pytest.mark.slow(backend=("compiled", "triton"), rule=("amsgrad", "sgd"))
 @pytest.mark.parametrize("rule", RULES)
 def test_remainder_is_a_float32_run(rule, backend):
     """Bit for bit, with everything that goes along with it, and across a checkpoint."""
@@ -196,6 +197,7 @@ def test_gradients_narrower_than_weights(backend):
     torch.testing.assert_close(weight, twin, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow(backend="compiled", dtype=torch.float16)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which runs the interpreter
 @pytest.mark.parametrize("mode", ("stochastic", "remainder", "nearest"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
