@@ -128,15 +128,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
-        item.own_markers[:] = [
-            mark
-            for mark in item.own_markers
-            if mark.name != "slow"
-            or all(
-                values.get(name) in (chosen if isinstance(chosen, tuple) else (chosen,))
-                for name, chosen in mark.kwargs.items()
-            )
-        ]
+        for mark in [mark for mark in item.own_markers if mark.name == "slow"]:
+            if unknown := mark.kwargs.keys() - values.keys():
+                raise pytest.UsageError(f"{item.nodeid}: slow names {', '.join(unknown)}, no parameter")
+            chosen = {k: v if isinstance(v, tuple) else (v,) for k, v in mark.kwargs.items()}
+            if not all(values[name] in options for name, options in chosen.items()):
+                item.own_markers.remove(mark)
 
 
 @pytest.fixture
