@@ -14,15 +14,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from fastreg.cli.measure import PeakMemory
+from fastreg.common.versions import installed_version
 
 Run = Callable[[], Any]
 
+PACKAGES = ("torch", "triton", "transformers", "pytest-benchmark")
 PEERS = ("torch-optimi", "pytorch-optimizer", "flashoptim")
 COPIED = 2**28
 """Bytes that the copy reads, and writes: several times what a cache holds."""
@@ -149,7 +150,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "wheel_cuda": torch.version.cuda or torch.version.hip,  # torch launches differently from 13 on
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "triton", "transformers", "pytest-benchmark", *PEERS)},
+        | {name: installed_version(name) for name in (*PACKAGES, *PEERS)},
     }
     if device.type == "cuda":
         facts |= {
@@ -178,13 +179,6 @@ def clocks(device: torch.device) -> str | None:
     except OSError:
         return None
     return f"{min(rates):.0f}-{max(rates):.0f} MHz" if rates else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

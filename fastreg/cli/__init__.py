@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from ..common.versions import installed_version
 from . import bench, compare, info, precompile, private, recipe
 from .usage import Parser, UsageError
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a usage error (one line on stderr), 130 after Ctrl-C.
     """
     parser = Parser(prog="fastreg", description="Regularization for PyTorch, fused into Triton kernels.")
-    parser.add_argument("--version", action="version", version=f"fastreg {_version()}")
+    version = installed_version("fastreg") or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"fastreg {version}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (compare, private, bench, recipe, precompile, info):
@@ -41,10 +42,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastreg: interrupted", file=sys.stderr)
         return 130
-
-
-def _version() -> str:
-    try:
-        return version("fastreg")
-    except PackageNotFoundError:
-        return "(not installed)"

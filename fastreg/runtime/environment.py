@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..common.versions import installed_version
 from . import backend, kernel_cache, programs
 
 
@@ -59,7 +59,8 @@ class Info:
 
 def info() -> Info:
     """Returns versions, devices, and which backend runs a step on each; see `fastreg.use_backend`."""
-    versions = {name: _version(name) for name in ("fastreg", "torch", "triton", "transformers")}
+    packages = ("fastreg", "torch", "triton", "transformers")
+    versions = {name: installed_version(name) or "not installed" for name in packages}
     versions["python"] = platform.python_version()
     if torch.version.cuda or torch.version.hip:
         versions["CUDA" if torch.version.cuda else "ROCm"] = str(torch.version.cuda or torch.version.hip)
@@ -113,10 +114,3 @@ def _why(device: torch.device) -> str:
     if small == "triton":
         return "triton"
     return f"{small}: {backend.why_reference(device)}"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -10,9 +10,10 @@ import functools
 import hashlib
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..common.versions import installed_version
 
 FILE = "fastreg.json"
 
@@ -68,17 +69,10 @@ def _known(file: Path) -> dict[str, tuple[set[str], str]]:
 @functools.cache
 def identity() -> str:
     """Returns a digest of triton's version and of all sources that determine the kernels."""
-    digest = hashlib.sha256(_version("triton").encode())
+    digest = hashlib.sha256((installed_version("triton") or "").encode())
     for package in ("fastreg_kernels", "fastreg"):
         spec = find_spec(package)
         for root in sorted(spec.submodule_search_locations or ()) if spec else ():
             for file in sorted(Path(root).rglob("*.py")):
                 digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

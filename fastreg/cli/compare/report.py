@@ -6,7 +6,6 @@ import argparse
 import math
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from ...common.versions import installed_version
 from ...runtime import backend
 from .. import document
 from ..measure import PeakMemory
@@ -109,7 +109,7 @@ def write_json(
         "backend": backend_name(task, args),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("fastreg", "torch", "transformers", "triton")},
+        | {name: installed_version(name) for name in ("fastreg", "torch", "transformers", "triton")},
         "memory": PeakMemory(args.device).method,
         "units": {"loss": "nats per token", "time": f"seconds, {QUANTILE:.0%} quantile over the steps",
                   "peak_memory": "bytes"},
@@ -172,10 +172,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -94,7 +94,7 @@ def make_private(setup: Setup, noise_multiplier: float) -> None:
                 f"{several[0]} makes several passes over a sample, whose gradients add up unclipped"
             )
         optimizer, callbacks = inner(setup)
-        with warnings.catch_warnings():  # runs can be repeated; whoever has the seed has the text as well
+        with warnings.catch_warnings():  # with a seed, so that runs can be repeated; the text is no secret
             warnings.filterwarnings("ignore", message="noise_seed")
             private = DPOptimizer(
                 optimizer, model=setup.model, noise_multiplier=noise_multiplier, max_grad_norm=1.0,
