@@ -55,11 +55,11 @@ def norm_entry(
     constants = launchers.norm_constants(chain, dtypes, of, chosen, target.lanes)
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "step_scalars": f"*{constants['COMPUTE']}",
-        "work": "*i32", "partial": "*fp64", "turns": "i32", "stages": stages[: of.of(chain)],
+        "work": "*i32", "partial": "*fp64", "turns": "i32", "stages": stages[: of.num_stages(chain)],
         "storage": storage,
     }  # fmt: skip
     reads = dtypes[1].itemsize if reads is None else reads
-    options = launchers.options(chain.stages[: of.of(chain)], chosen)
+    options = launchers.options(chain.stages[: of.num_stages(chain)], chosen)
     return Entry(
         name, norm_kernels.norm_kernel, arguments, constants, reads, 0, budget, options=options,
         program=chosen.block,
@@ -80,7 +80,7 @@ def _measured(shipped: Shipped) -> tuple[str, NormSpec | None, int]:
     """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
     parts = shipped.name.split("+")
     if "MSAM" in parts:
-        of = NormSpec(momentum=True)
+        of = NormSpec(kind="momentum")
         return f"momentum norm, {rule(shipped.name)}", of, momentum_read(shipped.chain, shipped.dtypes)
     if {"dp", "clip"} <= set(parts):
         return "noised norm", NormSpec(stages=1), shipped.dtypes[1].itemsize
@@ -98,7 +98,7 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
         for name, dtype, budget in zip(
             ("fp32", "bf16"), (torch.float32, torch.bfloat16), budgets, strict=True
         ):
-            of = NormSpec(largest=largest)
+            of = NormSpec(kind="largest" if largest else "l2")
             listed.append(norm_entry(f"{kind} {name}", Chain(()), (dtype, dtype), of, target, budget))
     for c in chains:
         kind, of, read = _measured(c)
@@ -217,7 +217,7 @@ def penalty_entries(target: Architecture) -> list[Entry]:
     """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
     listed = []
     for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        of = NormSpec(absolute=True)
+        of = NormSpec(kind="absolute")
         listed.append(norm_entry(f"magnitudes {storage}", SUM, (dtype, dtype), of, target, 4.8))
         for name, (chain, *budgets) in PENALTIES.items():
             entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), target)

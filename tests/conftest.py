@@ -247,7 +247,7 @@ def moved(batch: Batch) -> Batch:
         skip=None if batch.skip is None else batch.skip.to(DEVICE),
         table=table.Table(),
         memory=None,
-        uploaded=None,
+        uploaded=False,
     )
     table.upload_changes(there_batch)
     for mine, theirs in zip(

@@ -1,18 +1,19 @@
-"""A batch of parameters that take one step together, and what to measure of their gradients."""
+"""A batch of parameters that take one step together, and which norm to measure of their gradients."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.units import UnitLayout
 from ..runtime import backend
+from .layout import Shards
 from .stage import Chain
-from .table import Table, Uploaded
+from .table import Table
 
 
 @dataclass
@@ -22,22 +23,24 @@ class Batch:
     Parameters and buffers are dense, and every gradient and buffer has the memory layout of its parameter.
 
     Args:
-        chain: What is done to each.
+        chain: The stages that run over each.
         parameters: The local tensors, `n` of them.
-        gradients: Likewise; only read.
+        gradients: The gradients of these; only read.
         buffers: For each buffer of the chain, `n` tensors.
-        device_scalars: For each scalar of the chain, a float64 tensor on the device, 0-d or `[n]`.
-        rng_keys: For each word of the chain, an integer for all.
+        device_scalars: For each device scalar of the chain, a float64 tensor on the device, 0-d or `[n]`.
+        rng_keys: For each random key of the chain, an integer for all parameters.
         firsts: Global index of the first element of each.
         streams: Random stream of each.
-        rows: Which row of `steps` and `step_scalars` is whose.
+        rows: Row of `steps` and `step_scalars` of each.
         steps: Step count of each row; a tensor where the device counts.
-        step_scalars: The numbers of the chain, for each row; where the device counts, a tensor.
-        places: Where the units of each lie, for chains that have `units`.
+        step_scalars: The step scalars of the chain, for each row; a tensor where the device counts.
+        unit_layouts: Where the units of each lie, for chains that have `units`.
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
         skip: float64 `[1]` on the device; not 0: the step does nothing.
-        table: What the former batch of the same parameters left on the device.
+        table: The kernel arguments on the device, kept from step to step.
         memory: `memory` of parameters and buffers, where that is known.
+        uploaded: Whether the table holds the arguments of this step.
+        shards: Which processes hold the other parts of the parameters, if they are sharded.
     """
 
     chain: Chain
@@ -51,52 +54,50 @@ class Batch:
     rows: list[int]
     steps: list[int] | Tensor
     step_scalars: list[list[float]] | Tensor
-    places: list[UnitLayout] = field(default_factory=list)
+    unit_layouts: list[UnitLayout] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     skip: Tensor | None = None
     table: Table = field(default_factory=Table)
     memory: list[list[int]] | None = None
-    uploaded: Uploaded | None = None
+    uploaded: bool = False
+    shards: Shards | None = None
 
     def unit(self, name: str) -> Tensor:
-        """What the chain reads as `name`, an element for each unit of each parameter; kept by the table."""
+        """Returns the values that the chain reads as `name`, one for each unit of each parameter."""
         return self.table.units_of(self)[self.chain.units.index(name)]
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.parameters[0].device
 
-    @property
+    @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of parameter, gradient and buffers."""
+        """The dtypes of parameter, gradient and buffers."""
         return tuple(tensors[0].dtype for tensors in (self.parameters, self.gradients, *self.buffers))
 
     @functools.cached_property
     def backend(self) -> backend.Backend:
-        """What runs this batch."""
+        """The backend that runs this batch."""
         sizes = self.memory[1] if self.memory else map(Tensor.numel, self.parameters)
         return backend.resolve(self.device, sum(sizes))
 
 
 class NormSpec(NamedTuple):
-    """What to take the norm of: the gradient after the first stages of the chains.
+    """The norm to measure: of the gradient after the first stages of the chains.
 
     Args:
-        stages: How many stages run before.
-        momentum: Measure the momentum instead, as the stage that returns it hands it on.
-        largest: Measure max |u| instead of √Σ u².
-        absolute: The total is Σ |u| instead of Σ u²; there is no norm then.
+        stages: How many stages run before; for `"momentum"`, all up to the one that returns it.
+        kind: √Σ u² for `"l2"`, max |u| for `"largest"`, the total Σ |u| (and no norm) for `"absolute"`;
+            `"momentum"`: √Σ m² of the momentum that the stage with `momentum` returns.
     """
 
     stages: int = 0
-    momentum: bool = False
-    largest: bool = False
-    absolute: bool = False
+    kind: Literal["l2", "largest", "absolute", "momentum"] = "l2"
 
-    def of(self, chain: Chain) -> int:
-        """How many stages of a chain run before."""
-        if self.momentum:
+    def num_stages(self, chain: Chain) -> int:
+        """Returns how many stages of a chain run before."""
+        if self.kind == "momentum":
             return 1 + next(i for i, stage in enumerate(chain.stages) if stage.momentum)
         return self.stages
 
@@ -105,5 +106,5 @@ GRADIENT = NormSpec()
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory: a `[n]` view."""
+    """Returns the elements of a dense tensor in the order in which they lie in memory: a `[n]` view."""
     return tensor if tensor.dim() == 1 else tensor.as_strided((tensor.numel(),), (1,))

@@ -1,8 +1,8 @@
-"""A component: what an optimizer is made of.
+"""Defines components, the parts that an optimizer is made of.
 
-A component says which stage it puts into the chain, in which phase, and works out on the host, in double, the
-numbers the stage needs this step.  What needs a reduction over gradients first does it in `prepare` and
-leaves a device scalar for its stage to read.
+A component puts a stage into the chain, in a phase, and computes on the host, in double, the numbers that the
+stage needs this step.  Where these need a reduction over gradients first, it runs in `prepare` and leaves a
+device scalar for the stage to read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference.norm import Measured
-from .batch import Batch
-from .layout import Shards
+from .plan import PlannedBatch
 from .stage import Stage, Storage
 
 
@@ -39,32 +38,38 @@ class Phase(IntEnum):
 
 @dataclass
 class Work:
-    """What a step has to do, as `Component.prepare` sees it.
+    """The parameters of a step and their batches, as `Component.prepare` sees them.
 
     Args:
-        batches: The parameters that have gradients, and how each batch is sharded.
+        batches: The parameters that have gradients.
         elements: How many elements they have, shards elsewhere included.
         tensors: Their local tensors.
         states: Their states.
-        absent: Local tensors and states of the others that have been stepped before.
-        measured: What is known of all gradients together, on each device, where anything asked for it.
+        absent: Local tensors and states of the other parameters that have been stepped before.
+        measured: The norm of all gradients together, on each device, if any component needs it.
     """
 
-    batches: list[tuple[Batch, Shards | None]]
+    batches: list[PlannedBatch]
     elements: int
     tensors: list[Tensor]
     states: list[dict[str, Any]]
     absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     measured: dict[torch.device, Measured] = field(default_factory=dict)
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of the batches, each once."""
+        return list(dict.fromkeys(batch.device for batch in self.batches))
+
 
 class Component:
     """Base of update rules and regularizers.
 
-    Subclasses set `phase` and override what they need, most of them `stage` and `step_scalars`.
+    Subclasses set `phase`, and `_stage` or override `stage`, and override the other methods they need.
     """
 
     phase: Phase
+    _stage: Stage | None = None
 
     @property
     def needs_norm(self) -> bool:
@@ -72,23 +77,26 @@ class Component:
         return False
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """The stage for the parameters of a group; may depend on what the group switches on."""
-        return None
+        """Returns the stage for the parameters of a group, which may depend on the options of groups alone.
+
+        It is asked for once per plan, and again when any option of any group has changed.
+        """
+        return self._stage
 
     def due(self, group: dict[str, Any], step: int) -> bool:
-        """Whether the stage takes part in a step; state is kept in any case.
+        """Returns whether the stage takes part in a step; state is kept in any case.
 
-        Where the device counts, nobody on the host knows: the stage always takes part then, and
-        `step_scalars` say what it does.
+        With `capturable=True` the host does not know the step: the stage always takes part then, and
+        `step_scalars` decide what it does.
         """
         return True
 
     def options(self) -> dict[str, Any]:
-        """Keys that a group gets from the component unless it has them, and that are saved with it."""
+        """Returns keys that a group gets from the component unless it has them; they are saved with it."""
         return {}
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The numbers of the stage at a step (the first is 1), as many as `stage.step_scalars`.
+        """Returns the numbers of the stage at a step (the first is 1), as many as `stage.step_scalars`.
 
         Where the device counts the steps (`capturable`), `step` is a float64 tensor with an element for each
         parameter; the same arithmetic then gives tensors.
@@ -96,73 +104,73 @@ class Component:
         return ()
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The integers of the stage, as many as `stage.rng_keys`, from the optimizer's seed."""
+        """Returns the integers of the stage, as many as `stage.rng_keys`, from the optimizer's seed."""
         return ()
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The device scalars of the stage, float64: the same tensors at every step, written by `prepare`."""
+        """Returns the device scalars of the stage: the same tensors at every step, written by `prepare`."""
         return ()
 
     def prepare(self, work: Work) -> None:
-        """Called once per step before any parameter changes, with all gradients and how they are sharded."""
+        """Runs once per step before any parameter changes, with all gradients and how they are sharded."""
 
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
-        """Called once per step after the parameters have changed.
+        """Runs once per step after the parameters have changed.
 
         Args:
-            work: As for `prepare`.
+            work: The same as in `prepare`.
             flags: For each device that may skip the step, `[1]`: not 0 if it did.
         """
 
     def save(self, groups: list[dict[str, Any]]) -> None:
-        """Called before a checkpoint is made: bring what the component holds into the groups."""
+        """Writes the state that the component itself holds into the groups, before a checkpoint is made."""
 
     def load(self, groups: list[dict[str, Any]]) -> None:
-        """Called after a checkpoint has been loaded: take it from there."""
+        """Reads the state that the component itself holds from the groups, after a checkpoint is loaded."""
 
     def skip(self, device: torch.device) -> Tensor | None:
-        """A float64 `[1]` flag on the device; where it is not 0 after `prepare`, the step does nothing."""
+        """Returns a `[1]` flag on the device: where it is not 0 after `prepare`, the step does nothing."""
         return None
 
     def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
-        """How weights of this dtype are stored, if not plainly."""
+        """Returns how weights of this dtype are stored; `None` if as they are."""
         return None
 
     def storage_rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The integers that writing takes, as many as `storage.rng_keys`."""
+        """Returns the integers that writing takes, as many as `storage.rng_keys`."""
         return ()
 
     def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
-        """The first content of a buffer, if not what the buffer says.
+        """Returns the first content of a buffer; `None` for its default, `Buffer.init`.
 
         Args:
             name: The buffer.
-            index: Place of the parameter in the optimizer.
+            index: Index of the parameter in the optimizer.
             parameter: The parameter.
         """
         return None
 
     def __repr__(self) -> str:
-        """As it would be written in code."""
+        """Shows the component as it would be written in code."""
         parameters = inspect.signature(type(self)).parameters
-        shown = [
+        arguments = [
             f"{name}={value!r}"
             for name, parameter in parameters.items()
             if (value := vars(self).get(name, parameter)) is not parameter
             and not (parameter.kind is parameter.KEYWORD_ONLY and value == parameter.default)
         ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:
-    """Hyper-parameters of a group for `step_scalars`: as floats, or as they are where the device counts."""
+    """Returns options of a group for `step_scalars`: floats, or double tensors where the device counts."""
     if isinstance(step, Tensor):
         return tuple(_double(group[name]) for name in names)
     return tuple(float(group[name]) for name in names)
 
 
 def betas(group: dict[str, Any], step: Any) -> tuple[Any, Any]:
-    """The two betas of a group, likewise."""
+    """Returns the two betas of a group in the same way as `values`."""
     first, second = group["betas"]
     return (_double(first), _double(second)) if isinstance(step, Tensor) else (float(first), float(second))
 

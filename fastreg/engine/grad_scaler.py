@@ -29,6 +29,10 @@ class Scaling(NamedTuple):
         return self.found_inf is not None or self.record is not None
 
 
+UNSCALED = Scaling()
+"""The scaling of gradients without a scaler."""
+
+
 def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | Scaling | None) -> Scaling:
     """The scaling of this step; a wrapper, which is what the scaler knows, has found it out already.
 

@@ -102,7 +102,7 @@ def reshard(parameters: Iterable[Tensor]) -> None:
                 module.reshard()
 
 
-def layout(tensor: Tensor) -> tuple[int, ...]:
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor with the same order of dimensions in memory: its own, if it is dense."""
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
 
@@ -120,7 +120,7 @@ def units(parameter: Tensor, strides: tuple[int, ...]) -> UnitLayout:
     return UnitLayout(strides[0], inner.shape[0])
 
 
-def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor itself if it has these strides (where they matter), else a copy that has."""
     if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
         return tensor

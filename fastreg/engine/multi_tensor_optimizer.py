@@ -1,21 +1,19 @@
-"""One pass over the memory of many parameters: components, put together to chains and run.
+"""Runs a step over many parameters: joins components to chains, sorts parameters into batches, launches.
 
-    components ──stage──▶ chain            one per parameter group, and variant where not all is always due
+    components ──stage──▶ chain            one per parameter group, and variant if some are not always due
     parameters with gradients ──▶ batches, one per (device, dtypes, chain, sharding)
-    components.prepare(batches)            reductions, such as the gradient norm, into device scalars
-    launch.run(batch)            read weight, gradient and state once; write weight and state once
+    component.prepare(work)                reductions, such as the gradient norm, into device scalars
+    launch.run(batch)                      read weight, gradient and state once; write weight and state once
 
-What a pass shares with former ones is kept in plans, one for each combination of variants, which are made
-anew as soon as any parameter, state tensor, dtype, chain or backend differs.
+Plans keep the batches from step to step, one plan for each combination of variants.  They are made anew as
+soon as any parameter, state tensor, dtype, chain or backend differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import compress, repeat
-from operator import attrgetter, is_, is_not
-from typing import Any, NamedTuple
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +22,11 @@ from ..common import random
 from ..reference.step import compute_dtype
 from ..runtime import backend
 from . import launch
-from . import layout as placement
-from .batch import Batch
+from . import layout as memory_layout
 from .component import Component, Work
-from .counts import Counts
-from .plan import Bucket, Member, Plan, Variant, sort
-from .stage import PLAIN, Buffer, Chain, Storage
-from .state import BACKUP, buffer_dtype, fitted, start
+from .plan import Counts, Operands, Plan, PlannedBatch, Variant, sort_into_batches
+from .stage import PLAIN, Buffer, Chain
+from .state import BACKUP, buffer_dtype, fitted, from_backup, init_buffer
 
 _dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgetter("grad")
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
@@ -39,45 +35,30 @@ PLANS = 8
 """Combinations of variants that are kept: components with periods of their own have few in common."""
 
 
-class Operands(NamedTuple):
-    """What a pass works on: lists of equal length."""
-
-    parameters: list[Tensor]
-    gradients: list[Any]
-    groups: list[int]
-    streams: list[int]
-
-    def only(self, wanted: Iterable[bool]) -> Operands:
-        """Returns the operands that are marked in a list of the same length."""
-        wanted = list(wanted)
-        return self if all(wanted) else Operands(*(list(compress(column, wanted)) for column in self))
-
-    def with_gradient(self) -> Operands:
-        """Returns the operands whose gradient is not `None`."""
-        return self.only(map(is_not, self.gradients, repeat(None)))
-
-
 class MultiTensorOptimizer(torch.optim.Optimizer):
-    """Base of all that updates parameters: what torch's optimizers are for a loop, this is for one launch.
+    """Base of all optimizers that update many parameters in one launch, instead of a loop over them.
 
     A subclass calls `_set_components` before the constructor of torch's optimizer, which makes the groups.
     """
 
     _state_dtype: torch.dtype | None = None
+    _switches: tuple[Any, ...] = ()
+    """Objects besides the options of groups on which stages depend: plans are checked when one changes."""
     reads_backups = False
     """Whether a step reads the weight from `BACKUP` wherever the state of a parameter has one."""
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
-        """Put the components together.
+        """Sets the components of a step.
 
         Args:
             components: In any order of phases; inside a phase the order counts.
             seed: Base of the random numbers.
         """
         self._components = tuple(sorted(components, key=attrgetter("phase")))
-        self._periodic = tuple(
-            component for component in self._components if type(component).due is not Component.due
-        )
+        self._overriding = {
+            name: [c for c in self._components if getattr(type(c), name) is not getattr(Component, name)]
+            for name in ("due", "prepare", "skip", "finish", "rng_keys", "step_scalars")
+        }
         self._seed = random.instance_seed() if seed is None else seed
         random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
         self.reset_cache()
@@ -100,7 +81,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """The base seed of all random numbers; saved with the parameter groups where there are any."""
         return self.param_groups[0].get("seed", self._seed)
 
-    # The pass -------------------------------------------------------------------------------------------
+    # The step -------------------------------------------------------------------------------------------
 
     def _operands(self, gradients: Gradients | None = None) -> Operands:
         """Returns all parameters with their gradients, `None` where there is none.
@@ -126,62 +107,50 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             )
         return Operands(parameters, list(gradients), groups, list(range(len(parameters))))
 
-    def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The local tensors and states of the parameters that are not worked on."""
-        if len(operands.parameters) == sum(len(group["params"]) for group in self.param_groups):
-            return []
-        present = set(map(id, operands.parameters))
-        every = (p for group in self.param_groups for p in group["params"])
-        return [
-            (placement.local(p), self.state[p]) for p in every if id(p) not in present and p in self.state
-        ]
-
     @torch.no_grad()
     def _run_step(self, operands: Operands) -> dict[torch.device, Tensor] | None:
         """Runs one step of all components over the operands.
 
         Args:
-            operands: All of which have a gradient.
+            operands: Parameters and groups; all have a gradient.
 
         Returns:
             For each device that may skip the step, its flag: `[1]`, not 0 if it did; `None` if there was
             nothing to do.
         """
-        work = self._work(operands)
-        if not work.batches:
+        if not operands.parameters:
             return None
-        work.absent = self._absent(operands)
-        for component in self._components:
-            component.prepare(work)
-        flags: dict[torch.device, Tensor] = {}
-        for batch, _ in work.batches:
-            if batch.device not in flags and (flag := self._skip(batch.device)) is not None:
-                flags[batch.device] = flag
-            batch.skip = flags.get(batch.device)
-        for batch, _ in work.batches:
-            launch.run(batch)
-        for component in self._components:
-            component.finish(work, flags)
+        plan, work = self._plan_step(operands)
+        try:
+            for component in self._overriding["prepare"]:
+                component.prepare(work)
+            flags: dict[torch.device, Tensor] = {}
+            for device in work.devices:
+                skips = [component.skip(device) for component in self._overriding["skip"]]
+                if skips := [flag for flag in skips if flag is not None]:
+                    flags[device] = torch.stack(skips).amax(0) if len(skips) > 1 else skips[0]
+            for batch in plan.batches:
+                batch.skip = flags.get(batch.device)
+                launch.run(batch)
+            for component in self._overriding["finish"]:
+                component.finish(work, flags)
+        finally:
+            for batch in plan.batches:
+                batch.release()
         self._counts.add(flags)
         return flags
 
-    def _skip(self, device: torch.device) -> Tensor | None:
-        flags = [flag for component in self._components if (flag := component.skip(device)) is not None]
-        return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0] if flags else None
-
-    def _work(self, operands: Operands) -> Work:
-        """What there is to do."""
+    def _plan_step(self, operands: Operands) -> tuple[Plan, Work]:
+        """Finds or makes the plan of a step, and fills its batches with tensors and numbers."""
         parameters, gradients, groups, streams = operands
-        if not parameters:
-            return Work([], 0, [], [])
         tensors, dtypes = parameters, list(map(_dtype, gradients))
         if (
             not _PLAIN_TYPES.issuperset(map(type, parameters))
             or any(d.is_complex for d in set(dtypes))
             or any(map(Tensor.is_neg, gradients))
         ):
-            gradients = list(map(placement.local_gradient, parameters, gradients))
-            tensors = list(map(placement.local, parameters))
+            gradients = list(map(memory_layout.local_gradient, parameters, gradients))
+            tensors = list(map(memory_layout.local, parameters))
         ids = list(map(id, parameters))
         states = (
             list(self.state.values())  # which hashes no tensors
@@ -198,89 +167,135 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             or len(steps) != len(self._counts.views)
             or not all(map(is_, steps, self._counts.views))
         ):
-            self._plans, self._layout = [], None
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                placement.check(tensor, gradient)
-            placement.check_apart(tensors, gradients)
-            for group, dtype in dict.fromkeys(zip(groups, (t.dtype for t in tensors), strict=True)):
-                self.chain(self.param_groups[group], dtype)  # refuses what is not supported
-            states = [self.state[p] for p in parameters]
-            self._count(states, groups, tensors)
+            states = self._adopt(operands._replace(gradients=gradients), tensors)
             self._layout = layout
         done = self._counts.on_host()
         variants = self._variants(states, groups, done)
+        options = [[*group, *group.values(), *self._switches] for group in self.param_groups]
         plan = next((plan for plan in self._plans if plan.variants == variants), None)
-        buffers = plan.gather(states) if plan is not None and self._same_chains(plan) else None
-        if plan is None or buffers is None:
-            self._plans = [kept for kept in self._plans if kept is not plan][: PLANS - 1]
-            members = self._members(parameters, tensors, gradients, streams, groups, variants)
-            self._initialise(members)
-            plan = Plan(variants, sort(members), sum(p.numel() for p in parameters))
+        if (
+            plan is None
+            or not (plan.same_options(options) or self._same_chains(plan))
+            or not plan.gather(states)
+        ):
+            self._plans = [other for other in self._plans if other is not plan][: PLANS - 1]
+            plan = self._make_plan(operands._replace(gradients=gradients), tensors, variants)
             self._plans.insert(0, plan)
-            buffers = [bucket.gather(states) for bucket in plan.buckets]
-        batches = [
-            (self._batch(bucket, tensors, gradients, own, groups, done), bucket.shards)
-            for bucket, own in zip(plan.buckets, buffers, strict=True)
+        plan.options = options
+        for batch in plan.batches:
+            self._fill(batch, tensors, gradients, groups, done)
+        absent = self._absent(operands) if len(self.state) > len(parameters) else []
+        return plan, Work(plan.batches, plan.elements, tensors, states, absent)
+
+    def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Returns the local tensors and states of the other parameters that have been stepped before."""
+        present = set(map(id, operands.parameters))
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return [
+            (memory_layout.local(p), self.state[p])
+            for p in parameters
+            if id(p) not in present and p in self.state
         ]
-        return Work(batches, plan.elements, tensors, states)
+
+    def _adopt(self, operands: Operands, tensors: list[Tensor]) -> list[dict[str, Any]]:
+        """Checks parameters that no step has seen like this, and lets their step counts share tensors."""
+        self._plans, self._layout = [], None
+        parameters, gradients, groups, _ = operands
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            memory_layout.check(tensor, gradient)
+        memory_layout.check_apart(tensors, gradients)
+        for group, dtype in dict.fromkeys(zip(groups, (t.dtype for t in tensors), strict=True)):
+            self.chain(self.param_groups[group], dtype)  # refuses unsupported options
+        states = [self.state[p] for p in parameters]
+        # torch's SGD saves no step: where there is momentum, the first step is behind it.
+        counts = [float(s.get("step", s.get("momentum_buffer") is not None)) for s in states]
+        capturable = [bool(self.param_groups[group].get("capturable")) for group in groups]
+        devices = [t.device if device else None for t, device in zip(tensors, capturable, strict=True)]
+        self._counts = Counts(counts, devices)
+        for state, view in zip(states, self._counts.views, strict=True):
+            state["step"] = view
+        return states
 
     def _variants(
         self, states: list[dict[str, Any]], groups: list[int], done: list[float]
     ) -> Variant | list[Variant]:
-        """The variant of all parameters, or that of each where they differ."""
+        """Returns the variant of all parameters, or that of each where they differ."""
         name = BACKUP.name
-        held = [name in state for state in states] if self.reads_backups else [False] * len(states)
-        if not self._periodic and len(set(held)) == 1:
-            return Variant((), held[0])
-        kinds = list(zip(groups, done, held, strict=True))
-        found = {kind: self._variant(*kind) for kind in dict.fromkeys(kinds)}
-        different = set(found.values())
-        return different.pop() if len(different) == 1 else [found[kind] for kind in kinds]
+        backups = [name in state for state in states] if self.reads_backups else [False] * len(states)
+        if not self._overriding["due"] and len(set(backups)) == 1:
+            return Variant((), backups[0])
+        kinds = list(zip(groups, done, backups, strict=True))
+        variants = {kind: self._variant(*kind) for kind in dict.fromkeys(kinds)}
+        different = set(variants.values())
+        return different.pop() if len(different) == 1 else [variants[kind] for kind in kinds]
 
     def _variant(self, group: int, done: float, backup: bool) -> Variant:
         options, step = self.param_groups[group], int(done) + 1
         always = bool(options.get("capturable"))
-        return Variant(tuple(always or component.due(options, step) for component in self._periodic), backup)
+        due = (always or component.due(options, step) for component in self._overriding["due"])
+        return Variant(tuple(due), backup)
 
-    def _members(
-        self, parameters: list[Tensor], tensors: list[Tensor], gradients: list[Tensor], streams: list[int],
-        groups: list[int], variants: Variant | list[Variant],
-    ) -> list[Member]:  # fmt: skip
-        """The parameters of this pass, each with its chain."""
+    def _make_plan(
+        self, operands: Operands, tensors: list[Tensor], variants: Variant | list[Variant]
+    ) -> Plan:
+        """Makes missing state, also for stages that are not due yet, and sorts parameters into batches."""
+        parameters, gradients, groups, streams = operands
         each = variants if isinstance(variants, list) else [variants] * len(parameters)
         kinds = [(group, t.dtype, variant) for group, t, variant in zip(groups, tensors, each, strict=True)]
         chains = {kind: self.chain(self.param_groups[kind[0]], *kind[1:]) for kind in dict.fromkeys(kinds)}
-        return [
-            Member(
-                parameter, tensor, gradient, self.state[parameter], stream, kind[0],
-                bool(self.param_groups[kind[0]].get("capturable")), kind[2], chains[kind],
-            )
-            for parameter, tensor, gradient, stream, kind in zip(
-                parameters, tensors, gradients, streams, kinds, strict=True
-            )
-        ]  # fmt: skip
+        complete = {kind[:2]: self.chain(self.param_groups[kind[0]], kind[1]) for kind in chains}
+        states = [self.state[p] for p in parameters]
+        new = []
+        for p, state, stream, kind in zip(parameters, states, streams, kinds, strict=True):
+            chain = complete[kind[:2]]
+            weight = state[BACKUP.name] if kind[2].backup else p
+            buffers = {}
+            for buffer in (*chain.buffers, *chains[kind].buffers):
+                if (value := state.get(buffer.name)) is not None:
+                    buffers[buffer.name] = fitted(buffer, p, value)
+                elif buffer.name not in buffers:
+                    dtype = self.buffer_dtype(chain, buffer, p)
+                    buffers[buffer.name] = init_buffer(buffer, weight, stream, dtype, self._components)
+            new.append(buffers)
+        for state, buffers in zip(states, new, strict=True):
+            state.update(buffers)
+        capturable = [bool(group.get("capturable")) for group in self.param_groups]
+        batches = sort_into_batches(
+            parameters, tensors, gradients, states, streams, kinds, chains, capturable
+        )
+        for batch in batches:
+            group = self.param_groups[next(iter(batch.groups))]  # all groups of a batch have the same chain
+            components = self._due(batch.variant)
+            staged = [component for component in components if component.stage(group) is not None]
+            batch.scalar_components = [c for c in staged if c in self._overriding["step_scalars"]]
+            batch.key_components = [c for c in staged if c in self._overriding["rng_keys"]]
+            if batch.chain.storage.rng_keys:
+                batch.storages = [c for c in components if c.storage(group, batch.dtypes[0]) is not None]
+            batch.device_scalars = [s for c in staged for s in c.device_scalars(batch.device)]
+        return Plan(variants, batches, sum(p.numel() for p in parameters), [])
 
     def _due(self, variant: Variant | None) -> list[Component]:
-        """The components that take part."""
-        if variant is None or not self._periodic:
+        """Returns the components that take part in a variant."""
+        if variant is None:
             return list(self._components)
-        out = {id(component) for component, due in zip(self._periodic, variant.due, strict=True) if not due}
-        return [component for component in self._components if id(component) not in out]
+        periodic = zip(self._overriding["due"], variant.due, strict=bool(variant.due))
+        absent = [component for component, due in periodic if not due]
+        return [component for component in self._components if component not in absent]
 
     def chain(self, group: dict[str, Any], dtype: torch.dtype, variant: Variant | None = None) -> Chain:
-        """What is done to the parameters of this dtype in a group.
+        """Returns the stages and the storage for parameters of a dtype in a group.
 
         Args:
             group: The group.
             dtype: The dtype.
-            variant: What is done this time; by default all that is done at any time.
+            variant: Which periodic components take part; by default all.
 
         Raises:
-            ValueError: If the group asks for what is not supported, or two components set the storage.
+            ValueError: If the group has unsupported options, or two components set the storage.
         """
         self._check_group(group)
         due = self._due(variant)
-        storages = [found for component in due if (found := component.storage(group, dtype)) is not None]
+        storages = [s for component in due if (s := component.storage(group, dtype)) is not None]
         if len(storages) > 1:
             raise ValueError(f"only one component may say how weights are stored, got {storages}")
         stages = tuple(stage for component in due if (stage := component.stage(group)) is not None)
@@ -288,168 +303,98 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return Chain(stages, from_backup(storage) if variant and variant.backup else storage)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse a group that asks for what is not supported."""
+        """Refuses a group with unsupported options."""
 
     def _chains(self, group: dict[str, Any]) -> list[Chain]:
-        """What is done to the parameters of a group, whatever their dtypes are."""
-        dtypes = dict.fromkeys(placement.local(p).dtype for p in group["params"])
+        """Returns the chain of each dtype in a group."""
+        dtypes = dict.fromkeys(memory_layout.local(p).dtype for p in group["params"])
         return [self.chain(group, dtype) for dtype in dtypes]
 
     def _same_chains(self, plan: Plan) -> bool:
-        """Whether groups still ask for what the buckets were made for."""
+        """Returns whether the options of groups still ask for the chains of a plan."""
         return all(
-            self.chain(self.param_groups[index], bucket.dtypes[0], bucket.variant) == bucket.chain
-            and bool(self.param_groups[index].get("capturable")) == bucket.capturable
-            for bucket in plan.buckets
-            for index in bucket.groups
+            self.chain(self.param_groups[index], batch.dtypes[0], batch.variant) == batch.chain
+            and bool(self.param_groups[index].get("capturable")) == batch.capturable
+            for batch in plan.batches
+            for index in batch.groups
         )
-
-    # State ----------------------------------------------------------------------------------------------
-
-    def _count(self, states: list[dict[str, Any]], groups: list[int], tensors: list[Tensor]) -> None:
-        """Let the step counts share a tensor."""
-        # torch's SGD saves no step: where there is momentum, the first step is behind it.
-        counts = [float(s.get("step", s.get("momentum_buffer") is not None)) for s in states]
-        capturable = [bool(self.param_groups[group].get("capturable")) for group in groups]
-        places = [t.device if device else None for t, device in zip(tensors, capturable, strict=True)]
-        self._counts = Counts(counts, places)
-        for state, view in zip(states, self._counts.views, strict=True):
-            state["step"] = view
-
-    def _initialise(self, members: list[Member]) -> None:
-        """Make missing state, also of what is not due yet, and bring loaded state into shape."""
-        kinds = {(m.group, m.tensor.dtype): m for m in members}
-        whole = {kind: self.chain(self.param_groups[kind[0]], kind[1]) for kind in kinds}
-        made = []
-        for m in members:
-            chain = whole[m.group, m.tensor.dtype]
-            wanted = {buffer.name: buffer for buffer in (*chain.buffers, *m.chain.buffers)}
-            made.append({name: self._buffer(m, chain, buffer) for name, buffer in wanted.items()})
-        for member, buffers in zip(members, made, strict=True):
-            member.state.update(buffers)
-
-    def _buffer(self, member: Member, chain: Chain, buffer: Buffer) -> Tensor:
-        value = member.state.get(buffer.name)
-        if value is not None:
-            return fitted(buffer, member.parameter, value)
-        dtype = self.buffer_dtype(chain, buffer, member.parameter)
-        weight = member.state[BACKUP.name] if member.variant.backup else member.parameter
-        return start(buffer, weight, member.stream, dtype, self._components)
 
     def buffer_dtype(self, chain: Chain, buffer: Buffer, parameter: Tensor) -> torch.dtype:
-        """What a buffer of a parameter holds."""
+        """Returns the dtype of a buffer of a parameter."""
         return buffer_dtype(chain, buffer, parameter, self._state_dtype)
 
-    # Batches --------------------------------------------------------------------------------------------
-
-    def _batch(
-        self, bucket: Bucket, tensors: list[Tensor], gradients: list[Tensor],
-        buffers: list[list[Tensor]], groups: list[int], done: list[float],
-    ) -> Batch:  # fmt: skip
-        """This step's batch for a bucket: tensors, and the numbers of every (group, step) among them."""
-        tensors = originals = bucket.own(tensors)
-        gradients = bucket.own(gradients)
-        if not bucket.plain:
-            tensors = list(map(placement.laid_out, tensors, bucket.layouts))
-        if not (bucket.plain and all(map(Tensor.is_contiguous, gradients))):
-            gradients = list(map(placement.laid_out, gradients, bucket.layouts))
-        seed, device = self.seed, tensors[0].device
-        shared = self.param_groups[groups[bucket.positions[0]]]  # every group of a bucket has the same chain
-        components = self._due(bucket.variant)
-        staged = [component for component in components if component.stage(shared) is not None]
-        rows: list[int]
-        steps: Any
-        step_scalars: Any
-        if bucket.capturable:
-            rows = list(range(len(bucket.positions)))
-            steps, step_scalars = self._device_step_scalars(bucket, groups, staged)
-        else:
-            rows, pairs = _rows(bucket, groups, done)
-            steps = [step for _, step in pairs]
-            step_scalars = [
-                [
-                    number
-                    for component in staged
-                    for number in component.step_scalars(self.param_groups[group], step)
-                ]
-                for group, step in pairs
+    def _fill(
+        self, batch: PlannedBatch, tensors: list[Tensor], gradients: list[Tensor],
+        groups: list[int], done: list[float],
+    ) -> None:  # fmt: skip
+        """Fills a batch with the tensors of this step, and the numbers of all (group, step) among them."""
+        originals = batch.select(tensors)
+        gradients = batch.select(gradients)
+        batch.parameters = originals
+        if not batch.dense:
+            batch.parameters = list(map(memory_layout.with_strides, originals, batch.strides))
+            pairs = zip(originals, batch.parameters, strict=True)
+            batch.copies = [(original, dense) for original, dense in pairs if original is not dense]
+        if not (batch.dense and all(map(Tensor.is_contiguous, gradients))):
+            gradients = list(map(memory_layout.with_strides, gradients, batch.strides))
+        batch.gradients = gradients
+        if batch.key_components or batch.storages:
+            seed = self.seed
+            batch.rng_keys = [key for component in batch.key_components for key in component.rng_keys(seed)]
+            batch.rng_keys += [
+                key for component in batch.storages for key in component.storage_rng_keys(seed)
             ]
-        return Batch(
-            chain=bucket.chain,
-            parameters=tensors,
-            gradients=gradients,
-            buffers=buffers,
-            device_scalars=[scalar for component in staged for scalar in component.device_scalars(device)],
-            rng_keys=[
-                *(word for component in staged for word in component.rng_keys(seed)),
-                *(
-                    word
-                    for component in components
-                    if bucket.chain.storage.rng_keys and component.storage(shared, bucket.dtypes[0])
-                    for word in component.storage_rng_keys(seed)
-                ),
-            ],
-            firsts=bucket.firsts,
-            streams=bucket.streams,
-            rows=rows,
-            steps=steps,
-            step_scalars=step_scalars,
-            places=bucket.units,
-            copies=[
-                (place, used) for place, used in zip(originals, tensors, strict=True) if place is not used
-            ],
-            table=bucket.table,
-            memory=bucket.memory,
-        )
+        if batch.capturable:
+            batch.rows = list(range(len(batch.positions)))
+            batch.steps, batch.step_scalars = self._device_step_scalars(batch, groups)
+            return
+        if len(set(done)) == 1:
+            batch.rows, rows = batch.owners, [(group, int(done[0]) + 1) for group in batch.groups]
+        else:
+            each = [(groups[i], int(done[i]) + 1) for i in batch.positions]
+            numbers = {row: number for number, row in enumerate(dict.fromkeys(each))}
+            batch.rows, rows = [numbers[row] for row in each], list(numbers)
+        batch.steps = [step for _, step in rows]
+        batch.step_scalars = [
+            [
+                number
+                for component in batch.scalar_components
+                for number in component.step_scalars(self.param_groups[group], step)
+            ]
+            for group, step in rows
+        ]
 
-    def _device_step_scalars(
-        self, bucket: Bucket, groups: list[int], staged: list[Component]
-    ) -> tuple[Tensor, Tensor]:
-        """Step counts and numbers of each parameter of a bucket, worked out on the device in double."""
-        steps = torch.stack([self._counts.views[i] for i in bucket.positions]).double() + 1
+    def _device_step_scalars(self, batch: PlannedBatch, groups: list[int]) -> tuple[Tensor, Tensor]:
+        """Returns step counts and step scalars of each parameter, computed on the device in double."""
+        steps = torch.stack([self._counts.views[i] for i in batch.positions]).double() + 1
         step_scalars = steps.new_empty(
-            len(bucket.positions), sum(stage.step_scalars for stage in bucket.chain.stages)
+            len(batch.positions), sum(stage.step_scalars for stage in batch.chain.stages)
         )
-        for group in bucket.groups:
-            own = [row for row, i in enumerate(bucket.positions) if groups[i] == group]
+        for group in batch.groups:
+            members = [row for row, i in enumerate(batch.positions) if groups[i] == group]
             # Parameters of a group follow each other.
-            rows = slice(own[0], own[-1] + 1)
-            found = (
-                n
-                for component in staged
-                for n in component.step_scalars(self.param_groups[group], steps[rows])
+            rows = slice(members[0], members[-1] + 1)
+            numbers = (
+                number
+                for component in batch.scalar_components
+                for number in component.step_scalars(self.param_groups[group], steps[rows])
             )
-            for column, number in enumerate(found):
+            for column, number in enumerate(numbers):
                 if isinstance(number, Tensor):
                     step_scalars[rows, column] = number
                 else:
                     step_scalars[rows, column].fill_(number)
-        return steps.long(), step_scalars.to(compute_dtype(bucket.dtypes[0]))
+        return steps.long(), step_scalars.to(compute_dtype(batch.dtypes[0]))
 
     # Copies ---------------------------------------------------------------------------------------------
 
-    _KEPT: tuple[str, ...] = ("_components", "_periodic", "_seed", "_state_dtype", "reads_backups")
+    _KEPT: tuple[str, ...] = ("_components", "_overriding", "_seed", "_state_dtype", "reads_backups")
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: also the components."""
+        """Copies and pickles keep the components, too."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Plans are made anew."""
+        """Copies and pickles make their plans anew."""
         super().__setstate__(state)
         self.reset_cache()
-
-
-def _rows(bucket: Bucket, groups: list[int], done: list[float]) -> tuple[list[int], list[tuple[int, int]]]:
-    """The (group, step) pairs in a bucket, and which of them is whose."""
-    if len(set(done)) == 1:
-        return bucket.owners, [(group, int(done[0]) + 1) for group in bucket.groups]
-    own = [(groups[i], int(done[i]) + 1) for i in bucket.positions]
-    rows = {pair: row for row, pair in enumerate(dict.fromkeys(own))}
-    return [rows[pair] for pair in own], list(rows)
-
-
-def from_backup(storage: Storage) -> Storage:
-    """The storage with the weight read from `BACKUP` instead of the parameter."""
-    sources = tuple(BACKUP.name if source == "parameter" else source for source in storage.sources)
-    return replace(storage, sources=sources, buffers=(*storage.buffers, BACKUP))

@@ -23,12 +23,12 @@ class Buffer:
         name: Its key in `optimizer.state[p]`.
         dtype: `"state"`, what the optimizer's `state_dtype` says; `"parameter"`; `"compute"`, float32 or, for
             float64 parameters, float64; or a dtype.
-        start: Its first content, `"zeros"` or the `"parameter"`.
+        init: Its first content, `"zeros"` or the `"parameter"`.
     """
 
     name: str
     dtype: torch.dtype | Literal["state", "parameter", "compute"] = "state"
-    start: Literal["zeros", "parameter"] = "zeros"
+    init: Literal["zeros", "parameter"] = "zeros"
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
-"""The state buffers of a parameter: what they hold, how they start, and whether what was loaded fits."""
+"""Makes the state buffers of parameters and step counts, and checks whether loaded state fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..reference.step import compute_dtype
-from . import layout as placement
+from . import layout
 from .component import Component
-from .stage import Buffer, Chain
+from .stage import Buffer, Chain, Storage
 
 BACKUP = Buffer("sam_backup", "parameter", "parameter")
 """The weight as it was before it was perturbed."""
@@ -19,18 +20,18 @@ BACKUP = Buffer("sam_backup", "parameter", "parameter")
 def buffer_dtype(
     chain: Chain, buffer: Buffer, parameter: Tensor, state_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """What a buffer of a parameter holds.
+    """Returns the dtype of a buffer of a parameter.
 
     Args:
-        chain: What is done to the parameter.
-        buffer: One of the chain's.
+        chain: The stages that run over the parameter.
+        buffer: One of the chain's buffers.
         parameter: The parameter; a complex one has complex buffers.
-        state_dtype: What the user wants moments to be held in.
+        state_dtype: The dtype that the user wants moments to be held in.
     """
-    inner = placement.local(parameter).dtype
+    inner = layout.local(parameter).dtype
     dtype = buffer.dtype
     if dtype == "state":
-        # An exact weight is worth little beside moments that lose their small changes.
+        # With bf16 moments an exact weight gains nothing, so moments are float32.
         exact = chain.storage.buffers and inner == torch.bfloat16
         dtype = state_dtype or (torch.float32 if exact else inner)
     elif dtype == "parameter":
@@ -40,19 +41,19 @@ def buffer_dtype(
     return dtype.to_complex() if parameter.is_complex() and dtype.is_floating_point else dtype
 
 
-def start(
+def init_buffer(
     buffer: Buffer, parameter: Tensor, index: int, dtype: torch.dtype, components: Iterable[Component]
 ) -> Tensor:
-    """A new buffer with its first content; `index` is the place of the parameter in the optimizer."""
-    made = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    """Returns a new buffer with its first content; `index` is that of the parameter in the optimizer."""
+    value = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     for component in components:
-        if (given := component.initial(buffer.name, index, parameter)) is not None:
-            return made.copy_(given)
-    return made.copy_(parameter) if buffer.start == "parameter" else made.zero_()
+        if (initial := component.initial(buffer.name, index, parameter)) is not None:
+            return value.copy_(initial)
+    return value.copy_(parameter) if buffer.init == "parameter" else value.zero_()
 
 
 def fitted(buffer: Buffer, parameter: Tensor, value: Tensor) -> Tensor:
-    """A buffer that is there, in the layout of its parameter.
+    """Returns an existing buffer in the memory layout of its parameter.
 
     Raises:
         RuntimeError: If it has another shape or lies on another device.
@@ -62,7 +63,13 @@ def fitted(buffer: Buffer, parameter: Tensor, value: Tensor) -> Tensor:
             f"state {buffer.name!r} has shape {tuple(value.shape)} on {value.device}, "
             f"its parameter {tuple(parameter.shape)} on {parameter.device}; move it back before step()"
         )
-    if placement.is_dtensor(value):
+    if layout.is_dtensor(value):
         return value
-    inner = parameter if parameter.is_complex() else placement.local(parameter)
-    return placement.laid_out(value, placement.layout(inner))
+    inner = parameter if parameter.is_complex() else layout.local(parameter)
+    return layout.with_strides(value, layout.dense_strides(inner))
+
+
+def from_backup(storage: Storage) -> Storage:
+    """Returns the storage with the weight read from `BACKUP` instead of the parameter."""
+    sources = tuple(BACKUP.name if source == "parameter" else source for source in storage.sources)
+    return replace(storage, sources=sources, buffers=(*storage.buffers, BACKUP))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import launch
 from ..engine.batch import Batch, NormSpec
-from ..engine.layout import laid_out, layout
+from ..engine.layout import dense_strides, with_strides
 from ..engine.stage import Chain, Stage
 from ..engine.table import Table
 from ..reference import penalty as reference
@@ -54,7 +54,7 @@ def penalty(tensors: Sequence[Tensor], absolute: bool) -> Tensor:
     sums = []
     for device, batches in totals.items():
         limits = torch.ones(2, dtype=scalar_dtype(device), device=device)
-        sums.append(launch.measure(batches, limits, NormSpec(absolute=absolute))[1])
+        sums.append(launch.measure(batches, limits, NormSpec(kind="absolute" if absolute else "l2"))[1])
     home = tensors[0].device
     total = sums[0] if len(sums) == 1 else torch.stack([each.to(home) for each in sums]).sum()
     return total.to(_result_dtype(tensors), copy=True)
@@ -93,7 +93,7 @@ def _by_kind(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor
         kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
     for indices in kinds.values():
         group = (tensors[i] for i in indices)
-        yield indices, [t if t.is_contiguous() else laid_out(t, layout(t)) for t in group]
+        yield indices, [t if t.is_contiguous() else with_strides(t, dense_strides(t)) for t in group]
 
 
 def _batch(chain: Chain, targets: list[Tensor], tensors: list[Tensor], device_scalars: list[Tensor]) -> Batch:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.component import Component, Phase
-from ..engine.counts import Verdict
 from ..engine.grad_norm import GradNorm
 from ..engine.multi_tensor_optimizer import Gradients
+from ..engine.plan import SkipStatus
 from ..engine.rounding import Rounding
 from . import decay
 from .msam import MSAM
@@ -96,12 +96,12 @@ class FusedOptimizer(AveragingOptimizer):
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
         super()._set_components(components, seed)
-        self._grad_norm.behind = sum(component.phase < Phase.CLIP for component in self._components)
+        self._grad_norm.stages_before = sum(component.phase < Phase.CLIP for component in self._components)
 
     def reset_cache(self) -> None:
         """Forgets all that is kept between steps; call it after replacing state or groups."""
         super().reset_cache()
-        self._verdict: Verdict | None = None
+        self._skip_status: SkipStatus | None = None
         self.skip_flags: dict[torch.device, Tensor] = {}
 
     # The step -------------------------------------------------------------------------------------------
@@ -127,7 +127,9 @@ class FusedOptimizer(AveragingOptimizer):
             RuntimeError: Inside `averaged()`, for sparse gradients, and with `nonfinite="raise"` if those of
                 the last step were not finite.
         """
-        self._check_capture()
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -135,35 +137,37 @@ class FusedOptimizer(AveragingOptimizer):
         self._refuse_inside("step()", "train the averaged weights")
         if active_average(self) is not None:
             raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
-        self._settle(report=True)
-        scaling = self._grad_norm.scaling = amp.scaling(self, grad_scaler)
+        if self._skip_status is not None:
+            self._settle(report=True)
+        scaling = amp.UNSCALED
+        if grad_scaler is not None or hasattr(self, "grad_scale") or hasattr(self, "found_inf"):
+            scaling = amp.scaling(self, grad_scaler)
+        self._grad_norm.scaling = scaling
+        self._switches = (scaling.scale is None,)
         flags = self._run_step(self._operands(gradients).with_gradient())
         self.skip_flags = flags or {}
-        if flags and not self._capturing():
+        if flags and not capturing:
             report = self._nonfinite == "raise" and not scaling.active
-            self._verdict = Verdict(next(iter(flags.values())), self._counts, report)
+            self._skip_status = SkipStatus(next(iter(flags.values())), self._counts, report)
         return loss
 
     def _settle(self, report: bool = False) -> None:
         """Correct the count of a step that was skipped on a device: whoever reads counts calls this."""
-        verdict = self._verdict
+        verdict = self._skip_status
         if verdict is not None and verdict.skipped() and report:
-            self._verdict = None
+            self._skip_status = None
             if verdict.report:
                 raise RuntimeError(
                     "the gradients of the last step were not finite; it was skipped, weights and state are "
                     "as they were before (nonfinite='skip' goes on, 'propagate' updates nevertheless)"
                 )
 
-    def _capturing(self) -> bool:
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
     def _check_capture(self) -> None:
-        if self._capturing() and not all(group.get("capturable") for group in self.param_groups):
+        if not all(group.get("capturable") for group in self.param_groups):
             raise RuntimeError(
                 f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in every group"
             )
-        if self._capturing() and self._layout is None:
+        if self._layout is None:
             raise RuntimeError(
                 f"CUDA graph capture of the first {type(self).__name__}.step(): every replay would start "
                 "from empty state; take a step before the capture"

@@ -10,8 +10,9 @@ import torch
 
 from ..engine import grad_scaler as amp
 from ..engine import layout
-from ..engine.multi_tensor_optimizer import Gradients, Operands
-from ..engine.state import start
+from ..engine.multi_tensor_optimizer import Gradients
+from ..engine.plan import Operands
+from ..engine.state import init_buffer
 from .slow_weights import SlowWeights
 from .swap_averages import TRAINED, AveragingOptimizer, active_average
 from .weight_averages import FIRST_MOMENTS
@@ -75,12 +76,12 @@ class Lookahead(Wrapper):
         """Starts slow weights as the parameters are, where there are none."""
         holder: Any = self._sync or self.fused_optimizer
         component = next(c for c in holder.components if isinstance(c, SlowWeights))
-        buffer = component.stage(self.param_groups[0]).buffers[0]
+        buffer = component.slow_buffer
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             state = holder.state[p]
             if buffer.name not in state:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
-                state[buffer.name] = start(buffer, p, index, holder.buffer_dtype(chain, buffer, p), ())
+                state[buffer.name] = init_buffer(buffer, p, index, holder.buffer_dtype(chain, buffer, p), ())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, whose slow weights start as its parameters are."""

@@ -111,4 +111,4 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def _alike(average: Tensor, rounded: Tensor | None) -> bool:
     """Whether both lie in memory in the same order, as one pass over them needs."""
-    return rounded is not None and layout.laid_out(rounded, layout.layout(average)) is rounded
+    return rounded is not None and layout.with_strides(rounded, layout.dense_strides(average)) is rounded

@@ -18,7 +18,7 @@ from ..engine import layout
 from ..engine.batch import NormSpec
 from ..engine.component import Component, Phase, Work
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
-from ..engine.grad_norm import measured
+from ..engine.grad_norm import measure_norm
 from ..engine.stage import Stage
 from ..reference import ascent, rules
 from ..reference.norm import Measured
@@ -103,9 +103,9 @@ class MSAM(Average):
             if (prev := state.pop("msam_size", None)) is not None:  # from before it had no gradient
                 momentum = layout.local(_momentum(state)).to(tensor.dtype)
                 tensor.add_(momentum * (prev - self.prev_perturbation(tensor.device)).to(tensor.dtype))
-        result = Measured(*measured(work, NO_CLIPPING.__getitem__, NormSpec(momentum=True)))
+        result = Measured(*measure_norm(work, NO_CLIPPING.__getitem__, NormSpec(kind="momentum")))
         size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
-        for device in dict.fromkeys(batch.device for batch, _ in work.batches):
+        for device in work.devices:
             self._perturbations[device][1].copy_(size, non_blocking=True)
 
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
@@ -113,7 +113,7 @@ class MSAM(Average):
         for tensor, state in work.absent:
             if any(name in state for name in FIRST_MOMENTS):
                 state.setdefault("msam_size", self.prev_perturbation(tensor.device).clone())
-        for device in dict.fromkeys(batch.device for batch, _ in work.batches):
+        for device in work.devices:
             prev, new = self._perturbations[device]
             prev.copy_(torch.where(flags[device][0] == 0, new, prev) if device in flags else new)
 

@@ -18,7 +18,7 @@ from ..common.validation import check_choice
 from ..engine.batch import NormSpec
 from ..engine.component import Component, Phase, Work
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
-from ..engine.grad_norm import measured
+from ..engine.grad_norm import measure_norm
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..engine.rounding import Rounding
 from ..engine.stage import Stage, Storage
@@ -161,9 +161,9 @@ class _Ascend(Component):
     def prepare(self, work: Work) -> None:
         """Measures one norm of all gradients."""
         spec = NormSpec(stages=int(self._scale.enabled))
-        self.result = Measured(*measured(work, NO_CLIPPING.__getitem__, spec))
+        self.result = Measured(*measure_norm(work, NO_CLIPPING.__getitem__, spec))
         inverse = torch.where(self.result.bad == 0, 1 / (self.result.norm + TINY), 0.0)
-        for device in dict.fromkeys(batch.device for batch, _ in work.batches):
+        for device in work.devices:
             self._inverse_norms[device].copy_(inverse, non_blocking=True)
 
 

@@ -13,11 +13,11 @@ from ..common.random import Purpose, key
 from ..common.validation import check_range
 from ..engine.batch import Batch
 from ..engine.component import Component, Phase, Work, values
+from ..engine.device_scalars import DeviceScalars
 from ..engine.launch import unit_squares
 from ..engine.layout import Shards
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
-from ..reference.step import scalar_dtype
 
 __all__ = [
     "L1", "L2SP", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",
@@ -73,10 +73,6 @@ class ClipValue(Component):
     def __init__(self, clip_value: float) -> None:
         self.clip_value = check_range("clip_value", clip_value, 0)
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
-
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Both limits."""
         return self.clip_value, -self.clip_value
@@ -108,16 +104,12 @@ class AdaptiveClip(Component):
         self.clipping = check_range("clipping", clipping, 0, above=True)
         self.eps = check_range("eps", eps, 0, above=True)
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
-
     def prepare(self, work: Work) -> None:
         """One read of weights and gradients gives the factor of every unit."""
-        for batch, shards in work.batches:
+        for batch in work.batches:
             squares = unit_squares(batch)
-            if shards is not None:
-                self._whole(squares, batch, shards)
+            if batch.shards is not None:
+                self._reduce_vectors(squares, batch, batch.shards)
             weight, gradient = squares.sqrt().unbind(1)
             if batch.device in work.measured:
                 gradient = gradient * work.measured[batch.device].factor.to(gradient.dtype)
@@ -125,9 +117,9 @@ class AdaptiveClip(Component):
             batch.unit(self._name).copy_((largest / gradient.clamp(min=1e-30)).clamp(max=1.0))
 
     @staticmethod
-    def _whole(squares: Tensor, batch: Batch, shards: Shards) -> None:
+    def _reduce_vectors(squares: Tensor, batch: Batch, shards: Shards) -> None:
         """Vectors are one unit, whose parts lie in all shards; rows lie in one."""
-        counts = [place.count for place in batch.places]
+        counts = [units.count for units in batch.unit_layouts]
         starts = [sum(counts[:i]) for i, p in enumerate(batch.parameters) if p.dim() < 2]
         if starts:
             index = torch.tensor(starts, device=squares.device)
@@ -170,17 +162,18 @@ class GradientNoise(Component):
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
         self.std, self.gamma = check_range("std", std, 0), check_range("gamma", gamma, 0)
-        self.relative = bool(relative)
-        self._sizes: dict[torch.device, Tensor] = {}
+        self._stage = self._relative if relative else self._absolute
+        self._sizes = DeviceScalars(0.0)
+
+    @property
+    def relative(self) -> bool:
+        """Whether `std` is a share of the norm of all gradients."""
+        return self._stage is self._relative
 
     @property
     def needs_norm(self) -> bool:
-        """Relative noise does."""
+        """Whether it reads the norm, as relative noise does."""
         return self.relative
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Relative noise reads its size from the device."""
-        return self._relative if self.relative else self._absolute
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The standard deviation."""
@@ -192,22 +185,13 @@ class GradientNoise(Component):
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """‖g‖ / √n of relative noise."""
-        return (self._size(device),) if self.relative else ()
+        return (self._sizes[device],) if self.relative else ()
 
     def prepare(self, work: Work) -> None:
         """Relative noise follows the norm."""
-        if self.relative:
+        if self._stage is self._relative:
             for device, measured in work.measured.items():
-                torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._size(device))
-
-    def _size(self, device: torch.device) -> Tensor:
-        if device not in self._sizes:
-            self._sizes[device] = torch.zeros((), dtype=scalar_dtype(device), device=device)
-        return self._sizes[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles measure anew."""
-        return {**vars(self), "_sizes": {}}
+                torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._sizes[device])
 
 
 class L2SP(Component):
@@ -240,10 +224,6 @@ class L2SP(Component):
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
         self.strength = check_range("strength", strength, 0)
         self._towards = None if towards is None else [t.detach() for t in towards]
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The strength."""
@@ -287,10 +267,6 @@ class L1(Component):
 
     def __init__(self, strength: float) -> None:
         self.strength = check_range("strength", strength, 0)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """The threshold."""

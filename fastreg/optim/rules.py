@@ -68,10 +68,6 @@ class Lion(Component):
     phase = Phase.RULE
     _stage = Stage("rules.lion", reference.lion, (Buffer("exp_avg"),), step_scalars=5)
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage
-
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """beta1, 1 - beta1, beta2, 1 - beta2, lr."""
         beta1, beta2 = betas(group, step)
@@ -94,7 +90,3 @@ class Descend(Component):
 
     phase = Phase.DESCEND
     _stage = Stage("rules.descend", reference.descend)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Always the same."""
-        return self._stage

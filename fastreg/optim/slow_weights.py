@@ -44,6 +44,7 @@ class SlowWeights(Average):
         self.k, self.alpha = check_int("k", k, 1), check_range("alpha", alpha, 0, 1)
         self.pullback_momentum, self.name = pullback_momentum, name
         slow, moment = Buffer(name, "compute", "parameter"), Buffer("slow_momentum", "compute")
+        self.slow_buffer = slow
         self._stage = (
             Stage(
                 "regularizers.lookahead_pullback",
@@ -58,10 +59,6 @@ class SlowWeights(Average):
     def options(self) -> dict[str, Any]:
         """Returns k and alpha, which groups may change."""
         return {"lookahead_k": self.k, "lookahead_alpha": self.alpha}
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, whose buffer the slow weights are."""
-        return self._stage
 
     def due(self, group: dict[str, Any], step: int) -> bool:
         """Returns whether a step is a k-th."""
@@ -79,7 +76,7 @@ class SlowWeights(Average):
         """Resets or pulls back first moments; where the device counts or skips, by its own scalars."""
         if self.pullback_momentum == "none":
             return
-        for batch, _ in work.batches:
+        for batch in work.batches:
             if self._stage not in batch.chain.stages:
                 continue
             buffers = dict(zip((buffer.name for buffer in batch.chain.buffers), batch.buffers, strict=True))

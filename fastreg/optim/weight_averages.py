@@ -118,10 +118,6 @@ class _Buffered(Average):
         self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
         self.module_buffers = ModuleBuffers(buffers or ())
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, whose one buffer the average is."""
-        return self._stage
-
     def due(self, group: dict[str, Any], step: int) -> bool:
         """Returns whether a step updates the average."""
         return step >= self.start and (step - self.start) % self.every == 0
@@ -148,7 +144,7 @@ class _Buffered(Average):
         """Averages the buffers of the modules as the weights have been."""
         if not self.module_buffers:
             return
-        batch = work.batches[0][0]
+        batch = work.batches[0]
         steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
         if isinstance(steps, Tensor) or self.due({}, steps):
             weight, _ = self.step_scalars({}, steps)

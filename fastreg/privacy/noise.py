@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..common.random import Purpose, key
 from ..engine.component import Component, Phase, Work
-from ..engine.multi_tensor_optimizer import MultiTensorOptimizer, Operands
+from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
+from ..engine.plan import Operands
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
 

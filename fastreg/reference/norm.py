@@ -1,4 +1,4 @@
-"""The global gradient norm, and what follows from it."""
+"""Computes the global gradient norm, and the clipping factor that follows from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK = 2**20
 
 
 class Measured(NamedTuple):
-    """What is known of all gradients together, float64 each, 0-d."""
+    """The norm of all gradients together and its consequences, float64 each, 0-d."""
 
     bad: Tensor  # 1 where something is not finite, else 0
     total: Tensor  # Σ g² or max |g| of the gradients as they are
@@ -31,12 +31,16 @@ class Measured(NamedTuple):
     factor: Tensor  # unscales and clips: min(max_norm / (norm + 1e-6), 1) / scale
 
 
-def partial_norms(
-    gradients: Iterable[Tensor], largest: bool, device: torch.device, absolute: bool = False
-) -> Tensor:
-    """Partial sums of g² or |g|, or the largest |g| of each, over flat tensors of one device: in double."""
+def partial_norms(gradients: Iterable[Tensor], kind: str, device: torch.device) -> Tensor:
+    """Returns partial sums of g² or |g|, or the largest |g| of each flat tensor, in double.
+
+    Args:
+        gradients: The tensors.
+        kind: `"largest"`, `"absolute"`, or any other for squares, see `engine.batch.NormSpec`.
+        device: Their device.
+    """
     norms = [
-        _of_rows(rows.to(compute_dtype(rows.dtype)), largest, absolute).view(-1)
+        _of_rows(rows.to(compute_dtype(rows.dtype)), kind).view(-1)
         for g in gradients
         if g.numel()
         for rows in (_rows(g) if g.numel() > SHORT else (g,))
@@ -44,18 +48,18 @@ def partial_norms(
     scalar = scalar_dtype(device)
     if not norms:
         return torch.zeros(1, dtype=scalar, device=device)
-    found = torch.cat(norms).to(scalar)
-    return found if largest or absolute else found.square()
+    partial = torch.cat(norms).to(scalar)
+    return partial if kind in ("largest", "absolute") else partial.square()
 
 
-def _of_rows(rows: Tensor, largest: bool, absolute: bool) -> Tensor:
-    if absolute:  # torch's norm of order 1 takes six times as long
+def _of_rows(rows: Tensor, kind: str) -> Tensor:
+    if kind == "absolute":  # torch's norm of order 1 takes six times as long
         return rows.abs().sum(-1)
-    return torch.linalg.vector_norm(rows, math.inf if largest else 2, dim=-1)
+    return torch.linalg.vector_norm(rows, math.inf if kind == "largest" else 2, dim=-1)
 
 
 def _rows(gradient: Tensor) -> Iterator[Tensor]:
-    """The elements as `[rows, ROW]`, a chunk at a time, and what is left of each as `[rest]`."""
+    """Yields the elements as `[rows, ROW]`, a chunk at a time, and the remainder of each as `[n]`."""
     for chunk in gradient.split(CHUNK):
         whole = chunk.numel() // ROW * ROW
         if whole:
@@ -65,7 +69,7 @@ def _rows(gradient: Tensor) -> Iterator[Tensor]:
 
 
 def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
-    """`Measured` as `[5]`, from partial results and (max_norm, 1 / scale)  (Pascanu et al. 2013)."""
+    """Returns `Measured` as `[5]`, from partial results and (max_norm, 1 / scale)  (Pascanu et al. 2013)."""
     max_norm, inverse_scale = limits.unbind()
     total = partial.amax() if largest else partial.sum()
     norm = (total if largest else total.sqrt()) * inverse_scale

@@ -63,14 +63,12 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
             f"{kernel.__name__} would take {programs} programs, a GPU launches at most {MOST_PROGRAMS} at a "
             "time: split the batch or the list of tensors"
         )
-    with _current(device):
+    with contextlib.nullcontext() if device.type == "cpu" else _current(device):
         kernel[(programs,)](*arguments, **constants)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a device the current one in the block, because kernels are launched on that."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
 
 

@@ -1,4 +1,4 @@
-"""Norms over all tensors: one read of what they are of, deterministic, no atomics, no host sync."""
+"""Measures norms over all tensors in one read: deterministic, without atomics or host syncs."""
 
 import triton
 import triton.language as tl
@@ -13,10 +13,10 @@ def greater(a, b):
 
 
 @triton.jit
-def gather(total, g, LARGEST: tl.constexpr, ABSOLUTE: tl.constexpr):
-    if LARGEST:
+def gather(total, g, KIND: tl.constexpr):
+    if KIND == "largest":
         return greater(total, tl.abs(g))
-    elif ABSOLUTE:
+    elif KIND == "absolute":
         return total + tl.abs(g)
     else:
         return total + g * g
@@ -33,12 +33,12 @@ def combine(values, LARGEST: tl.constexpr):
 @triton.jit
 def reduced(
     gradient, row, stages, storage, at, start, offsets, mask, G: tl.constexpr, COMPUTE: tl.constexpr,
-    WIDE: tl.constexpr, MOMENTUM: tl.constexpr, RANDOM: tl.constexpr,
+    WIDE: tl.constexpr, KIND: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     p, u = run_stages(gradient, row, stages, storage, at, start, offsets, mask, G, COMPUTE, WIDE, False)
-    if MOMENTUM:
+    if KIND == "momentum":
         u = u[1]
-    if RANDOM:  # the one thing that is not 0 where nothing is
+    if RANDOM:  # random values are the only masked lanes that are not 0
         u = tl.where(mask, u, 0.0)
     return u
 
@@ -47,17 +47,16 @@ def reduced(
 def norm_kernel(
     table, gradients, steps, step_scalars, work, partial, turns, stages, storage,
     G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, STEP_SCALARS: tl.constexpr,
-    RANDOM: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
-    LARGEST: tl.constexpr, ABSOLUTE: tl.constexpr, MOMENTUM: tl.constexpr,
+    RANDOM: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = Σ u² over one block of `turns` chunks; u is the gradient after some stages.
 
-    If LARGEST it is max |u|, if ABSOLUTE Σ |u|.
+    KIND "largest" takes max |u|, "absolute" Σ |u|, "momentum" Σ m² of the last stage's (update, momentum).
 
-    Without stages: 4 bytes and 4.5 instructions per fp32 element on sm_90.  With them, what they need and no
-    more: nobody reads what only the weight would need.  MOMENTUM: the last one returns (update, momentum).
-    Arguments as for `step_kernel`.
+    Without stages: 4 bytes and 4.5 instructions per fp32 element on sm_90.  With them, loads used only by the
+    weight are eliminated.  Arguments as for `step_kernel`.
     """
+    LARGEST: tl.constexpr = KIND == "largest"
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     block = CHUNK * turns.to(tl.int64)
@@ -81,9 +80,9 @@ def norm_kernel(
         offsets = s + tl.arange(0, CHUNK)
         u = reduced(
             gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
-            offsets < wide, G, COMPUTE, True, MOMENTUM, RANDOM,
+            offsets < wide, G, COMPUTE, True, KIND, RANDOM,
         )  # fmt: skip
-        total = gather(total, u, LARGEST, ABSOLUTE)
+        total = gather(total, u, KIND)
     rest = tl.zeros([CHUNK // 2], COMPUTE)
     lead = 0
     if RANDOM:
@@ -92,16 +91,16 @@ def norm_kernel(
         offsets = s + tl.arange(0, CHUNK // 2)
         u = reduced(
             gradient, row, stages, storage, PhiloxPosition(first + s, stream, step, VECTOR), s, offsets,
-            (offsets >= wide) & (offsets < stop), G, COMPUTE, False, MOMENTUM, RANDOM,
+            (offsets >= wide) & (offsets < stop), G, COMPUTE, False, KIND, RANDOM,
         )  # fmt: skip
-        rest = gather(rest, u, LARGEST, ABSOLUTE)
+        rest = gather(rest, u, KIND)
     a, b = combine(total, LARGEST).to(tl.float64), combine(rest, LARGEST).to(tl.float64)
     tl.store(partial + pid, greater(a, b) if LARGEST else a + b)
 
 
 @triton.jit(do_not_specialize=["count", "limits", "out"])
 def clip_factor_kernel(partial, count, limits, out, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """What follows from the partial results, in float64 and in a fixed order: see `reference.norm`."""
+    """Combines the partial results in float64 and in a fixed order, see `reference.norm.clip_factor`."""
     total = tl.zeros([BLOCK], tl.float64)
     for s in range(0, count, BLOCK):
         offsets = s + tl.arange(0, BLOCK)

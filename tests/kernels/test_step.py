@@ -172,7 +172,7 @@ class TrustRatio(fastreg.Component):
         return self.shared, self.own
 
     def prepare(self, work):
-        ((batch, _),) = work.batches
+        (batch,) = work.batches
         self.own.copy_(torch.stack([p.sum() for p in batch.parameters]))
 
 

@@ -120,11 +120,11 @@ class Late:
 @pytest.mark.parametrize("skipped", (0.0, 1.0))
 def test_the_verdict_is_read_later_and_once(skipped):
     """As on a GPU: the host counts at once, and corrects itself when it knows better."""
-    from fastreg.engine.counts import Counts, Verdict
+    from fastreg.engine.plan import Counts, SkipStatus
 
     counts, flag = Counts([3.0, 5.0], [None, None]), Late(skipped)
     counts.add({})
-    verdict = Verdict(flag, counts, report=False)
+    verdict = SkipStatus(flag, counts, report=False)
     assert flag.asked == 0 and counts.on_host() == [4, 6]
     assert verdict.skipped() == verdict.skipped() == bool(skipped)
     assert flag.asked == 1 and counts.on_host() == ([3, 5] if skipped else [4, 6])

@@ -19,8 +19,8 @@ from ..batch import Batch, NormSpec, flat
 from .compiled import compiled_norm, compiled_step
 
 
-class _Operands(NamedTuple):
-    """A run of elements of one parameter, and what the reference takes with it."""
+class _Slice(NamedTuple):
+    """A run of elements of one parameter, and the arguments of the reference for it."""
 
     tensors: list[Tensor]  # parameter, gradient, buffers, units
     device_scalars: Tensor
@@ -35,64 +35,64 @@ def run(batch: Batch) -> None:
     """Runs the step of a batch in PyTorch."""
     chain = batch.chain
     # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
-    _run_operands(
+    _run_slices(
         batch,
-        list(_operands(batch, chain.random)),
+        list(_slices(batch, chain.random)),
         compiled_step,
         (chain,),
         functools.partial(reference_step, chain),
     )
 
 
-def partial_norms(batch: Batch, of: NormSpec) -> Tensor:
-    """Partial sums, or the largest of each, by the reference or its compiled form."""
-    stages, chain = of.of(batch.chain), batch.chain
+def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
+    """Returns partial sums, or the largest of each, by the reference or its compiled form."""
+    stages, chain = spec.num_stages(batch.chain), batch.chain
     if not stages:
-        return reference_norm.partial_norms(map(flat, batch.gradients), of.largest, batch.device, of.absolute)
+        return reference_norm.partial_norms(map(flat, batch.gradients), spec.kind, batch.device)
 
     def plain(*arguments: Any) -> Tensor:
         _, u = run_stages(stages, False, chain, *arguments)
-        u = u[1] if of.momentum else u
-        parts = reference_norm.partial_norms([u], of.largest, batch.device, of.absolute)
-        return parts.amax() if of.largest else parts.sum()
+        u = u[1] if spec.kind == "momentum" else u
+        parts = reference_norm.partial_norms([u], spec.kind, batch.device)
+        return parts.amax() if spec.kind == "largest" else parts.sum()
 
-    runs = list(_operands(batch, True))
-    what = chain, stages, of.momentum, of.largest, of.absolute
-    found = _run_operands(batch, runs, compiled_norm, what, plain)
+    runs = list(_slices(batch, True))
+    norms = _run_slices(batch, runs, compiled_norm, (chain, stages, spec.kind), plain)
     scalar = scalar_dtype(batch.device)
-    return torch.stack(found).to(scalar) if found else torch.zeros(1, dtype=scalar, device=batch.device)
+    return torch.stack(norms).to(scalar) if norms else torch.zeros(1, dtype=scalar, device=batch.device)
 
 
-def _run_operands(
+def _run_slices(
     batch: Batch,
-    runs: list[_Operands],
+    runs: list[_Slice],
     compiled: Callable[..., Any],
-    of: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     plain: Callable[..., Any],
 ) -> list[Any]:
-    """What each run gives, compiled where the backend is and it can be."""
+    """Returns the result of each run, compiled if the backend is and the run can be."""
     chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
     fused = None
     if batch.backend == "compiled":
         try:
             dtypes = (*batch.dtypes, *[dtype] * len(chain.units))
-            fused = compiled(*of, dtypes, dtype, batch.device, torch.get_num_threads())
+            fused = compiled(*arguments, dtypes, dtype, batch.device, torch.get_num_threads())
         except Exception as error:
             backend.cannot_compile(error)
+            batch.backend = "reference"
     if fused is not None and runs:
         integers = torch.tensor(
             [[run.first, run.stream, run.step, *batch.rng_keys] for run in runs], device=batch.device
         ).unbind()
-    found = []
+    results = []
     for i, run in enumerate(runs):
         if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
-            found.append(fused(run.tensors, run.device_scalars, integers[i], run.step_scalars))
+            results.append(fused(run.tensors, run.device_scalars, integers[i], run.step_scalars))
         else:
-            found.append(plain(*_arguments(batch, run)))
-    return found
+            results.append(plain(*_arguments(batch, run)))
+    return results
 
 
-def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
+def _slices(batch: Batch, chunked: bool) -> Iterator[_Slice]:
     chain, dtype, count = batch.chain, compute_dtype(batch.parameters[0].dtype), len(batch.parameters)
     rows = torch.as_tensor(batch.step_scalars, dtype=dtype, device=batch.device).unbind()
     steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
@@ -104,29 +104,30 @@ def _operands(batch: Batch, chunked: bool) -> Iterator[_Operands]:
     for i, (parameter, first) in enumerate(zip(batch.parameters, batch.firsts, strict=True)):
         tensors = [flat(t) for t in (parameter, batch.gradients[i], *(b[i] for b in batch.buffers))]
         if chain.units:
-            counts = [place.count for place in batch.places]
+            counts = [units.count for units in batch.unit_layouts]
             for values in batch.table.units_of(batch):
-                own = values.split(counts)[i]
-                tensors.append(reference_units.spread(own, batch.places[i], tensors[0].numel()))
+                part = values.split(counts)[i]
+                tensors.append(reference_units.spread(part, batch.unit_layouts[i], tensors[0].numel()))
         row, elements = batch.rows[i], parameter.numel()
         for start, stop in _runs(elements, first) if chunked else [(0, elements)]:
             if stop > start:
-                part = tensors if stop - start == elements else [t[start:stop] for t in tensors]
-                place = first + start, batch.streams[i], steps[row]
-                yield _Operands(part, device_scalars[i], rng_keys, rows[row], *place)
+                yield _Slice(
+                    tensors if stop - start == elements else [t[start:stop] for t in tensors],
+                    device_scalars[i], rng_keys, rows[row], first + start, batch.streams[i], steps[row],
+                )  # fmt: skip
 
 
-def _arguments(batch: Batch, run: _Operands) -> tuple[Any, ...]:
-    """Those of `reference.step` behind the chain."""
+def _arguments(batch: Batch, run: _Slice) -> tuple[Any, ...]:
+    """Returns the arguments of `reference.step` after the chain."""
     parameter, gradient, *others = run.tensors
-    held = len(batch.buffers)
+    buffers = len(batch.buffers)
     at = PhiloxPosition(run.first - run.first % 8, run.first % 8, run.stream, run.step)
-    own = run.device_scalars.unbind(), run.rng_keys, run.step_scalars.unbind()
-    return parameter, gradient, others[:held], others[held:], *own, at
+    scalars = run.device_scalars.unbind(), run.rng_keys, run.step_scalars.unbind()
+    return parameter, gradient, others[:buffers], others[buffers:], *scalars, at
 
 
 def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
-    """Runs of at most `CHUNK` elements, all but the first of which start at a global multiple of 8."""
+    """Yields runs of at most `CHUNK` elements, all but the first of which start at a global multiple of 8."""
     head = min(-first % 8, count)
     if head:
         yield 0, head

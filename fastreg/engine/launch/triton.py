@@ -1,4 +1,4 @@
-"""Launches the kernels for a batch."""
+"""Launches the Triton kernels of a step for a batch."""
 
 from __future__ import annotations
 
@@ -13,44 +13,38 @@ from torch import Tensor
 
 from ...reference.step import compute_dtype
 from ...runtime.device import architecture, launch, triton_dtype
-from ...runtime.launch_parameters import LaunchParameters, launch_parameters
+from ...runtime.launch_parameters import Architecture, LaunchParameters, launch_parameters
 from ..batch import Batch, NormSpec
 from ..stage import Chain, Stage
-from ..table import upload_changes
+from ..table import UNIT, upload_changes
 
 
 def run(batch: Batch) -> None:
     """Launches `step_kernel` over a batch."""
-    kernels = importlib.import_module("fastreg_kernels.step")
-    changing, target = upload_changes(batch), architecture(batch.device)
+    table, target = upload_changes(batch), architecture(batch.device)
     chosen = launch_parameters("step", target)
-    work = batch.table.work(chosen.block)
-    stages, storage = device_chain(batch.chain, batch.dtypes)
+    kernel, block, stages, storage, constants = _step_launch(batch.chain, batch.dtypes, chosen, target.lanes)
+    work = table.work(block)
     launch(
-        kernels.step_kernel, len(work), batch.device,
-        batch.table.rows, changing.gradients, changing.steps, changing.step_scalars, work, batch.skip, stages,
-        storage, **step_constants(batch.chain, batch.dtypes, chosen, target.lanes),
-        **options(batch.chain.stages, chosen),
+        kernel, len(work), batch.device,
+        table.rows, table.gradients, table.steps, table.step_scalars, work, batch.skip, stages, storage,
+        **constants,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(batch.parameters)  # what autograd saved of them is out of date
+    torch.autograd.graph.increment_version(batch.parameters)  # tensors that autograd saved are out of date
 
 
-def partial_norms(batch: Batch, of: NormSpec) -> Tensor:
+def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
     """Launches `norm_kernel`: float64 `[programs]`, a partial sum (or maximum) from each program."""
-    kernels = importlib.import_module("fastreg_kernels.norm")
-    changing, target, sizes = upload_changes(batch), architecture(batch.device), batch.table.sizes
-    chosen = launch_parameters("norm", target)
-    block = chosen.block_for(sum(sizes), target)
-    work = batch.table.work(block)
+    table, target = upload_changes(batch), architecture(batch.device)
+    kernel, block, turns, stages, storage, constants = _norm_launch(
+        batch.chain, batch.dtypes, spec, launch_parameters("norm", target), target, sum(table.sizes)
+    )
+    work = table.work(block)
     partial = torch.empty(len(work), dtype=torch.float64, device=batch.device)
-    stages, storage = device_chain(batch.chain, batch.dtypes)
-    before = of.of(batch.chain)
     launch(
-        kernels.norm_kernel, len(work), batch.device,
-        batch.table.rows, changing.gradients, changing.steps, changing.step_scalars, work, partial,
-        block // chosen.chunk(target.lanes), stages[:before], storage,
-        **norm_constants(batch.chain, batch.dtypes, of, chosen, target.lanes),
-        **options(batch.chain.stages[:before], chosen),
+        kernel, len(work), batch.device,
+        table.rows, table.gradients, table.steps, table.step_scalars, work, partial, turns, stages, storage,
+        **constants,
     )  # fmt: skip
     return partial
 
@@ -58,12 +52,11 @@ def partial_norms(batch: Batch, of: NormSpec) -> Tensor:
 def unit_squares(batch: Batch) -> Tensor:
     """Launches `unit_squares_kernel`: `[units, 2]`, in compute precision."""
     kernels = importlib.import_module("fastreg_kernels.units")
-    changing, target = upload_changes(batch), architecture(batch.device)
-    chosen, work = launch_parameters("unit_squares", target), batch.table.unit_work(batch)
+    table, target = upload_changes(batch), architecture(batch.device)
+    chosen, work = launch_parameters("unit_squares", target), table.work(UNIT)
     out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
     launch(
-        kernels.unit_squares_kernel, len(work), batch.device,
-        batch.table.rows, changing.gradients, work, out,
+        kernels.unit_squares_kernel, len(work), batch.device, table.rows, table.gradients, work, out,
         **unit_constants(batch.chain, batch.dtypes, chosen, target.lanes), **chosen.options,
     )  # fmt: skip
     return out
@@ -82,33 +75,55 @@ def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
 
 
 def options(stages: Sequence[Stage], chosen: LaunchParameters) -> dict[str, Any]:
-    """How a kernel that runs these stages is compiled."""
+    """Returns the options with which a kernel that runs these stages is compiled."""
     exact = any(stage.exact for stage in stages)
     return {**chosen.options, **({"enable_fp_fusion": False} if exact else {})}
 
 
 @functools.cache
+def _step_launch(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
+) -> tuple[Any, ...]:
+    """Returns kernel, block, stages, storage and constants."""
+    kernels = importlib.import_module("fastreg_kernels.step")
+    constants = {**step_constants(chain, dtypes, chosen, lanes), **options(chain.stages, chosen)}
+    return kernels.step_kernel, chosen.block, *device_chain(chain, dtypes), constants
+
+
+@functools.lru_cache(maxsize=256)
+def _norm_launch(
+    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, chosen: LaunchParameters,
+    target: Architecture, elements: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Returns kernel, block, chunks of a block, stages, storage and constants."""
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    block, before = chosen.block_for(elements, target), spec.num_stages(chain)
+    stages, storage = device_chain(chain, dtypes)
+    constants = norm_constants(chain, dtypes, spec, chosen, target.lanes)
+    constants |= options(chain.stages[:before], chosen)
+    turns = block // chosen.chunk(target.lanes)
+    return kernels.norm_kernel, block, turns, stages[:before], storage, constants
+
+
 def step_constants(
     chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of `step_kernel` for tensors of these dtypes and warps of so many lanes."""
+    """Returns the compile-time arguments of `step_kernel` for these dtypes and warps of so many lanes."""
     return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": chain.random, "BLOCK": chosen.block}
 
 
 def norm_constants(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], of: NormSpec, chosen: LaunchParameters, lanes: int
+    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of `norm_kernel`."""
-    random = any(stage.rng_keys for stage in chain.stages[: of.of(chain)])
-    measured = {"LARGEST": of.largest, "ABSOLUTE": of.absolute, "MOMENTUM": of.momentum}
-    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, **measured}
+    """Returns the compile-time arguments of `norm_kernel`."""
+    random = any(stage.rng_keys for stage in chain.stages[: spec.num_stages(chain)])
+    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, "KIND": spec.kind}
 
 
-@functools.cache
 def _constants(
     chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
-    """What both kernels take."""
+    """Returns the compile-time arguments that both kernels take."""
     return {
         "G": triton_dtype(dtypes[1]),
         "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
@@ -122,7 +137,7 @@ def _constants(
 def unit_constants(
     chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of `unit_squares_kernel`."""
+    """Returns the compile-time arguments of `unit_squares_kernel`."""
     return {
         "P": triton_dtype(dtypes[0]),
         "G": triton_dtype(dtypes[1]),
@@ -135,16 +150,16 @@ def unit_constants(
 
 @functools.cache
 def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], Any]:
-    """The chain as `step_kernel` takes it: columns and dtypes for every stage, and the storage."""
+    """Returns the chain as `step_kernel` takes it: columns and dtypes for every stage, and the storage."""
     kernels = importlib.import_module("fastreg_kernels.step")
     tl = importlib.import_module("triton.language")
     header = kernels.HEADER.value
     buffer_columns = range(header, header + len(chain.buffers))
     scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
-    word_columns = iter(
+    key_columns = iter(
         range(buffer_columns.stop + sum(len(s.device_scalars) for s in chain.stages), _columns(chain))
     )
-    place = tuple(range(_columns(chain) - 2, _columns(chain)))
+    layout_columns = tuple(range(_columns(chain) - 2, _columns(chain)))
     unit_columns = iter(range(_columns(chain) - 2 - len(chain.units), _columns(chain)))
     number_columns = iter(range(sum(stage.step_scalars for stage in chain.stages)))
     buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
@@ -156,31 +171,31 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
 
     stages = []
     for stage in chain.stages:
-        own = [next(buffers) for _ in stage.buffers]
+        stage_buffers = [next(buffers) for _ in stage.buffers]
         stages.append(
             kernels.Stage(
                 _device_function(stage.kernel),
-                tuple(column for column, _ in own),
-                tuple(constant(dtype) for _, dtype in own),
+                tuple(column for column, _ in stage_buffers),
+                tuple(constant(dtype) for _, dtype in stage_buffers),
                 tuple(islice(scalar_columns, len(stage.device_scalars))),
-                tuple(islice(word_columns, len(stage.rng_keys))),
+                tuple(islice(key_columns, len(stage.rng_keys))),
                 tuple(islice(number_columns, stage.step_scalars)),
                 tuple(islice(unit_columns, len(stage.units))),
-                place if stage.units else (),
+                layout_columns if stage.units else (),
                 tl.constexpr(stage.momentum),
             )
         )
     storage = chain.storage
-    places = {"parameter": (kernels.PARAMETER.value, dtypes[0])}
-    places.update((buffer.name, next(buffers)) for buffer in storage.buffers)
-    sources, targets = ([places[name] for name in names] for names in (storage.sources, storage.targets))
+    columns = {"parameter": (kernels.PARAMETER.value, dtypes[0])}
+    columns.update((buffer.name, next(buffers)) for buffer in storage.buffers)
+    sources, targets = ([columns[name] for name in names] for names in (storage.sources, storage.targets))
     return tuple(stages), kernels.Storage(
         *map(_device_function, storage.kernels),
         tuple(column for column, _ in sources),
         tuple(constant(dtype) for _, dtype in sources),
         tuple(column for column, _ in targets),
         tuple(constant(dtype) for _, dtype in targets),
-        tuple(islice(word_columns, len(storage.rng_keys))),
+        tuple(islice(key_columns, len(storage.rng_keys))),
     )
 
 
