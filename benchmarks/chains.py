@@ -136,8 +136,8 @@ def known(name: str) -> bool:
 
 def rule(name: str) -> str:
     """The update rule of a chain: "AdamW" of "clip+AdamW+EMA"."""
-    (found,) = set(name.split("+")) & OPTIMIZERS.keys()
-    return found
+    (result,) = set(name.split("+")) & OPTIMIZERS.keys()
+    return result
 
 
 def moved(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
@@ -220,7 +220,7 @@ def at(name: str, storage: str, budget: float = float("inf"), **options: Any) ->
     always = (True,) * len(base._periodic)
     chain = base.chain(group, dtype, Variant(always, backup=made is not base))
     summed = torch.float32 if "dp" in name.split("+") else dtype  # sums of clipped gradients
-    return Shipped(name, storage, chain, (dtype, summed, *_held(base, chain, parameter)), budget)
+    return Shipped(name, storage, chain, (dtype, summed, *_state_dtypes(base, chain, parameter)), budget)
 
 
 def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
@@ -243,10 +243,12 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
     else:
         made = fastreg.SAM([parameter], torch.optim.SGD, adaptive=name == "ASAM climb")._pass
     chain = made.chain(made.param_groups[group], parameter.dtype)
-    return Shipped(name, storage, chain, (parameter.dtype, dtype, *_held(made, chain, parameter)), budget)
+    return Shipped(
+        name, storage, chain, (parameter.dtype, dtype, *_state_dtypes(made, chain, parameter)), budget
+    )
 
 
-def _held(made: MultiTensorOptimizer, chain: Chain, parameter: Any) -> list[torch.dtype]:
+def _state_dtypes(made: MultiTensorOptimizer, chain: Chain, parameter: Any) -> list[torch.dtype]:
     """What the buffers of a chain hold; as in a step, by all that is ever done to the parameter."""
     whole, state = made.chain(made.param_groups[-1], parameter.dtype), made.state[parameter]
     return [

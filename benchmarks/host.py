@@ -125,7 +125,7 @@ class PerTensorCase(TinyCase):
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """As many tensors as GPT-2 has, and a thousand."""
     turns = 100 if quick else 300
-    found: list[Case] = [HostCase(count, turns) for count in (148, 1000)]
+    result: list[Case] = [HostCase(count, turns) for count in (148, 1000)]
     if device.type == "cpu":
-        found += [PerTensorCase(count, turns) for count in (148, 1000)]
-    return found
+        result += [PerTensorCase(count, turns) for count in (148, 1000)]
+    return result

@@ -10,19 +10,19 @@ from .suite import Case
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """Clipping over every shape; what else combines with it over GPT-2."""
-    every = [("clip+AdamW", "gpt2", "fp32"), ("clip+AdamW", "gpt2", "bf16")]
+    components = [("clip+AdamW", "gpt2", "fp32"), ("clip+AdamW", "gpt2", "bf16")]
     if not quick:
-        every += [
+        components += [
             ("clip+AdamW", "many", "fp32"),
             ("clip+AdamW", "llama", "fp32"),
             ("clip+AdamW", "llama", "bf16"),
         ]
-    every += [("clip+AdamW+EMA", "gpt2", "fp32"), ("clip+noise+AdamW+EMA", "gpt2", "fp32")]
+    components += [("clip+AdamW+EMA", "gpt2", "fp32"), ("clip+noise+AdamW+EMA", "gpt2", "fp32")]
     over = models(device, quick)
     return [
         StepCase(
             "regularizers", chain, *over[model], storage, rounds(device, quick),
             compiles=i == 0 and (device.type == "cuda" or not quick),
         )
-        for i, (chain, model, storage) in enumerate(every)
+        for i, (chain, model, storage) in enumerate(components)
     ]  # fmt: skip

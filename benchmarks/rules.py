@@ -10,13 +10,13 @@ from .suite import Case
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """AdamW over every shape; the other rules over GPT-2."""
-    every = [("AdamW", "gpt2", "fp32"), ("AdamW", "gpt2", "bf16"), ("AdamW", "many", "fp32")]
+    rules = [("AdamW", "gpt2", "fp32"), ("AdamW", "gpt2", "bf16"), ("AdamW", "many", "fp32")]
     if not quick:
-        every += [("AdamW", "huge", "fp32"), ("AdamW", "llama", "fp32"), ("AdamW", "llama", "bf16")]
-        every += [("SGD-momentum", "gpt2", "fp32")]
-    every += [("Lion", "gpt2", "fp32")]
+        rules += [("AdamW", "huge", "fp32"), ("AdamW", "llama", "fp32"), ("AdamW", "llama", "bf16")]
+        rules += [("SGD-momentum", "gpt2", "fp32")]
+    rules += [("Lion", "gpt2", "fp32")]
     over = models(device, quick)
     return [
         StepCase("rules", chain, *over[model], storage, rounds(device, quick))
-        for chain, model, storage in every
+        for chain, model, storage in rules
     ]

@@ -202,12 +202,14 @@ def whole_norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """max|Δ| / max|expected| of the worst tensor; infinite where there is nothing to compare."""
-    if len(found) != len(expected):
+    if len(actual) != len(expected):
         return math.inf
     worst = [
-        (a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True) if b.numel()
+        (a.float() - b).abs().max() / b.abs().max()
+        for a, b in zip(result, expected, strict=True)
+        if b.numel()
     ]
     return float(torch.stack(worst).max()) if worst else 0.0
 

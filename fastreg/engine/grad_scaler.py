@@ -1,9 +1,9 @@
-"""What a `torch.amp.GradScaler` asks of a step.
+"""Speaks the protocols by which a `torch.amp.GradScaler` and a step agree on unscaling.
 
 A scaler hands `optimizer.grad_scale` and `optimizer.found_inf` to optimizers that divide by the scale
-themselves, but looks for infinities first, in a pass that reads and writes every gradient.  To optimizers
-whose `step` takes `grad_scaler`, the older of its two agreements, it leaves that as well: the norm that
-clipping needs tells the same, in one read.
+themselves, but looks for infinities first, in a pass that reads and writes every gradient.  By its older
+protocol it passes itself to optimizers whose `step` takes `grad_scaler`, and leaves that to them as well: the
+norm that clipping needs finds infinities in one read.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 
 class Scaling(NamedTuple):
-    """How gradients are scaled, and who has checked them."""
+    """The scale of the gradients of a step, and whether they have been checked."""
 
-    scale: Tensor | None = None  # what gradients have been multiplied by
+    scale: Tensor | None = None  # factor by which gradients have been multiplied
     found_inf: Tensor | None = None  # not 0: something is not finite, skip the step
-    record: dict[torch.device, Tensor] | None = None  # where to tell the scaler what was found
+    record: dict[torch.device, Tensor] | None = None  # where the scaler looks for flags of infinities
 
     @property
     def active(self) -> bool:
-        """Whether a scaler is at work, for which skipped steps are nothing unusual."""
+        """Whether there is a scaler, which skips steps as a matter of course."""
         return self.found_inf is not None or self.record is not None
 
 
@@ -34,7 +34,7 @@ UNSCALED = Scaling()
 
 
 def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | Scaling | None) -> Scaling:
-    """The scaling of this step; a wrapper, which is what the scaler knows, has found it out already.
+    """Returns the scaling of this step; a wrapper, which the scaler knows, passes on its own `Scaling`.
 
     Raises:
         RuntimeError: If the scaler steps another optimizer than this.
@@ -50,25 +50,25 @@ def scaling(optimizer: torch.optim.Optimizer, scaler: GradScaler | Scaling | Non
             f"which has not been called with this {type(optimizer).__name__}"
         )
     state = scaler._per_optimizer_states[id(optimizer)]
-    # A scaler with ideas of its own, such as one that compares notes with other ranks, does it its way.
+    # A subclass that overrides unscale_ (e.g. to reduce over ranks) unscales itself.
     if state["stage"] is OptState.READY and type(scaler).unscale_ is not GradScaler.unscale_:
         scaler.unscale_(optimizer)
     if state["stage"] is OptState.UNSCALED:
-        found = list(state["found_inf_per_device"].values())
-        return Scaling(scale, torch.stack([flag.to(found[0].device) for flag in found]).amax())
+        flags = list(state["found_inf_per_device"].values())
+        return Scaling(scale, torch.stack([flag.to(flags[0].device) for flag in flags]).amax())
     current = scaler._get_scale_async()
     return Scaling(current if scale is None else current * scale, None, state["found_inf_per_device"])
 
 
 def silence() -> None:
-    """Keep the scaler from warning at every step that it would rather use its newer agreement."""
+    """Silences the warning of the scaler, at every step, that it is going to drop its older protocol."""
     warnings.filterwarnings(
         "ignore", message="GradScaler is going to stop passing itself", category=FutureWarning
     )
 
 
 def supports_scaling(groups: list[dict[str, Any]], clips: bool) -> bool:
-    """Whether a scaler leaves unscaling to the step: only where that saves a pass or was asked for.
+    """Returns whether a scaler leaves unscaling to the step: if that saves a pass or was asked for.
 
     Lightning refuses its own clipping for optimizers that unscale themselves.
     """

@@ -1,7 +1,6 @@
-"""Where the elements of a parameter are: its memory layout, and its part of a sharded tensor.
+"""Brings views, channels-last and complex tensors, and shards of DTensors to dense real local memory.
 
-Everything below the optimizer works on dense local memory of real numbers.  This file is where views,
-channels-last tensors, complex ones and shards of DTensors are brought to that.
+Everything below the optimizer works on that.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ class Shards(NamedTuple):
     dims: tuple[int, ...]
 
     def all_reduce(self, value: Tensor, largest: bool = False) -> None:
-        """Sum `value` over all shards, or take the largest, in place."""
+        """Sums `value` over all shards, or takes the largest, in place."""
         operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
         for dim in self.dims:
             torch.distributed.all_reduce(value, operation, group=self.mesh.get_group(dim))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; the module is not imported for those who have none."""
+    """Returns whether a tensor is a DTensor, without importing the module of DTensors."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local part of a DTensor; complex numbers as pairs of real ones.
+    """Returns the tensor itself, or the local part of a DTensor; complex numbers as pairs of real ones.
 
-    Memory holds its numbers: those of views that conjugate or negate are copied.
+    Views that conjugate or negate are copied, so that memory holds their numbers.
     """
     inner = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     inner = torch.view_as_real(inner.resolve_conj()) if inner.is_complex() else inner
@@ -48,14 +47,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The part of the gradient that belongs to the local part of the parameter."""
+    """Returns the part of the gradient that belongs to the local part of the parameter."""
     if is_dtensor(parameter) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return local(gradient)
 
 
 def first_element(parameter: Tensor) -> int:
-    """Row-major index of the first local element in the whole tensor: 0 for a tensor that is not sharded.
+    """Returns the row-major index of the first local element in the whole tensor: 0 if it is not sharded.
 
     Raises:
         ValueError: If the local elements are not a contiguous run of the whole tensor.
@@ -78,7 +77,7 @@ def first_element(parameter: Tensor) -> int:
 
 
 def shards(parameter: Tensor) -> Shards | None:
-    """Over which dimensions of which mesh the parameter is split; `None` when the local part is all of it."""
+    """Returns the mesh and its dimensions over which a parameter is split; `None` if it is not."""
     if not is_dtensor(parameter):
         return None
     placements = parameter.placements  # type: ignore[attr-defined]
@@ -87,10 +86,11 @@ def shards(parameter: Tensor) -> Shards | None:
 
 
 def reshard(parameters: Iterable[Tensor]) -> None:
-    """Let FSDP2 gather parameters anew that are written outside of a training step.
+    """Makes FSDP2 gather parameters anew that are written outside of a training step.
 
-    Between a forward pass without gradients and the next one, it keeps what it has gathered for the outermost
-    module.  Which one that is only its own list of modules tells; to reshard others costs a gathering.
+    Between a forward pass without gradients and the next one, FSDP2 keeps the gathered parameters of the
+    outermost module.  Only its private list of modules says which one that is; resharding others costs a
+    gathering.
     """
     if not any(map(is_dtensor, parameters)):
         return
@@ -103,12 +103,12 @@ def reshard(parameters: Iterable[Tensor]) -> None:
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of a dense tensor with the same order of dimensions in memory: its own, if it is dense."""
+    """Returns strides of a dense tensor with the same order of dimensions: its own, if it is dense."""
     return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
 
 
 def units(parameter: Tensor, strides: tuple[int, ...]) -> UnitLayout:
-    """The units of a local tensor: rows of a matrix, output channels of a convolution, else all of it.
+    """Returns the units of a local tensor: rows of a matrix, output channels of a convolution, else all.
 
     Args:
         parameter: The parameter.
@@ -121,14 +121,14 @@ def units(parameter: Tensor, strides: tuple[int, ...]) -> UnitLayout:
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor itself if it has these strides (where they matter), else a copy that has."""
+    """Returns the tensor if it has these strides (in dimensions longer than 1), else a copy that has."""
     if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def check(parameter: Tensor, gradient: Tensor) -> None:
-    """Refuse what cannot be updated element by element.
+    """Refuses parameters and gradients that cannot be updated element by element.
 
     Raises:
         ValueError: If elements of the parameter share memory.
@@ -153,7 +153,7 @@ def check(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory; strides so odd that it is hard to say count as such."""
+    """Returns whether elements share memory; strides too irregular to decide count as such."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -164,7 +164,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def check_apart(tensors: list[Tensor], gradients: list[Tensor]) -> None:
-    """Refuse parameters that share memory: all are updated at once, in any order.
+    """Refuses parameters that share memory: all are updated at once, in any order.
 
     A gradient may lie just where its parameter does, element by element, and nowhere else in parameters.
 
@@ -213,13 +213,13 @@ def _check_parameters(tensors: list[Tensor]) -> None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and the byte after the last."""
+    """Returns the first byte and the byte after the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _interleave(tensors: list[Tensor]) -> bool:
-    """Whether tensors with overlapping spans have an element in common."""
+    """Returns whether tensors with overlapping spans have an element in common."""
     size, start = tensors[0].element_size(), min(map(Tensor.data_ptr, tensors))
     stop = max(_span(t)[1] for t in tensors)
     if any(t.element_size() != size or (t.data_ptr() - start) % size for t in tensors):

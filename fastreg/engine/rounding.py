@@ -1,4 +1,4 @@
-"""How 16-bit weights are written back without losing small updates, weight decay among them."""
+"""Writes 16-bit weights back without losing small updates, such as weight decay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Rounding(Component):
     Args:
         bf16: `"stochastic"` rounds at random, right on average; `"remainder"` keeps 16 more bits of every
             bfloat16 in the state, together an exact float32; `"nearest"` rounds as torch does.
-        purpose: What is rounded, for random bits of its own.
+        purpose: Selects the stream of random bits.
 
     Raises:
         ValueError: If there is no such mode.
@@ -48,7 +48,7 @@ class Rounding(Component):
         self.bf16, self._purpose = bf16, purpose
 
     def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
-        """Wider weights are stored plainly."""
+        """Returns the storage of 16-bit weights; `None` for wider ones."""
         if self.bf16 == "nearest":
             return None
         if dtype == torch.bfloat16:
@@ -56,5 +56,5 @@ class Rounding(Component):
         return self._float16 if dtype == torch.float16 else None
 
     def storage_rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The key, the same for all."""
+        """Returns the key, the same for all optimizers."""
         return (key(0, self._purpose),)

@@ -1,7 +1,7 @@
-"""What an optimizer step consists of, as data: buffers, stages and storage, joined to a chain.
+"""Describes an optimizer step as data: buffers, stages and storage, joined to a chain.
 
 A chain names the maths of each stage twice, as a kernel and as its reference, so that one description
-runs on every backend.  Chains are hashable: whatever is compiled is compiled once per chain.
+runs on every backend.  Chains are hashable: code is compiled once per chain.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link: element-wise maths `(p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)`.
+    """Element-wise maths of a chain, `(p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)`.
 
-    It returns weight, update and what the buffers hold then.
+    It returns the weight, the update and the new contents of the buffers.
 
     Args:
-        kernel: The `@triton.jit` function, or its place in `fastreg_kernels` as `"module.function"`.
+        kernel: The `@triton.jit` function, or its name in `fastreg_kernels` as `"module.function"`.
         reference: The same function in PyTorch.
         buffers: The state it reads, and writes as far as `new` goes.
         device_scalars: Names of the float64 device scalars it reads.
         rng_keys: Names of the integers it takes, such as a random key.
         step_scalars: How many numbers it takes, which may change with every step.
-        units: Names of what it reads once per unit: row of a matrix, output channel of a convolution.
+        units: Names of the values it reads once per unit: row of a matrix, output channel of a convolution.
         momentum: Whether it is a rule of Momentum-SAM: its first device scalar times its first buffer, the
             momentum, is added to the weight before it, and the update behind it is the pair (update, new
             momentum).
@@ -67,11 +67,11 @@ class Storage:
     """How the weight is read from and written to memory.
 
     Args:
-        kernels: The `@triton.jit` functions that read and write, or their places in `fastreg_kernels`.
+        kernels: The `@triton.jit` functions that read and write, or their names in `fastreg_kernels`.
         read: Reference of the first, `(*sources) -> weight`.
         write: Reference of the second, `(weight, at, *rng_keys) -> targets`.
-        sources: Where the weight comes from: `"parameter"` or names of `buffers`.
-        targets: Where it goes, likewise.
+        sources: Memory that the weight is read from: `"parameter"` or names of `buffers`.
+        targets: Memory that it is written to, named in the same way.
         buffers: State it needs besides the parameter.
         rng_keys: Names of the integers that writing takes.
     """
@@ -97,17 +97,17 @@ class Chain:
 
     @property
     def links(self) -> tuple[Stage | Storage, ...]:
-        """Everything that owns buffers and words, in the order in which these are laid out."""
+        """Stages and storage, in the order in which their buffers and random keys are laid out."""
         return (*self.stages, self.storage)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """All buffers, in order."""
+        """All buffers of the links, in order."""
         return tuple(buffer for link in self.links for buffer in link.buffers)
 
     @property
     def units(self) -> tuple[str, ...]:
-        """What is read once per unit, in order."""
+        """Names of all values that are read once per unit, in order."""
         return tuple(name for stage in self.stages for name in stage.units)
 
     @property

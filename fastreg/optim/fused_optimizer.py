@@ -1,6 +1,6 @@
-"""What fastreg's optimizers share: an update rule and regularizers in one pass, behind torch's interface.
+"""Runs an update rule and regularizers in one pass over memory, behind torch's optimizer interface.
 
-How the pass runs is told in `passes`.
+See `fastreg/engine/README.md` for how a step runs.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class FusedOptimizer(AveragingOptimizer):
         seed: int | None = None, bf16: str = "stochastic", state_dtype: torch.dtype | None = None,
         nonfinite: str = "propagate",
     ) -> None:  # fmt: skip
-        """Put the components together.
+        """Puts the components together.
 
         Args:
             rule: The update rule.
             decay_kind: See `decay`; `None`: what the group's `decoupled_weight_decay` says.
-            regularizers: What the user adds.
+            regularizers: The components that the user adds.
             seed: Base of the random numbers.
             bf16: How 16-bit weights are rounded, see `Rounding`.
             state_dtype: Of the state buffers; `None`: that of the parameter, float32 beside a remainder.
@@ -90,8 +90,8 @@ class FusedOptimizer(AveragingOptimizer):
         msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
         rule, descend = msam.adapt(rule, decay_kind) if msam else (rule, Descend())
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
-        own = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
-        self._set_components((*own, *regularizers, descend), seed)
+        built_in = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
+        self._set_components((*built_in, *regularizers, descend), seed)
         amp.silence()
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
@@ -152,7 +152,7 @@ class FusedOptimizer(AveragingOptimizer):
         return loss
 
     def _settle(self, report: bool = False) -> None:
-        """Correct the count of a step that was skipped on a device: whoever reads counts calls this."""
+        """Corrects the count of a step that was skipped on a device; runs before counts are read."""
         verdict = self._skip_status
         if verdict is not None and verdict.skipped() and report:
             self._skip_status = None
@@ -186,7 +186,7 @@ class FusedOptimizer(AveragingOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What `torch.amp.GradScaler` asks: whether the step divides by the scale itself."""
+        """Whether the step divides by the scale itself, read by `torch.amp.GradScaler`."""
         clips = any(isinstance(component, ClipNorm) for component in self._components)
         return amp.supports_scaling(self.param_groups, clips)
 
@@ -195,7 +195,7 @@ class FusedOptimizer(AveragingOptimizer):
         """torch's constructors set it; here it follows from the groups and components."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; where random numbers are used the group gets the seed.
+        """Adds a group as in torch, with the options of components, and the seed if random numbers are used.
 
         Raises:
             ValueError: For options that are not supported, and as in torch.
@@ -213,7 +213,7 @@ class FusedOptimizer(AveragingOptimizer):
         self._share_seed()
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group with the keys that components bring."""
+        """Returns the group with the options of components."""
         for component in self._components:
             for key, value in component.options().items():
                 group.setdefault(key, value)
@@ -231,14 +231,14 @@ class FusedOptimizer(AveragingOptimizer):
         raise ValueError(f"differentiable=True is not supported by fastreg.{name}{fix}")
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; a step that was skipped on a device does not count."""
+        """Returns the state as in torch; a step that was skipped on a device does not count."""
         self._settle()
         for component in self._components:
             component.save(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but tensors are copied, and nothing is rounded that was not.
+        """Loads a state as in torch, but copies tensors, and rounds nothing that was not.
 
         torch would share the given tensors, cast every buffer to the dtype of its parameter, and take over
         with the groups how the saved optimizer was implemented (`foreach`, `fused`, `capturable`).  Options
@@ -250,18 +250,18 @@ class FusedOptimizer(AveragingOptimizer):
         """
         self._refuse_inside("load_state_dict()", "lose what is loaded at its end")
         loaded: dict[str, Any] = {}
-        former = [
+        previous = [
             {name: value for name, value in group.items() if name != ACTIVE} for group in self.param_groups
         ]
 
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            for group, kept in zip(state_dict["param_groups"], former, strict=False):
-                self.chain({**kept, **group, **_own(kept)}, torch.float32)
+            for group, kept in zip(state_dict["param_groups"], previous, strict=False):
+                self.chain({**kept, **group, **_implementation(kept)}, torch.float32)
             loaded.update(state_dict)
 
         def keep(optimizer: torch.optim.Optimizer) -> None:
-            for group, kept in zip(self.param_groups, former, strict=True):
-                group.update({**kept, **group, **_own(kept)})
+            for group, kept in zip(self.param_groups, previous, strict=True):
+                group.update({**kept, **group, **_implementation(kept)})
             self._keep_precise(loaded)
 
         # As the last hook before and the first after, between which nobody else's hooks run.
@@ -276,18 +276,18 @@ class FusedOptimizer(AveragingOptimizer):
                 hook.remove()
 
     def _keep_precise(self, state_dict: dict[str, Any]) -> None:
-        """Take again what torch rounded or shares, in the dtype that it has here."""
+        """Copies again all tensors that torch rounded or shares, in the dtype that they have here."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, (parameter, group) in zip(saved_ids, parameters, strict=True):
             saved, state = state_dict["state"].get(i, {}), self.state.get(parameter, {})
             chain = self.chain(group, layout.local(parameter).dtype)
-            own = {buffer.name: self.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers}
+            dtypes = {buffer.name: self.buffer_dtype(chain, buffer, parameter) for buffer in chain.buffers}
             for name, value in saved.items():
                 if not isinstance(value, Tensor):
                     continue
-                if name in own:
-                    state[name] = value.to(parameter.device, own[name], copy=True)
+                if name in dtypes:
+                    state[name] = value.to(parameter.device, dtypes[name], copy=True)
                 elif state[name] is value or not (value.is_floating_point() or value.is_complex()):
                     state[name] = value.to(state[name].device, copy=True)
 
@@ -300,14 +300,14 @@ class FusedOptimizer(AveragingOptimizer):
     _KEPT = (*AveragingOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite")
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep."""
+        """Copies and pickles keep the state that components save."""
         self._settle()
         for component in self._components:
             component.save(self.param_groups)
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Components bring their keys to groups of older checkpoints."""
+        """Adds the options of components to groups of older checkpoints."""
         super().__setstate__(state)
         for group in self.param_groups:
             self._completed(group)
@@ -336,6 +336,6 @@ class FusedOptimizer(AveragingOptimizer):
         self._set_components((other for other in self._components if other is not component), self._seed)
 
 
-def _own(group: dict[str, Any]) -> dict[str, Any]:
-    """Of a group, what a checkpoint does not change."""
+def _implementation(group: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a group that a checkpoint does not change."""
     return {name: group[name] for name in IMPLEMENTATION if name in group}

@@ -1,4 +1,4 @@
-"""Regularizers that go into an optimizer's pass: `regularizers=[ClipNorm(1.0), EMA(0.999)]`."""
+"""Defines regularizers that run in an optimizer's step: `regularizers=[ClipNorm(1.0), EMA(0.999)]`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ClipValue(Component):
         self.clip_value = check_range("clip_value", clip_value, 0)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Both limits."""
+        """Returns the upper and the lower limit."""
         return self.clip_value, -self.clip_value
 
 
@@ -105,7 +105,7 @@ class AdaptiveClip(Component):
         self.eps = check_range("eps", eps, 0, above=True)
 
     def prepare(self, work: Work) -> None:
-        """One read of weights and gradients gives the factor of every unit."""
+        """Computes the factor of each unit, in one read of weights and gradients."""
         for batch in work.batches:
             squares = unit_squares(batch)
             if batch.shards is not None:
@@ -118,7 +118,7 @@ class AdaptiveClip(Component):
 
     @staticmethod
     def _reduce_vectors(squares: Tensor, batch: Batch, shards: Shards) -> None:
-        """Vectors are one unit, whose parts lie in all shards; rows lie in one."""
+        """Sums vectors over shards: each is one unit with parts in all of them, while rows lie in one."""
         counts = [units.count for units in batch.unit_layouts]
         starts = [sum(counts[:i]) for i, p in enumerate(batch.parameters) if p.dim() < 2]
         if starts:
@@ -176,19 +176,19 @@ class GradientNoise(Component):
         return self.relative
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The standard deviation."""
+        """Returns the standard deviation at a step."""
         return (self.std * step ** (-self.gamma / 2),)
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
-        """The key."""
+        """Returns the random key of this noise."""
         return (key(seed, Purpose.GRADIENT_NOISE),)
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """‖g‖ / √n of relative noise."""
+        """Returns ‖g‖ / √n for relative noise."""
         return (self._sizes[device],) if self.relative else ()
 
     def prepare(self, work: Work) -> None:
-        """Relative noise follows the norm."""
+        """Computes the size of relative noise from the norm."""
         if self._stage is self._relative:
             for device, measured in work.measured.items():
                 torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._sizes[device])
@@ -226,11 +226,11 @@ class L2SP(Component):
         self._towards = None if towards is None else [t.detach() for t in towards]
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The strength."""
+        """Returns the strength of the penalty."""
         return (self.strength,)
 
     def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
-        """The given weight of a parameter.
+        """Returns the weight to pull a parameter towards.
 
         Raises:
             ValueError: If there is none, or it has another shape.
@@ -238,10 +238,10 @@ class L2SP(Component):
         if self._towards is None or name != "l2_sp_start":
             return None
         if index >= len(self._towards) or self._towards[index].shape != parameter.shape:
-            given = tuple(self._towards[index].shape) if index < len(self._towards) else "nothing"
+            shape = tuple(self._towards[index].shape) if index < len(self._towards) else "nothing"
             raise ValueError(
                 f"towards must hold a tensor for each parameter of the optimizer, in its order: "
-                f"number {index} has shape {tuple(parameter.shape)}, got {given}"
+                f"number {index} has shape {tuple(parameter.shape)}, got {shape}"
             )
         return self._towards[index]
 
@@ -269,6 +269,6 @@ class L1(Component):
         self.strength = check_range("strength", strength, 0)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """The threshold."""
+        """Returns the threshold of this step."""
         (lr,) = values(group, step, "lr")
         return (lr * self.strength,)

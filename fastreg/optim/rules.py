@@ -1,4 +1,4 @@
-"""Update rules as components, and what every chain ends its update with."""
+"""Defines the update rules as components, and the descent at the end of the update."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Adam(Component):
     )
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """With one more buffer for AMSGrad."""
+        """Returns the stage, which has one more buffer for AMSGrad."""
         return self._amsgrad if group.get("amsgrad") else self._plain
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
+        """Returns 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1ᵗ), 1 / √(1 - beta2ᵗ), eps."""
         beta1, beta2 = betas(group, step)
         lr, eps = values(group, step, "lr", "eps")
         return 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
@@ -46,13 +46,13 @@ class SGD(Component):
     )
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Without momentum there is no buffer."""
+        """Returns the stage, which has no buffer without momentum."""
         if not group["momentum"]:
             return self._plain
         return self._nesterov if group["nesterov"] else self._momentum
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """lr; with momentum: momentum, 1 - dampening, lr; with Nesterov's also lr · momentum."""
+        """Returns lr; with momentum: momentum, 1 - dampening, lr; with Nesterov's also lr · momentum."""
         lr, momentum, dampening = values(group, step, "lr", "momentum", "dampening")
         if not group["momentum"]:
             return (lr,)
@@ -69,24 +69,24 @@ class Lion(Component):
     _stage = Stage("rules.lion", reference.lion, (Buffer("exp_avg"),), step_scalars=5)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """beta1, 1 - beta1, beta2, 1 - beta2, lr."""
+        """Returns beta1, 1 - beta1, beta2, 1 - beta2, lr."""
         beta1, beta2 = betas(group, step)
         return beta1, 1 - beta1, beta2, 1 - beta2, *values(group, step, "lr")
 
 
 class Maximize(Component):
-    """Turns the gradient around where the group says `maximize`."""
+    """Negates the gradient in groups with `maximize`."""
 
     phase = Phase.CLIP
     _stage = Stage("regularizers.negate", reference_regularizers.negate)
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """Nothing to do for who minimizes."""
+        """Returns `None` unless the group maximizes."""
         return self._stage if group.get("maximize") else None
 
 
 class Descend(Component):
-    """Takes the update off the weight; every optimizer has it."""
+    """Subtracts the update from the weight, in all optimizers."""
 
     phase = Phase.DESCEND
     _stage = Stage("rules.descend", reference.descend)

@@ -1,4 +1,4 @@
-"""One optimizer step on the flat elements of one parameter: what the fused kernel does, said plainly."""
+"""Runs one optimizer step on the flat elements of one parameter, as the fused kernel does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def step(
     device_scalars: Sequence[Tensor], rng_keys: Sequence[Tensor], step_scalars: Sequence[Tensor],
     at: PhiloxPosition,
 ) -> None:  # fmt: skip
-    """Apply the stages of a `fastreg.engine.stage.Chain` in order; write parameter and buffers in place.
+    """Applies the stages of a `fastreg.engine.stage.Chain` in order; writes parameter and buffers in place.
 
     Args:
         chain: The stages and how the weight is stored.
@@ -37,10 +37,10 @@ def step(
     p, _ = run_stages(
         stages, True, chain, parameter, gradient, buffers, units, device_scalars, rng_keys, step_scalars, at
     )
-    storage, place = chain.storage, _place(chain, parameter, buffers)
-    own = rng_keys[len(rng_keys) - len(storage.rng_keys) :] if storage.rng_keys else ()
-    for name, value in zip(storage.targets, storage.write(p, at, *own), strict=True):
-        place[name].copy_(value)
+    storage, memory = chain.storage, _memory(chain, parameter, buffers)
+    keys = rng_keys[len(rng_keys) - len(storage.rng_keys) :] if storage.rng_keys else ()
+    for name, value in zip(storage.targets, storage.write(p, at, *keys), strict=True):
+        memory[name].copy_(value)
 
 
 def run_stages(
@@ -48,35 +48,35 @@ def run_stages(
     units: Sequence[Tensor], device_scalars: Sequence[Tensor], rng_keys: Sequence[Tensor],
     step_scalars: Sequence[Tensor], at: PhiloxPosition,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """Weight and update after so many `stages` of a chain, whose buffers are written if `store`.
+    """Returns weight and update after so many `stages` of a chain, whose buffers are written if `store`.
 
     The other arguments are those of `step`.
     """
     compute = compute_dtype(parameter.dtype)
-    place = _place(chain, parameter, buffers)
-    p = chain.storage.read(*(place[name] for name in chain.storage.sources)).to(compute)
+    memory = _memory(chain, parameter, buffers)
+    p = chain.storage.read(*(memory[name] for name in chain.storage.sources)).to(compute)
     u: Any = gradient.to(compute)
     b = k = s = w = n = 0
     for stage in chain.stages[:stages]:
-        own = buffers[b : b + len(stage.buffers)]
+        state = buffers[b : b + len(stage.buffers)]
         arguments = [
-            *(buffer.to(compute) for buffer in own),
+            *(buffer.to(compute) for buffer in state),
             *units[k : k + len(stage.units)],
             *device_scalars[s : s + len(stage.device_scalars)],
             *rng_keys[w : w + len(stage.rng_keys)],
             *step_scalars[n : n + stage.step_scalars],
         ]
         if stage.momentum:
-            prev_perturbation = arguments.pop(len(own))
+            prev_perturbation = arguments.pop(len(state))
             p = p + prev_perturbation * arguments[0]
         p, u, new = stage.reference(p, u, at, *arguments)
         u = (u, new[0]) if stage.momentum else u
         if store:
-            for buffer, value in zip(own, new, strict=False):  # what a stage only reads stands last
+            for buffer, value in zip(state, new, strict=False):  # buffers that a stage only reads come last
                 buffer.copy_(value)
         k += len(stage.units)
         b, s, w, n = (
-            b + len(own),
+            b + len(state),
             s + len(stage.device_scalars),
             w + len(stage.rng_keys),
             n + stage.step_scalars,
@@ -84,18 +84,17 @@ def run_stages(
     return p, u
 
 
-def _place(chain: Any, parameter: Tensor, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What the names of the storage stand for."""
-    own = chain.storage.buffers
-    names = (buffer.name for buffer in own)
-    return {"parameter": parameter, **dict(zip(names, buffers[len(buffers) - len(own) :], strict=True))}
+def _memory(chain: Any, parameter: Tensor, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors that the storage reads and writes, by name."""
+    names = [buffer.name for buffer in chain.storage.buffers]
+    return {"parameter": parameter, **dict(zip(names, buffers[len(buffers) - len(names) :], strict=True))}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of the arithmetic: float64 for float64, float32 for everything narrower."""
+    """Returns the precision of the arithmetic: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
-    """What a device scalar, such as a norm, is held in: float64 wherever the device has it."""
+    """Returns the dtype of a device scalar, such as a norm: float64 if the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

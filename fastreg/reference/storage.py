@@ -14,17 +14,17 @@ from .random import PhiloxPosition, bits16
 
 
 def read_plain(source: Tensor) -> Tensor:
-    """The weight is what the parameter holds."""
+    """Returns the parameter as the weight."""
     return source
 
 
 def write_plain(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor]:
-    """The parameter gets the weight, rounded to nearest."""
+    """Returns the weight, which is rounded to nearest."""
     return (weight,)
 
 
 def write_bfloat16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tensor]:
-    """The parameter gets the weight, rounded at random: the nearer of two neighbours is the more likely.
+    """Returns the weight rounded at random: the nearer of two neighbours is the more likely.
 
     Adding 16 random bits to the 16 that are cut off carries into the rest in just that share of cases.
     """
@@ -33,7 +33,7 @@ def write_bfloat16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Ten
 
 
 def write_float16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tensor]:
-    """The parameter gets the weight, rounded at random.
+    """Returns the weight rounded at random.
 
     Times 2⁻¹¹², a float32 has the bits of the float16 with 13 more behind them, subnormal ones included.
     """
@@ -43,12 +43,12 @@ def write_float16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tens
 
 
 def read_split(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 whose nearest bfloat16 is `high` and whose lower 16 bits are `low`, an int16."""
+    """Returns the float32 whose nearest bfloat16 is `high` and whose lower 16 bits are `low`, an int16."""
     return _from32((_wide(high.view(torch.int16)) << 16) + low).view(torch.float32)
 
 
 def write_split(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 (ties away from zero), and the lower 16 bits as an int16."""
+    """Returns the nearest bfloat16 (ties away from zero), and the lower 16 bits as an int16."""
     bits = _bits(weight).where(weight == weight, 0x7FC00000)
     return _from16(bits + 0x8000 >> 16).view(torch.bfloat16), _from16(bits & 0xFFFF)
 

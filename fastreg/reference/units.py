@@ -18,21 +18,21 @@ class UnitLayout:
     count: int
 
 
-def unit_squares(parameter: Tensor, gradient: Tensor, place: UnitLayout) -> Tensor:
-    """(Σ p², Σ g²) over every unit of a flat parameter: `[count, 2]`, in compute precision."""
+def unit_squares(parameter: Tensor, gradient: Tensor, units: UnitLayout) -> Tensor:
+    """Returns (Σ p², Σ g²) over each unit of a flat parameter: `[count, 2]`, in compute precision."""
     compute = compute_dtype(parameter.dtype)
     return torch.stack(
         [
-            t.view(-1, place.count, place.stride).to(compute).square().sum((0, 2))
+            t.view(-1, units.count, units.stride).to(compute).square().sum((0, 2))
             if t.numel()
-            else torch.zeros(place.count, dtype=compute, device=t.device)
+            else torch.zeros(units.count, dtype=compute, device=t.device)
             for t in (parameter, gradient)
         ],
         1,
     )
 
 
-def spread(values: Tensor, place: UnitLayout, elements: int) -> Tensor:
-    """The value of its unit for every flat element: `[elements]`."""
-    outer = elements // max(place.stride * place.count, 1)
-    return values.view(1, -1, 1).expand(outer, place.count, place.stride).reshape(-1).contiguous()
+def spread(values: Tensor, units: UnitLayout, elements: int) -> Tensor:
+    """Returns the value of its unit for each flat element: `[elements]`."""
+    outer = elements // max(units.stride * units.count, 1)
+    return values.view(1, -1, 1).expand(outer, units.count, units.stride).reshape(-1).contiguous()

@@ -47,16 +47,17 @@ def reduced(
 def norm_kernel(
     table, gradients, steps, step_scalars, work, partial, turns, stages, storage,
     G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, STEP_SCALARS: tl.constexpr,
-    RANDOM: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
+    VECTOR: tl.constexpr, CHUNK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = Σ u² over one block of `turns` chunks; u is the gradient after some stages.
 
     KIND "largest" takes max |u|, "absolute" Σ |u|, "momentum" Σ m² of the last stage's (update, momentum).
 
     Without stages: 4 bytes and 4.5 instructions per fp32 element on sm_90.  With them, loads used only by the
-    weight are eliminated.  Arguments as for `step_kernel`.
+    weight are eliminated.  VECTOR is 0 if no stage is random.  Arguments as for `step_kernel`.
     """
     LARGEST: tl.constexpr = KIND == "largest"
+    RANDOM: tl.constexpr = VECTOR > 0
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     block = CHUNK * turns.to(tl.int64)

@@ -1,8 +1,8 @@
-"""The fused optimizer step: one pass over memory, assembled from stages, one launch for many tensors.
+"""Runs the fused optimizer step: one pass over memory, assembled from stages, one launch for many tensors.
 
-The template below owns every load and store.  What happens to the numbers in between is told by the
-stages (`rules`, `regularizers`), how a weight is stored by the `storage`: both are device functions
-handed over in plain tuples and unrolled at compile time, so adding one edits nothing here.
+The template below owns every load and store.  The stages (`rules`,
+`regularizers`) define the maths in between, the `storage` how a weight is stored: both are device functions
+in plain tuples that are unrolled at compile time, so adding one edits nothing here.
 
 Per parameter and step it moves the bytes of the weight (read + write), the gradient (read) and each
 state buffer (read + write), once: AdamW fp32 28 bytes in 29 instructions on sm_90, clip + AdamW + EMA 36
@@ -21,30 +21,30 @@ from .random import PhiloxPosition
 PARAMETER = tl.constexpr(0)  # address
 COUNT = tl.constexpr(1)  # elements
 FIRST = tl.constexpr(2)  # global index of element 0: not 0 for a shard
-STREAM = tl.constexpr(3)  # which parameter, for randomness
-ROW = tl.constexpr(4)  # which row of numbers
+STREAM = tl.constexpr(3)  # which parameter, for random numbers
+ROW = tl.constexpr(4)  # which row of step scalars
 HEADER = tl.constexpr(5)
 
 
 class Stage(NamedTuple):
-    """One component of the chain, as the kernel sees it."""
+    """One stage of the chain, as the kernel sees it."""
 
-    fn: Any  # device function (p, u, at, *state, *units, *scalars, *words, *numbers) -> (p, u, new state)
+    fn: Any  # device function (p, u, at, *state, *units, *scalars, *keys, *numbers) -> (p, u, new state)
     state: tuple  # table columns: addresses of its buffers
     dtypes: tuple  # and what these hold
     device_scalars: tuple  # table columns: addresses of float64 device scalars
     rng_keys: tuple  # table columns: integers handed over as they are (keys)
     step_scalars: tuple  # columns of the number row
     units: tuple  # table columns: addresses of vectors with an element for each unit
-    place: tuple  # table columns: how far units lie apart and how many there are; () without units
+    layout: tuple  # table columns: how far units lie apart and how many there are; () without units
     momentum: Any  # constexpr: see `Stage.momentum` of fastreg
 
 
 class Storage(NamedTuple):
-    """Where the weight comes from and where it goes."""
+    """How the weight is read from and written to memory."""
 
     read: Any  # device function (*raw sources) -> weight
-    write: Any  # device function (weight, at, *words) -> raw targets
+    write: Any  # device function (weight, at, *rng_keys) -> raw targets
     sources: tuple  # table columns: addresses
     source_dtypes: tuple
     targets: tuple
@@ -53,15 +53,15 @@ class Storage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the table holds for one tensor: addresses, and the arguments of every stage."""
+    """The row of the table for one tensor: addresses, and the arguments of each stage."""
 
     sources: tuple
     targets: tuple
     rng_keys: tuple
     state: tuple  # for each stage
-    arguments: tuple  # likewise
+    arguments: tuple  # for each stage
     units: tuple
-    places: tuple
+    layouts: tuple
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def load_device_scalars(row, columns, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_block(address, dtype: tl.constexpr, offsets, mask, WIDE: tl.constexpr, ZEROS: tl.constexpr):
-    """ZEROS: outside of the mask; it costs instructions, so only for who would add up what is there."""
+    """ZEROS fills masked lanes with 0, which costs instructions and only reductions need."""
     if ZEROS:
         return tl.load(at_address(address, dtype, offsets, WIDE), mask=mask, other=0)
     else:
@@ -107,14 +107,14 @@ def load_blocks(addresses, dtypes, offsets, mask, WIDE: tl.constexpr, ZEROS: tl.
 
 
 @triton.jit
-def load_units(addresses, place, start, offsets, mask, COMPUTE: tl.constexpr):
+def load_units(addresses, layout, start, offsets, mask, COMPUTE: tl.constexpr):
     out = ()
     if len(addresses) > 0:
         # 64 bits once, 32 for each element: its division is what a unit costs.
-        stride = place[0].to(tl.int32)
-        within = (start % place[0]).to(tl.int32) + (offsets - start).to(tl.int32)
-        unit = ((start // place[0]) % place[1]).to(tl.int32) + within // stride
-        unit = unit % place[1].to(tl.int32)
+        stride = layout[0].to(tl.int32)
+        within = (start % layout[0]).to(tl.int32) + (offsets - start).to(tl.int32)
+        unit = ((start // layout[0]) % layout[1]).to(tl.int32) + within // stride
+        unit = unit % layout[1].to(tl.int32)
         for i in tl.static_range(len(addresses)):
             out = out + (tl.load(addresses[i].to(tl.pointer_type(COMPUTE)) + unit, mask=mask),)
     return out
@@ -130,7 +130,7 @@ def cast_all(blocks, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_blocks(addresses, dtypes, blocks, offsets, mask, WIDE: tl.constexpr):
-    for i in tl.static_range(len(blocks)):  # what a stage only reads stands last in its buffers
+    for i in tl.static_range(len(blocks)):  # buffers that a stage only reads come last
         tl.store(at_address(addresses[i], dtypes[i], offsets, WIDE), blocks[i].to(dtypes[i]), mask=mask)
 
 
@@ -155,7 +155,7 @@ def run_stages(
     gradient, row, stages, storage, at, start, offsets, mask,
     G: tl.constexpr, COMPUTE: tl.constexpr, WIDE: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Weight and update of a block at the end of the stages; their state is stored, or all is only read."""
+    """Returns weight and update of a block after the stages; state is stored if STORE."""
     # All loads are issued before the first use, so that they overlap.
     raw = load_blocks(row.sources, storage.source_dtypes, offsets, mask, WIDE, not STORE)
     u = load_block(gradient, G, offsets, mask, WIDE, not STORE).to(COMPUTE)
@@ -165,8 +165,8 @@ def run_stages(
     p = storage.read(*raw).to(COMPUTE)
     for i in tl.static_range(len(stages)):
         state = cast_all(states[i], COMPUTE)
-        own = load_units(row.units[i], row.places[i], start, offsets, mask, COMPUTE) + row.arguments[i]
-        p, u = run_stage(stages[i], row.state[i], own, state, p, u, at, offsets, mask, WIDE, STORE)
+        arguments = load_units(row.units[i], row.layouts[i], start, offsets, mask, COMPUTE) + row.arguments[i]
+        p, u = run_stage(stages[i], row.state[i], arguments, state, p, u, at, offsets, mask, WIDE, STORE)
     return p, u
 
 
@@ -201,11 +201,11 @@ def load_row(row, step_scalars, stages, storage, COMPUTE: tl.constexpr):
     state = ()
     arguments = ()
     units = ()
-    places = ()
+    layouts = ()
     for i in tl.static_range(len(stages)):
         state = state + (load_rng_keys(row, stages[i].state),)
         units = units + (load_rng_keys(row, stages[i].units),)
-        places = places + (load_rng_keys(row, stages[i].place),)
+        layouts = layouts + (load_rng_keys(row, stages[i].layout),)
         arguments = arguments + (
             load_device_scalars(row, stages[i].device_scalars, COMPUTE)
             + load_rng_keys(row, stages[i].rng_keys)
@@ -213,7 +213,7 @@ def load_row(row, step_scalars, stages, storage, COMPUTE: tl.constexpr):
         )
     sources = load_rng_keys(row, storage.sources)
     targets = load_rng_keys(row, storage.targets)
-    return Row(sources, targets, load_rng_keys(row, storage.rng_keys), state, arguments, units, places)
+    return Row(sources, targets, load_rng_keys(row, storage.rng_keys), state, arguments, units, layouts)
 
 
 # `stages` and `storage` stay un-annotated: as tl.constexpr, Triton's disk cache would not notice that a
@@ -228,8 +228,8 @@ def step_kernel(
 
     table      int64[tensors, COLUMNS]   addresses, sizes and integers, see the columns above
     gradients  int64[tensors]            addresses
-    steps      int64[rows]               step count, for randomness
-    numbers    COMPUTE[rows, NUMBERS]    what the host worked out for this step
+    steps      int64[rows]               step count, for random numbers
+    step_scalars  COMPUTE[rows, STEP_SCALARS]  computed by the host for this step
     work       int32[programs, 2]        (tensor, block)
     skip       float64[1] or None        not 0: nothing is read or written
     """

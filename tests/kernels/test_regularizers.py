@@ -146,10 +146,10 @@ def draw(seed=0):
 def test_clip_value_is_torchs(backend):
     gradients = draw(1)
     gradients[1][:3] = torch.tensor([math.inf, -math.inf, math.nan])
-    found, expected = steps(
+    actual, expected = steps(
         fastreg.SGD, backend, [fastreg.ClipValue(0.5)], gradients, draw(), lambda w, g: w - g.clamp(-0.5, 0.5)
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -169,22 +169,22 @@ def test_largest_norm_is_torchs(backend, close):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_l1_is_soft_thresholding(backend):
-    found, expected = steps(
+    actual, expected = steps(
         fastreg.SGD, backend, [fastreg.L1(0.4)], draw(1), draw(),
         lambda w, g: torch.nn.functional.softshrink(w - g, 0.4),
     )  # fmt: skip
-    assert all(map(torch.equal, found, expected))
-    assert any((w == 0).any() for w in found)
+    assert all(map(torch.equal, actual, expected))
+    assert any((w == 0).any() for w in actual)
 
 
-@pytest.mark.parametrize("given", (False, True))
+@pytest.mark.parametrize("is_target", (False, True))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_l2_sp_pulls_towards_its_point(backend, given, close):
+def test_l2_sp_pulls_towards_its_point(backend, is_target, close):
     towards = [torch.full(shape, 0.25) for shape in SHAPES]
     params = [torch.nn.Parameter(w) for w in draw()]
-    start = [p.detach().clone() for p in params] if not given else towards
+    start = [p.detach().clone() for p in params] if not is_target else towards
     weights = [p.detach().clone() for p in params]
-    optimizer = fastreg.SGD(params, lr=0.1, regularizers=[fastreg.L2SP(0.3, towards if given else None)])
+    optimizer = fastreg.SGD(params, lr=0.1, regularizers=[fastreg.L2SP(0.3, towards if is_target else None)])
     with fastreg.use_backend(backend):
         for turn in range(3):
             for i, (p, g) in enumerate(zip(params, draw(turn), strict=True)):

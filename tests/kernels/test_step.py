@@ -152,28 +152,28 @@ def test_skip_flag(backend, flag):
 
 
 @triton.jit
-def two_scalars(p, u, at, shared, own):
-    return p, u * shared * own, ()
+def two_scalars(p, u, at, shared, scales):
+    return p, u * shared * scales, ()
 
 
 class TrustRatio(fastreg.Component):
-    """u ← shared · own · u, with `own` measured on each tensor before the step."""
+    """u ← shared · scales · u, with `scales` measured on each tensor before the step."""
 
     phase = fastreg.Phase.RULE
 
     def __init__(self, count):
         self.shared = torch.tensor(0.5, dtype=torch.float64)
-        self.own = torch.zeros(count, dtype=torch.float64)
+        self.scales = torch.zeros(count, dtype=torch.float64)
 
     def stage(self, group):
         return Stage(two_scalars, lambda p, u, at, s, o: (p, u * s * o, ()), device_scalars=("shared", "own"))
 
     def device_scalars(self, device):
-        return self.shared, self.own
+        return self.shared, self.scales
 
     def prepare(self, work):
         (batch,) = work.batches
-        self.own.copy_(torch.stack([p.sum() for p in batch.parameters]))
+        self.scales.copy_(torch.stack([p.sum() for p in batch.parameters]))
 
 
 def test_device_scalars(backend):

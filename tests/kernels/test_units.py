@@ -119,6 +119,6 @@ def test_narrow_weights(dtype):
         w.float() - clipped(w.float(), g.float(), 0.02)
         for w, g in zip(draw(0, dtype=dtype), draw(1, dtype=dtype), strict=True)
     ]
-    for found in results:
-        for p, expected in zip(found, wide, strict=True):
+    for actual in results:
+        for p, expected in zip(actual, wide, strict=True):
             assert ((p - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-6).all()

@@ -116,8 +116,10 @@ def norm_constants(
     chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, chosen: LaunchParameters, lanes: int
 ) -> dict[str, Any]:
     """Returns the compile-time arguments of `norm_kernel`."""
-    random = any(stage.rng_keys for stage in chain.stages[: spec.num_stages(chain)])
-    return {**_constants(chain, dtypes, chosen, lanes), "RANDOM": random, "KIND": spec.kind}
+    constants = {**_constants(chain, dtypes, chosen, lanes), "KIND": spec.kind}
+    if not any(stage.rng_keys for stage in chain.stages[: spec.num_stages(chain)]):
+        constants["VECTOR"] = 0
+    return constants
 
 
 def _constants(
