@@ -217,7 +217,7 @@ def at(name: str, storage: str, budget: float = float("inf"), **options: Any) ->
     made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype, **options)
     base = getattr(made, "base_optimizer", made)
     group = made.param_groups[0]
-    always = (True,) * len(base._periodic)
+    always = (True,) * len(base._overriding["due"])
     chain = base.chain(group, dtype, Variant(always, backup=made is not base))
     summed = torch.float32 if "dp" in name.split("+") else dtype  # sums of clipped gradients
     return Shipped(name, storage, chain, (dtype, summed, *_state_dtypes(base, chain, parameter)), budget)

@@ -208,7 +208,7 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
         return math.inf
     worst = [
         (a.float() - b).abs().max() / b.abs().max()
-        for a, b in zip(result, expected, strict=True)
+        for a, b in zip(actual, expected, strict=True)
         if b.numel()
     ]
     return float(torch.stack(worst).max()) if worst else 0.0

@@ -33,7 +33,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """Element-wise maths of a chain, `(p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)`.
+    """Element-wise maths, `(p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)`.
 
     It returns the weight, the update and the new contents of the buffers.
 
