@@ -53,6 +53,7 @@ def norm_entry(
     stages, storage = launchers.device_chain(chain, dtypes)
     chosen = launch_parameters("norm", target)
     constants = launchers.norm_constants(chain, dtypes, of, chosen, target.lanes)
+    constants["KIND"] = tl.constexpr(of.kind)  # a bare string would be taken for a type
     arguments = {
         "table": "*i64", "gradients": "*i64", "steps": "*i64", "step_scalars": f"*{constants['COMPUTE']}",
         "work": "*i32", "partial": "*fp64", "turns": "i32", "stages": stages[: of.num_stages(chain)],
