@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, with masks that are stored and with masks that are not.
+"""Measures the memory a training step keeps for its backward pass, with stored masks and without.
 
 python -m fastreg_benchmarks.activation --json benchmarks/results/activation.json
 """
@@ -23,7 +23,7 @@ from fastreg.cli import document
 
 @dataclass
 class Saved:
-    """What autograd has kept: bytes of all storages, each once."""
+    """Storages that autograd has kept, each counted once."""
 
     storages: dict[int, Tensor] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
@@ -35,7 +35,7 @@ class Saved:
 
 @contextmanager
 def saved_bytes(known: Any = ()) -> Iterator[Saved]:
-    """Counts what is kept for the backward pass by what runs in the block, but for tensors known before."""
+    """Counts what the block keeps for the backward pass, except tensors known before."""
     saved = Saved(known={t.untyped_storage().data_ptr() for t in known})
 
     def pack(tensor: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ def saved_bytes(known: Any = ()) -> Iterator[Saved]:
 
 
 def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> list[dict[str, Any]]:
-    """What a training step of GPT-2 keeps for its backward pass, with `nn.Dropout` and with fastreg's.
+    """Measures what a training step of GPT-2 keeps for its backward pass, with torch's and fastreg's dropout.
 
     The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
     """
     transformers: Any = importlib.import_module("transformers")
-    found = []
+    rows = []
     for name in ("torch.nn.Dropout", "fastreg.nn.Dropout"):
         torch.manual_seed(0)
         config = transformers.GPT2Config(
@@ -66,23 +66,23 @@ def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> li
         batch = torch.randint(config.vocab_size, (rows, columns))
         with saved_bytes(model.parameters()) as saved:
             model(input_ids=batch, labels=batch).loss.backward()
-        found.append(
+        rows.append(
             {"dropout": name, "layers": layers, "tokens": rows * columns, "dropped": elements}
             | {"bytes": saved.bytes}
         )
-    return found
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write what was found."""
+    """Measures, prints, and writes the results."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.activation", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
-    found = {"torch": torch.__version__, "gpt2": activation_memory()}
-    for row in found["gpt2"]:
+    results = {"torch": torch.__version__, "gpt2": activation_memory()}
+    for row in results["gpt2"]:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if options.json:
-        document.write(options.json, found)
+        document.write(options.json, results)
     return 0
 
 

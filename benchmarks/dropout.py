@@ -1,4 +1,4 @@
-"""Dropout and what is fused around it, forward and backward, and what is kept for the backward pass."""
+"""Measures dropout and what is fused around it, both passes, and the memory kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .suite import OURS, Case, Check, Unavailable
 P, FEATURES = 0.1, 1024
 ACTIVATIONS = 3 * 2**19, 6 * 2**20, 24 * 2**20
 """Elements: 2, 8 and 32 samples of 1024 positions and 768 features.  The first two lie in a GPU's cache, as
-they do in a model where a layer has just made them."""
+they do in a model right after the layer that computes them."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Workload:
 
 
 @dataclass
-class MultiTensorOptimizer:
+class BothPasses:
     """Forward and backward pass of a function of (x, bias, residual)."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,10 +42,10 @@ class MultiTensorOptimizer:
     backend: str = "auto"
 
     def __call__(self) -> tuple[Tensor, ...]:
-        given = self.workload.x, self.workload.bias, self.workload.residual
+        inputs = self.workload.x, self.workload.bias, self.workload.residual
         with fastreg.use_backend(self.backend):
-            y = self.function(*given)
-            return y, *torch.autograd.grad(y, given, self.workload.gradient, allow_unused=True)
+            y = self.function(*inputs)
+            return y, *torch.autograd.grad(y, inputs, self.workload.gradient, allow_unused=True)
 
 
 @dataclass(eq=False)  # hashed by identity
@@ -82,14 +82,14 @@ class PassCase(Case):
         ours = _dropout if plain else _fused
         theirs = _torch_dropout if plain else _torch_fused
         return {
-            OURS: lambda workload: MultiTensorOptimizer(ours, workload),
+            OURS: lambda workload: BothPasses(ours, workload),
             f"{OURS}, reference": lambda workload: _reference(ours, workload),
-            "torch": lambda workload: MultiTensorOptimizer(theirs, workload),
-            "torch.compile": lambda workload: MultiTensorOptimizer(torch.compile(theirs), workload),
+            "torch": lambda workload: BothPasses(theirs, workload),
+            "torch.compile": lambda workload: BothPasses(torch.compile(theirs), workload),
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """As many elements as should are kept, and are what they should be, and so is their gradient."""
+        """Checks the share of kept elements, their values, and their gradient."""
         y, of_x, *_ = (t if t is None else t.detach().double() for t in run())
         x = workload.x.detach().double().requires_grad_()
         if self.what == "dropout":
@@ -113,10 +113,10 @@ class PassCase(Case):
         ]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """What is kept for the backward pass, besides what comes in."""
-        given = workload.x, workload.bias, workload.residual
-        with saved_bytes(given) as saved, fastreg.use_backend(run.backend):
-            run.function(*given)
+        """Returns the bytes kept for the backward pass, besides inputs."""
+        inputs = workload.x, workload.bias, workload.residual
+        with saved_bytes(inputs) as saved, fastreg.use_backend(run.backend):
+            run.function(*inputs)
         return {"saved_bytes": saved.bytes}
 
 
@@ -136,10 +136,10 @@ def _torch_fused(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return residual + functional.dropout(functional.gelu(x + bias), P)
 
 
-def _reference(function: Any, workload: Workload) -> MultiTensorOptimizer:
+def _reference(function: Any, workload: Workload) -> BothPasses:
     if workload.x.device.type != "cpu":
         raise Unavailable("the reference is for a CPU")
-    return MultiTensorOptimizer(function, workload, "reference")
+    return BothPasses(function, workload, "reference")
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Noise on activations, on embeddings as NEFTune has it, and on weights."""
+"""Measures noise on activations, on embeddings as in NEFTune, and on weights."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Workload:
 
 
 @dataclass
-class MultiTensorOptimizer:
-    """A function of x, with its backward pass where there is something to do in it."""
+class NoisePasses:
+    """A function of x, with its backward pass if that is asked for."""
 
     function: Callable[[Tensor], Tensor]
     workload: Workload
@@ -50,7 +50,7 @@ class MultiTensorOptimizer:
 
 
 def neftune(x: Tensor) -> Tensor:
-    """What the hook of transformers does, as it stands there."""
+    """Adds noise as the hook of transformers does."""
     dims = torch.tensor(x.size(1) * x.size(2))
     magnitude = ALPHA / torch.sqrt(dims)
     return x + torch.zeros_like(x).uniform_(-magnitude, magnitude)
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], s
         lambda x: uniform_noise(x, ALPHA / math.sqrt(x.shape[1] * x.shape[2])), neftune, "transformers' hook",
     ),
 }  # fmt: skip
-"""Ours, theirs, and who they are."""
+"""Our function, the other function, and the name of the other."""
 
 
 @dataclass(eq=False)  # hashed by identity
@@ -100,9 +100,9 @@ class NoiseCase(Case):
         """Ours, and theirs, also compiled."""
         ours, theirs, name = KINDS[self.what]
         return {
-            OURS: lambda workload: MultiTensorOptimizer(ours, workload, self.both),
-            name: lambda workload: MultiTensorOptimizer(theirs, workload, self.both),
-            f"{name}, torch.compile": lambda workload: MultiTensorOptimizer(
+            OURS: lambda workload: NoisePasses(ours, workload, self.both),
+            name: lambda workload: NoisePasses(theirs, workload, self.both),
+            f"{name}, torch.compile": lambda workload: NoisePasses(
                 torch.compile(theirs), workload, self.both
             ),
         }
@@ -113,7 +113,7 @@ class NoiseCase(Case):
         x = workload.x.detach().double()
         uniform, eps = self.what == "NEFTune", torch.finfo(DTYPES[self.storage]).eps
         std = ALPHA / math.sqrt(3 * LENGTH * FEATURES) if uniform else STD
-        known = x.abs() >= 0.5 * self.both  # where x is near 0, a factor cannot be told
+        known = x.abs() >= 0.5 * self.both  # for x near 0 the factor is inexact
         z = ((y / x - 1 if self.both else y - x) / std)[known]
         # Rounding to the storage has a variance of its own, at most that of a unit in the last place.
         size = 1.0 if self.both else float(y.square().mean())
@@ -131,7 +131,7 @@ class NoiseCase(Case):
 
 @dataclass
 class Excursion:
-    """Perturbs weights and brings them back."""
+    """Perturbs weights and restores them."""
 
     params: list[Tensor]
     perturb: Callable[[], Any]
@@ -191,8 +191,8 @@ class WeightNoiseCase(Case):
 
 def _ours(weights: list[Tensor]) -> Excursion:
     params = [torch.nn.Parameter(w.clone()) for w in weights]
-    made = fastreg.WeightNoise(params, STD)
-    return Excursion([p.detach() for p in params], made.perturb, made.restore)
+    noise = fastreg.WeightNoise(params, STD)
+    return Excursion([p.detach() for p in params], noise.perturb, noise.restore)
 
 
 def _torch(weights: list[Tensor]) -> Excursion:

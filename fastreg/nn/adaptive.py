@@ -1,9 +1,9 @@
-"""Dropout with a rate for each neuron, by its importance.
+"""Drops each neuron at a rate of its own, which follows from its importance.
 
-Rates change from pass to pass, but what `torch.utils.checkpoint` computes a second time must see those of the
-first.  A pass is known by the seed of its mask, which recomputation draws again: seeds and rates of the last
-passes are kept, and a pass with one of these seeds takes the rates that belong to it and measures nothing.
-This takes operations on tensors alone, so it holds in compiled code and never waits for a GPU.
+Rates change from pass to pass, but a pass that `torch.utils.checkpoint` recomputes must see the rates of
+the first time.  Recomputation draws the same seed for the mask.  So the seeds and rates of recent passes are
+kept, and a pass with one of these seeds reuses its rates and measures nothing.  This needs operations on
+tensors alone: it works in compiled code, and never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from .rates import Rate
 
 IMPORTANCES = ("activation", "activation_gradient")
 RECENT = 8
-"""Passes that recomputation may lie behind."""
+"""Passes whose rates are kept for recomputation."""
 
 
 class AdaptiveDropout(_DropoutBase):
     """Drops less important neurons more often, at the same mean rate.
 
-    Neurons are ranked by a running mean of |x|, or of |x · ∂L/∂y|, to first order what leaving a neuron out
-    does to the loss.  With r = -1 for the least important and 1 for the most important one, and equal steps
-    in between,
+    Neurons are ranked by a running mean of |x|, or of |x · ∂L/∂y|, to first order the change of the loss if
+    a neuron is removed.  With r = -1 for the least important and 1 for the most important one, and equal
+    steps in between,
 
         rate = p - r · min(strength · p, max_rate - p)
 
-    so that the mean is p, to 1/65536.  Equal importances share their mean rank: as long as nothing is known,
-    all have the rate p.  Outside of training nothing is dropped or measured.
+    so that the mean is p, to 1/65536.  Equal importances share their mean rank: at first all have the rate p.
+    In evaluation nothing is dropped or measured.
 
-    Importances are a float32 buffer, saved with the model; `DistributedDataParallel` spreads those of the
-    first process.  What is not finite is not counted.  A pass with the same random numbers as one of the last
-    8 is taken for its recomputation; within `torch.func` nothing is measured.  `importance="activation"`
+    Importances are a float32 buffer, saved with the model; `DistributedDataParallel` broadcasts those of the
+    first process.  Values that are not finite are not counted.  A pass with the random numbers of one of the
+    last 8 counts as its recomputation; under `torch.func` nothing is measured.  `importance="activation"`
     compiles into one graph; the other breaks it, as it measures in the backward pass.
 
     Args:
-        features: Neurons, the size of the dimension.
+        features: Number of neurons, the size of the dimension.
         p: The mean rate in [0, 1]; may be set at any time.
         importance: `"activation"` or `"activation_gradient"`, which keeps the input until the backward pass.
-        momentum: Share of the former running mean that each pass keeps; in [0, 1).
+        momentum: Share of the running mean that each pass keeps; in [0, 1).
         strength: In [0, 1]: 0 is plain dropout.
-        dim: Where the neurons are.
-        max_rate: What no rate but p itself may exceed: a neuron that is always dropped would never learn.
+        dim: The dimension of the neurons.
+        max_rate: The highest rate, unless p is higher: a neuron that is always dropped would never learn.
 
     Raises:
         ValueError: For values out of range.
 
     Shape:
-        Any with `features` in that dimension, and the same.
+        Any with `features` in that dimension; the output has the same.
 
     Reference:
         After Ba & Frey 2013, "Adaptive dropout for training deep neural networks", who learn the rates for
@@ -88,28 +88,28 @@ class AdaptiveDropout(_DropoutBase):
 
     @property
     def p(self) -> Any:
-        """The mean rate."""
+        """The mean rate, in [0, 1]."""
         return self._p
 
     @p.setter
     def p(self, value: Rate) -> None:
-        _DropoutBase.p.fset(self, rates.check_rate(value))  # type: ignore[attr-defined]
+        _DropoutBase.p.fset(self, check_range("p", value, 0, 1))  # type: ignore[attr-defined, arg-type]
 
     @property
     def rates(self) -> Tensor:
-        """What each neuron is dropped at in the next pass: `[features]`."""
+        """The rate of each neuron in the next pass: `[features]`."""
         return self._next_levels().double() / DROP_LEVELS
 
     def reset_parameters(self) -> None:
-        """Forget all that was measured."""
+        """Resets the importances to zero."""
         for buffer in (self.importance, self.seeds, self.levels):
             buffer.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with its elements dropped; as it is when not training.
+        """Drops elements of the input while training.
 
         Raises:
-            ValueError: If there are not as many neurons as `features`.
+            ValueError: If the input does not have `features` neurons.
         """
         if not self.training:
             return input
@@ -118,60 +118,64 @@ class AdaptiveDropout(_DropoutBase):
                 f"expected {self.features} features in dimension {self.dim}, got shape {tuple(input.shape)}"
             )
         seed, levels = draw_seed(input.device), self._next_levels()
-        watched = torch.compiler.is_compiling() or not transformed()
-        if watched:
+        measuring = torch.compiler.is_compiling() or not transformed()
+        if measuring:
             repeated = self.seeds == seed
-            again = repeated.any()
-            levels = torch.where(again, (self.levels * repeated[:, None]).sum(0, dtype=torch.int32), levels)
+            recomputed = repeated.any()
+            levels = torch.where(
+                recomputed, (self.levels * repeated[:, None]).sum(0, dtype=torch.int32), levels
+            )
         output = drop(input, levels, dim=self.dim, seed=seed)
-        if watched:
-            self._remember(again, seed, levels)
+        if measuring:
+            self._remember(recomputed, seed, levels)
             if self.kind == "activation":
-                self._measure(input.detach(), again)
+                self._measure(input.detach(), recomputed)
             else:
                 output = _watch(output, input.detach(), self._measure)
         return output
 
     def _next_levels(self) -> Tensor:
-        """Thresholds by rank: int32, `[features]`."""
+        """Returns thresholds by rank: int32, `[features]`."""
         ordered = self.importance.sort().values
         below = torch.searchsorted(ordered, self.importance)
         above = self.features - torch.searchsorted(ordered, self.importance, right=True)
         target = self.drop_thresholds.double()
         most = rates.drop_threshold(self.max_rate)
         reach = torch.minimum(self.strength * target, most - target).clamp(min=0)
-        # Halves round to even, so that what is above and below the target is equal.
+        # Halves round to even, so that deviations above and below the target are equal.
         return (target + reach * ((above - below).double() / max(self.features - 1, 1))).round().int()
 
     @torch.no_grad()
-    def _remember(self, again: Tensor, seed: Tensor, levels: Tensor) -> None:
-        """Keep seed and levels in place of the oldest, but for a pass that is there."""
+    def _remember(self, recomputed: Tensor, seed: Tensor, levels: Tensor) -> None:
+        """Keeps seed and levels in place of the oldest, unless the pass is a recomputation."""
         seeds = torch.cat((seed[None], self.seeds[:-1]))
-        self.seeds.copy_(torch.where(again, self.seeds, seeds))
-        self.levels.copy_(torch.where(again, self.levels, torch.cat((levels[None], self.levels[:-1]))))
+        self.seeds.copy_(torch.where(recomputed, self.seeds, seeds))
+        self.levels.copy_(torch.where(recomputed, self.levels, torch.cat((levels[None], self.levels[:-1]))))
 
     @torch.no_grad()
-    def _measure(self, what: Tensor, again: Tensor | None = None) -> None:
-        """A step of the running mean of |what|, unless this was done before."""
-        others = [d for d in range(-what.dim(), 0) if (d - self.dim) % what.dim()]
-        wide = torch.promote_types(what.dtype, torch.float32)
-        total = torch.linalg.vector_norm(what[None], 1, [-what.dim() - 1, *others], dtype=wide)
-        mean = total * (self.features / what.numel()) if what.numel() else torch.full_like(total, torch.nan)
-        counts = mean.isfinite() if again is None else mean.isfinite() & ~again
+    def _measure(self, values: Tensor, recomputed: Tensor | None = None) -> None:
+        """Updates the running mean by |values|, unless the pass is a recomputation."""
+        others = [d for d in range(-values.dim(), 0) if (d - self.dim) % values.dim()]
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = torch.linalg.vector_norm(values[None], 1, [-values.dim() - 1, *others], dtype=wide)
+        mean = (
+            total * (self.features / values.numel()) if values.numel() else torch.full_like(total, torch.nan)
+        )
+        counts = mean.isfinite() if recomputed is None else mean.isfinite() & ~recomputed
         mean = self.importance.lerp(mean.to(self.importance.dtype), 1 - self.momentum)
         self.importance.copy_(torch.where(counts, mean, self.importance))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self.importance
         super()._apply(fn, recurse)
-        if before.is_meta and not self.importance.is_meta:  # it would hold anything
+        if before.is_meta and not self.importance.is_meta:  # its content is arbitrary
             self.reset_parameters()
         elif self.importance.dtype != before.dtype:  # a running mean of bfloat16 would stand still
             self.importance = before.to(self.importance.device)
         return self
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments for `repr`."""
         return f"features={self.features}, p={self.p}, importance={self.kind!r}, strength={self.strength}"
 
 

@@ -1,43 +1,46 @@
-"""Noise on the outputs of modules of a model as it is: hooks, and the handle that removes them."""
+"""Attaches noise to the outputs of modules of an existing model, by hooks that can be removed."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.unwrap import unwrap_model
 from .noise import ActivationNoise
 
-SHOWN = 20
+MOST_NAMES = 20
 """Names that an error lists at most."""
 
 Pattern = str | re.Pattern[str] | type[nn.Module] | tuple[type[nn.Module], ...]
 
 
 class Attached:
-    """Hooks that stay until `remove()`, or to the end of a `with` block.
+    """Base of hooks that add noise until `remove()`, or to the end of a `with` block.
 
-    torch looks at hooks when it compiles, and by default not again.  `remove()` therefore sets the level to 0
-    as well, with which code that was compiled before does nothing.  It stays 0 then, whatever sets it.
+    torch reads hooks when it compiles, and by default not again.  `remove()` therefore also sets the level
+    to 0, for good, with which code that was compiled before adds no noise.
+
+    Args:
+        noises: The modules that add the noise; all have the same level.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noises: Sequence[Any]) -> None:
+        self._noises = noises
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def remove(self) -> None:
-        """Take the noise away; once more does nothing."""
+        """Removes the hooks; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._silence()
-
-    def _silence(self) -> None:
-        """Set the level to 0."""
-        raise NotImplementedError
+        for noise in self._noises:
+            noise.silence()
 
     def __enter__(self) -> Any:
         return self
@@ -48,13 +51,26 @@ class Attached:
         self.remove()
 
 
-class Noisy:
-    """A forward hook: noise on the output of a module while that trains.
+def level_property(name: str) -> Any:
+    """Returns a property of an `Attached`: a level of its noise, to read and, until it is removed, to set."""
+
+    def read(attached: Attached) -> float | None:
+        return getattr(attached._noises[0], name)
+
+    def write(attached: Attached, value: float) -> None:
+        for noise in attached._noises if attached._hooks else ():
+            setattr(noise, name, value)
+
+    return property(read, write, doc=f"The {name} of the noise; may be set at any time.")
+
+
+class NoiseHook:
+    """A forward hook that adds noise to the output of a module while the module trains.
 
     Args:
         std: See `ActivationNoise`.
-        kind: Likewise.
-        device: Where the module is.
+        kind: See `ActivationNoise`.
+        device: The device of the module.
     """
 
     def __init__(self, std: float, kind: str, device: torch.device) -> None:
@@ -62,67 +78,45 @@ class Noisy:
         self.noise = ActivationNoise(std, kind).to(device)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The output with noise."""
+        """Adds noise to the output of a module."""
         if not module.training:
             return output
-        x, others = first_tensor(output, module)
+        if isinstance(output, Tensor):
+            return self._add(output)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            make = getattr(type(output), "_make", type(output))
+            return make([self._add(output[0]), *output[1:]])
+        raise TypeError(
+            f"noise needs a module whose output is a tensor or starts with one, {type(module).__name__} has "
+            f"returned {type(output).__name__}; attach it to a module within"
+        )
+
+    def _add(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.noise.level.device != x.device:
             self.noise.to(x.device)
-        return others(self.noise(x))
-
-
-def first_tensor(output: Any, module: nn.Module) -> tuple[Tensor, Any]:
-    """The tensor of an output, the first of several, and what puts another into its place.
-
-    Raises:
-        TypeError: If there is none.
-    """
-    if isinstance(output, Tensor):
-        return output, lambda x: x
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        made = getattr(type(output), "_make", type(output))
-        return output[0], lambda x: made([x, *output[1:]])
-    raise TypeError(
-        f"noise needs a module whose output is a tensor or starts with one, {type(module).__name__} has "
-        f"returned {type(output).__name__}; attach it to a module within"
-    )
+        return self.noise(x)
 
 
 class AttachedNoise(Attached):
-    """What `attach_activation_noise` returns.
+    """The noise that `attach_activation_noise` has attached, to set and remove.
 
     Attributes:
-        names: Of the modules whose outputs get noise.
+        names: Names of the modules whose outputs get noise.
     """
 
+    std = level_property("std")
+
     def __init__(self, modules: dict[str, nn.Module], std: float, kind: str, device: torch.device) -> None:
-        super().__init__()
-        self.names, self.kind = tuple(modules), kind
-        self._noisy = [
-            Noisy(std, kind, next((p.device for p in module.parameters()), device))
+        hooks = [
+            NoiseHook(std, kind, next((p.device for p in module.parameters()), device))
             for module in modules.values()
         ]
+        super().__init__([hook.noise for hook in hooks])
+        self.names, self.kind = tuple(modules), kind
         self._hooks = [
-            module.register_forward_hook(noisy.hook)
-            for module, noisy in zip(modules.values(), self._noisy, strict=True)
+            module.register_forward_hook(hook.hook)
+            for module, hook in zip(modules.values(), hooks, strict=True)
         ]
-
-    @property
-    def std(self) -> float:
-        """The standard deviation of all; may be set at any time, and compiles nothing anew."""
-        return self._noisy[0].noise.std
-
-    @std.setter
-    def std(self, value: float) -> None:
-        if self._hooks:
-            self._set(value)
-
-    def _silence(self) -> None:
-        self._set(0.0)
-
-    def _set(self, value: float) -> None:
-        for noisy in self._noisy:
-            noisy.noise.std = value
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(std={self.std}, kind={self.kind!r}, names={self.names})"
@@ -131,7 +125,7 @@ class AttachedNoise(Attached):
 def attach_activation_noise(
     model: nn.Module, pattern: Pattern, std: float, kind: str = "additive"
 ) -> AttachedNoise:
-    """Puts Gaussian noise on the outputs of some modules of a model, by hooks, while these train.
+    """Adds Gaussian noise to the outputs of some modules of a model, by hooks, while these train.
 
     ```python
     noise = attach_activation_noise(model, "*.mlp", std=0.01)
@@ -140,36 +134,41 @@ def attach_activation_noise(
     noise.remove()  # or: with attach_activation_noise(...):
     ```
 
-    Where a module returns a tuple or a list, its first tensor gets the noise.  Attach before the first call
-    of a compiled model: torch does not see later hooks.
+    If a module returns a tuple or a list, its first tensor gets the noise.  Attach before the first call of
+    a compiled model: torch does not see later hooks.
 
     Args:
-        model: The model.
-        pattern: What the dotted name must match: a string with `*`, `?` and `[...]` (`*` matches dots, too),
-            or a compiled regular expression, which must match all of it; or one or several module classes.
+        model: The model, wrapped (see `unwrap_model`) or not: names are those of the model inside.
+        pattern: A pattern for dotted names, a string with `*`, `?` and `[...]` (`*` matches dots, too) or a
+            compiled regular expression, which must match all of a name; or one or several module classes.
         std: See `ActivationNoise`.
-        kind: Likewise.
+        kind: See `ActivationNoise`.
 
     Returns:
-        What removes them again; its `std` may be set between steps.
+        The attached noise; its `std` may be set between steps, and `remove()` takes it away.
 
     Raises:
         TypeError: For a pattern of another type.
         ValueError: If nothing matches, std is out of range, or there is no such kind.
     """
-    named = {name: module for name, module in model.named_modules() if name}
-    found = {name: module for name, module in named.items() if _matches(pattern, name, module)}
-    if not found:
+    inside = unwrap_model(model, peft=True)
+    matching = _matching(inside, pattern) or _matching(model, pattern)
+    if not matching:
+        named = {name: module for name, module in inside.named_modules() if name}
         if isinstance(pattern, (str, re.Pattern)):
             candidates = list(named)
         else:
             candidates = sorted({type(module).__name__ for module in named.values()})
-        shown = ", ".join(candidates[:SHOWN] or ["none"]) + (
-            f" and {len(candidates) - SHOWN} more" if len(candidates) > SHOWN else ""
+        listed = ", ".join(candidates[:MOST_NAMES] or ["none"]) + (
+            f" and {len(candidates) - MOST_NAMES} more" if len(candidates) > MOST_NAMES else ""
         )
-        raise ValueError(f"{pattern!r} matches no module of {type(model).__name__}; there are: {shown}")
+        raise ValueError(f"{pattern!r} matches no module of {type(inside).__name__}; there are: {listed}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return AttachedNoise(found, std, kind, device)
+    return AttachedNoise(matching, std, kind, device)
+
+
+def _matching(model: nn.Module, pattern: Pattern) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name and _matches(pattern, name, m)}
 
 
 def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016): residual branches are left out sample by sample."""
+"""Drops residual branches sample by sample: stochastic depth (Huang et al. 2016)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..common.validation import check_range
 from ..ops.dropout import drop_samples
 from .dropout import _DropoutBase
-from .rates import check_rate
 
 
 class DropPath(_DropoutBase):
-    """Drop-in for timm's `DropPath`: leaves out what a residual branch adds, sample by sample.
+    """Drop-in for timm's `DropPath`: drops the output of a residual branch, sample by sample.
 
     ```python
     x = x + drop_path(branch(x))
     ```
 
-    The branch is computed all the same; `drop_add_residual` spares that too.
+    The branch is computed for all samples; `drop_add_residual` computes it for those that are kept.
 
     Args:
         drop_prob: The rate in [0, 1]; as `drop_prob` it may be read and set.
-        scale_by_keep: Whether what stays is scaled by 1 / (1 - drop_prob).
+        scale_by_keep: Whether kept samples are scaled by 1 / (1 - drop_prob).
 
     Raises:
         ValueError: If the rate is out of range.
@@ -39,36 +39,35 @@ class DropPath(_DropoutBase):
 
     @property
     def drop_prob(self) -> float:
-        """The rate."""
+        """The rate in [0, 1] at which samples are dropped."""
         return self.p
 
     @drop_prob.setter
     def drop_prob(self, value: float) -> None:
-        self.p = check_rate(value, "drop_prob")
+        self.p = check_range("drop_prob", value, 0, 1)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[batch, ...]`, and the same."""
+        """Drops samples of the input `[batch, ...]` while training."""
         if self.idle:
             return input
         return drop_samples(input, self.drop_thresholds, self.scale_by_keep)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments for `repr`."""
         return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
 
 
 def drop_add_residual(
     x: Tensor, branch: Callable[[Tensor], Tensor], drop_prob: float, training: bool = True
 ) -> Tensor:
-    """Adds branch(x) to x, but computes it only for the samples that stay: what is dropped costs nothing.
+    """Adds branch(x) to x, but computes the branch only for the samples that are kept.
 
-    Of `batch` samples max(1, ⌊batch · (1 - drop_prob)⌋), drawn anew each time, are computed, and what the
-    branch makes of them is scaled by batch over their number.  Outside of training, and at a rate of 0, all
-    are.
+    Of `batch` samples max(1, ⌊batch · (1 - drop_prob)⌋), drawn anew each time, are kept, and the output of
+    the branch is scaled by batch over their number.  In evaluation, and at a rate of 0, all are.
 
     Args:
         x: `[batch, ...]`.
-        branch: Makes `[n, ...]` of `[n, ...]`, each sample by itself.
+        branch: A function of `[n, ...]` that returns this shape and computes each sample by itself.
         drop_prob: The rate in [0, 1].
         training: Whether to drop.
 
@@ -78,7 +77,7 @@ def drop_add_residual(
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth"; Oquab et al. 2023, "DINOv2", for the subset.
     """
-    check_rate(drop_prob, "drop_prob")
+    check_range("drop_prob", drop_prob, 0, 1)
     if not training or drop_prob == 0 or not len(x):
         return x + branch(x)
     batch = len(x)

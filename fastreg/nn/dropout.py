@@ -1,4 +1,4 @@
-"""`nn.Dropout`, fused."""
+"""Defines `fastreg.nn.Dropout`, and the base of all modules with a rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rates import Rate
 class _DropoutBase(nn.Module):
     """Base of modules with a rate `p`: a number to read and set, and thresholds in a tensor to compute with.
 
-    The tensor is neither saved nor rounded by `.bfloat16()`, and a new rate compiles nothing anew.
+    The tensor is neither saved nor rounded by `.bfloat16()`, and a new rate needs no compilation.
     """
 
     drop_thresholds: Tensor
@@ -24,45 +24,44 @@ class _DropoutBase(nn.Module):
 
     @property
     def p(self) -> Any:
-        """The rate, as it was given."""
+        """The rate in [0, 1], as it was set."""
         return self._p
 
     @p.setter
     def p(self, value: Rate) -> None:
         self._p = rates.check_rates(value)
-        held = self._buffers.get("drop_thresholds")
-        new = rates.drop_thresholds(self._p)
-        if held is None or held.shape != new.shape:
-            new = new if held is None else new.to(held.device)
-            self.register_buffer("drop_thresholds", new, persistent=False)
+        buffer, thresholds = self._buffers.get("drop_thresholds"), rates.drop_thresholds(value)
+        if buffer is None or buffer.shape != thresholds.shape:
+            thresholds = thresholds if buffer is None else thresholds.to(buffer.device)
+            self.register_buffer("drop_thresholds", thresholds, persistent=False)
         else:
             with torch.no_grad():
-                held.copy_(new) if new.dim() else held.fill_(rates.drop_threshold(float(value)))  # type: ignore[arg-type]
+                buffer.copy_(thresholds) if thresholds.dim() else buffer.fill_(int(thresholds))
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is dropped, as far as the host knows; compiled code asks the thresholds."""
+        """Whether nothing is dropped, as far as the host knows; compiled code reads the thresholds."""
         if not self.training:
             return True
         return not torch.compiler.is_compiling() and isinstance(self._p, (int, float)) and self._p == 0
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if not self.drop_thresholds.is_meta:  # after `to_empty` it would hold anything
+        if not self.drop_thresholds.is_meta:  # after `to_empty` its content is arbitrary
             self.p = self._p
         return self
 
 
 class Dropout(_DropoutBase, nn.Dropout):
-    """Drop-in for `torch.nn.Dropout`: elements become 0 with probability p while training.
+    """Drop-in for `torch.nn.Dropout`: sets elements to 0 with probability p while training.
 
-    See `fastreg.nn.functional.dropout` for what differs.  The `state_dict` is that of `nn.Dropout`.  `p` may
-    be set at any time but between a forward pass and its backward pass, and compiles nothing anew.
+    See `fastreg.nn.functional.dropout` for the differences.  The `state_dict` is that of `nn.Dropout`.  `p`
+    may be set at any time but between a forward pass and its backward pass, and needs no compilation.
 
     Args:
         p: The rate in [0, 1]; or one for each channel, a list or tensor.
         inplace: Whether to change the input.
-        dim: Where the channels are.
+        dim: The dimension of the channels.
         noise_shape: The shape of the mask, each size 1, or `None` for that of the input: `(None, 1, None)`
             drops the same features at all positions.
 
@@ -70,7 +69,7 @@ class Dropout(_DropoutBase, nn.Dropout):
         ValueError: If a rate is out of range.
 
     Shape:
-        Any, and the same.
+        Any; the output has the same.
 
     Reference:
         Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
@@ -85,7 +84,7 @@ class Dropout(_DropoutBase, nn.Dropout):
         self.inplace, self.dim, self.noise_shape = inplace, dim, noise_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with its elements dropped; as it is when not training."""
+        """Drops elements of the input while training."""
         if self.idle:
             return input
         shape: Any = self.noise_shape

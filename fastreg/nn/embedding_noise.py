@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings of tokens, as Hugging Face adds it, and as the paper does."""
+"""Adds noise to token embeddings: NEFTune, as Hugging Face adds it, and as the paper does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.unwrap import unwrap_model
+from ..common.validation import check_choice
 from ..ops.noise import add_noise
-from .attached import Attached
+from .attached import Attached, level_property
 from .noise import _NoiseBase
 
 LENGTHS = ("padded", "true")
@@ -17,29 +19,29 @@ GENERATORS = ("torch", "counter")
 
 
 class EmbeddingNoise(_NoiseBase):
-    """Noise on embeddings while training: x + alpha / √(L d) · U(-1, 1) for L tokens in d numbers.
+    """Adds noise to embeddings while training: x + alpha / √(L d) · U(-1, 1) for L tokens of d features.
 
-    With `length="padded"`, L is the length of the batch, and padding gets noise as well: so does the Trainer
-    of transformers.  With `length="true"`, L is the number of tokens of each sample and padding stays as it
-    is: so does the paper.  With `std`, the noise is Gaussian and of that size instead.
+    With `length="padded"`, as in the Trainer of transformers, L is the length of the batch, and padding gets
+    noise as well.  With `length="true"`, as in the paper, L is the number of tokens of each sample, and
+    padding gets none.  With `std`, the noise is Gaussian and of that size instead.
 
-    Random numbers come from either generator; `torch.manual_seed` rules both.
-    `"torch"` draws as the Trainer's own hook does, `torch.zeros_like(x).uniform_(-m, m)`, so that the results
-    are the same bits under one seed (in eager mode: compiled, torch draws from another stream, for both).
-    `"counter"` is one fused pass, which is faster and has the same numbers on every device.
+    There are two generators, both seeded by `torch.manual_seed`.  `"torch"` draws as the Trainer's own hook
+    does, `torch.zeros_like(x).uniform_(-m, m)`, with the same bits for one seed (in eager mode: compiled,
+    torch draws from another stream, for both).  `"counter"` is one fused pass, which is faster and has the
+    same numbers on every device.
 
     Args:
         alpha: Size of the noise, >= 0; 5, 10 and 15 in the paper.
         std: Standard deviation of Gaussian noise instead, >= 0.
         length: `"padded"` or `"true"`.
-        generator: `"torch"` or `"counter"`; by default torch's for padded lengths without `std`, where it is
-            what the Trainer draws, else the counter.
+        generator: `"torch"` or `"counter"`; by default torch's for padded lengths without `std`, as in the
+            Trainer, else the counter.
 
     Raises:
         ValueError: If alpha or std is out of range, or for another length or generator.
 
     Shape:
-        `[batch, length, d]` or `[length, d]`, and the same.
+        `[batch, length, d]` or `[length, d]`; the output has the same.
 
     Reference:
         Jain et al. 2024, "NEFTune: Noisy embeddings improve instruction finetuning".
@@ -50,10 +52,9 @@ class EmbeddingNoise(_NoiseBase):
         generator: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if length not in LENGTHS:
-            raise ValueError(f"length must be 'padded' or 'true', got {length!r}")
-        if generator not in (None, *GENERATORS):
-            raise ValueError(f"generator must be 'torch' or 'counter', got {generator!r}")
+        check_choice("length", length, LENGTHS)
+        if generator is not None:
+            check_choice("generator", generator, GENERATORS)
         as_trainer = length == "padded" and std is None
         if generator == "torch" and not as_trainer:
             raise ValueError(
@@ -69,7 +70,7 @@ class EmbeddingNoise(_NoiseBase):
 
     @property
     def alpha(self) -> float | None:
-        """Size of the noise; `None` where `std` says it."""
+        """Size of the noise; `None` if it has a `std`."""
         return None if self.gaussian else self._level
 
     @alpha.setter
@@ -80,7 +81,7 @@ class EmbeddingNoise(_NoiseBase):
 
     @property
     def std(self) -> float | None:
-        """Standard deviation; `None` where `alpha` says the size."""
+        """Standard deviation of the noise; `None` if it has an `alpha`."""
         return self._level if self.gaussian else None
 
     @std.setter
@@ -90,12 +91,12 @@ class EmbeddingNoise(_NoiseBase):
         self._set(value, "std")
 
     def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The embeddings with noise; as they are when not training.
+        """Adds noise to the embeddings while training.
 
         Args:
             input: Embeddings.
-            attention_mask: `[batch, length]`, 0 where there is padding; `None`: no padding.  Only for
-                `length="true"`.
+            attention_mask: `[batch, length]`, 0 for padding; `None` for no padding.  Only `length="true"`
+                uses it.
 
         Raises:
             TypeError: If the input is not of a floating dtype.
@@ -108,7 +109,7 @@ class EmbeddingNoise(_NoiseBase):
         if input.dim() < 2:
             raise ValueError(f"embeddings must have shape (batch, length, d), got {tuple(input.shape)}")
         if not input.numel():
-            return input  # of no tokens, whose noise would be infinite
+            return input  # without tokens the noise would be infinite
         if self.generator == "torch":
             return self._as_trainer(input)
         kind = "additive" if self.gaussian else "uniform"
@@ -123,10 +124,10 @@ class EmbeddingNoise(_NoiseBase):
                 f"{tuple(input.shape)} have positions, got {tuple(attention_mask.shape)}; length='padded' "
                 "needs no mask"
             )
-        held = (attention_mask != 0).to(level.dtype)
+        mask = (attention_mask != 0).to(level.dtype)
         if not self.gaussian:
-            held = held * torch.rsqrt(held.sum(-1, keepdim=True).clamp(min=1) * input.shape[-1])
-        return add_noise(input, (level * held).reshape(-1), kind, input.shape[-1])
+            mask = mask * torch.rsqrt(mask.sum(-1, keepdim=True).clamp(min=1) * input.shape[-1])
+        return add_noise(input, (level * mask).reshape(-1), kind, input.shape[-1])
 
     def _as_trainer(self, x: Tensor) -> Tensor:
         count = x.shape[-2] * x.shape[-1]
@@ -137,21 +138,23 @@ class EmbeddingNoise(_NoiseBase):
         return x + torch.zeros_like(x).uniform_(-magnitude, magnitude)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments for `repr`."""
         level = f"std={self.std}" if self.gaussian else f"alpha={self.alpha}"
         return f"{level}, length={self.length!r}, generator={self.generator!r}"
 
 
 class AttachedEmbeddingNoise(Attached):
-    """What `attach_embedding_noise` returns.
+    """The noise that `attach_embedding_noise` has attached, to set and remove.
 
     Attributes:
         noise: The module that adds the noise, not registered in the model.
-        embedding: Whose output it is.
+        embedding: The module whose output gets the noise.
     """
 
+    alpha, std = level_property("alpha"), level_property("std")
+
     def __init__(self, model: nn.Module, embedding: nn.Module, noise: EmbeddingNoise) -> None:
-        super().__init__()
+        super().__init__([noise])
         self.noise, self.embedding = noise, embedding
         self._mask: Any = None
         self._position: int | None = None
@@ -163,29 +166,6 @@ class AttachedEmbeddingNoise(Attached):
                 model.register_forward_pre_hook(self._take_mask, with_kwargs=True),
                 model.register_forward_hook(self._drop_mask, always_call=True),
             ]
-
-    @property
-    def alpha(self) -> float | None:
-        """See `EmbeddingNoise`; may be set at any time."""
-        return self.noise.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        if self._hooks:
-            self.noise.alpha = value
-
-    @property
-    def std(self) -> float | None:
-        """See `EmbeddingNoise`; may be set at any time."""
-        return self.noise.std
-
-    @std.setter
-    def std(self, value: float) -> None:
-        if self._hooks:
-            self.noise.std = value
-
-    def _silence(self) -> None:
-        self.noise._set(0.0, "level")
 
     def _take_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -228,32 +208,32 @@ def attach_embedding_noise(
     noise.remove()  # or: with attach_embedding_noise(model):
     ```
 
-    The weights and their gradients are what they are without it, and so is evaluation.  `length="true"`
-    takes the padding from the `attention_mask` that the model is called with; without one, all tokens count.
-    What is called with `inputs_embeds` gets no noise.  Attach before the first call of a compiled model.
+    Evaluation does not change.  `length="true"` takes the padding from the `attention_mask` of the model's
+    call; without one, all tokens count.  A call with `inputs_embeds` gets no noise.  Attach before the first
+    call of a compiled model.
 
     Args:
-        model: A model of transformers, wrapped by PEFT or not, or any with `get_input_embeddings()`; or an
-            `nn.Embedding`, of which `length="true"` takes tokens equal to its `padding_idx` for padding.
+        model: A model of transformers, or any with `get_input_embeddings()`, wrapped (see `unwrap_model`) or
+            not; or an `nn.Embedding`, whose `padding_idx` is the padding of `length="true"`.
         alpha: Size of the noise, see `EmbeddingNoise`.
         std: Standard deviation of Gaussian noise instead.
         length: `"padded"` or `"true"`.
         generator: See `EmbeddingNoise`.
 
     Returns:
-        What removes it again; its `alpha` or `std` may be set between steps, and compiles nothing anew.
+        The attached noise; its `alpha` or `std` may be set between steps, and needs no compilation.
 
     Raises:
-        RuntimeError: If the embeddings have noise already, ours or the Trainer's; the Trainer's is noticed
-            in the forward pass, too.
-        TypeError: If the model does not tell its embeddings.
-        ValueError: For values out of range, and if `length="true"` cannot know what padding is.
+        RuntimeError: If the embeddings have noise already, ours or the Trainer's; the Trainer's also in the
+            forward pass.
+        TypeError: If the model has no `get_input_embeddings()`.
+        ValueError: For values out of range, and if padding is unknown to `length="true"`.
 
     Reference:
         Jain et al. 2024, "NEFTune: Noisy embeddings improve instruction finetuning".
     """
     noise = EmbeddingNoise(alpha, std=std, length=length, generator=generator)
-    embedding = input_embeddings(model)
+    embedding, model = input_embeddings(model), unwrap_model(model)
     _refuse_twice(embedding)
     for hook in embedding._forward_hooks.values():
         other = getattr(hook, "__self__", None)
@@ -277,23 +257,21 @@ def attach_embedding_noise(
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
-    """The token embeddings of a model, which may be wrapped by PEFT.
+    """Returns the token embeddings of a model, wrapped (see `unwrap_model`) or not.
 
     Raises:
-        TypeError: If it does not tell them.
+        TypeError: If it has no `get_input_embeddings()`.
     """
-    if isinstance(model, nn.Embedding):
-        return model
-    inner: Any = model
-    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    found = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
-    if not isinstance(found, nn.Module):
+    inner: Any = unwrap_model(model, peft=True)
+    if isinstance(inner, nn.Embedding):
+        return inner
+    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    if not isinstance(embedding, nn.Module):
         raise TypeError(
-            f"{type(model).__name__} does not tell its embeddings by get_input_embeddings(); give the "
+            f"{type(inner).__name__} does not tell its embeddings by get_input_embeddings(); give the "
             "nn.Embedding itself"
         )
-    return found
+    return embedding
 
 
 def _refuse_twice(embedding: nn.Module) -> None:
@@ -305,13 +283,9 @@ def _refuse_twice(embedding: nn.Module) -> None:
 
 
 def _position_of_mask(model: nn.Module) -> int | None:
-    """Which positional argument of the model its attention mask is, where that is known."""
-    wrapped: Any = model
-    models = [wrapped]
-    if hasattr(wrapped, "get_base_model"):
-        models.append(wrapped.get_base_model())
-    for each in models:
-        names = list(inspect.signature(each.forward).parameters)
+    """Returns which positional argument of the model is its attention mask, `None` if that is unknown."""
+    for candidate in (model, unwrap_model(model, peft=True)):
+        names = list(inspect.signature(candidate.forward).parameters)
         if "attention_mask" in names:
             return names.index("attention_mask")
     return None

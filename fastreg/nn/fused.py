@@ -1,4 +1,4 @@
-"""Dropout with what stands around it in a transformer: one pass over memory instead of two to four.
+"""Fuses dropout with its neighbours in a transformer: one pass over memory instead of two to four.
 
 | module              | computes                                 | bf16 bytes an element, in parts |
 |---------------------|------------------------------------------|---------------------------------|
@@ -26,10 +26,10 @@ from .rates import Rate
 
 
 class _FusedDropoutBase(_DropoutBase):
-    """Base of the modules.  Outside of training all but dropping is done.
+    """Base of the fused modules; in evaluation they do everything but drop.
 
     Args:
-        features: Size of the bias, drawn as `nn.Linear` with as many inputs draws it; `None`: there is none.
+        features: Size of the bias, drawn as by an `nn.Linear` with as many inputs; `None` for no bias.
         p: The rate in [0, 1], or one for each feature.
         activation: See `functional.bias_act_dropout_add`.
         factory: `device` and `dtype` of the bias.
@@ -47,7 +47,7 @@ class _FusedDropoutBase(_DropoutBase):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the bias."""
+        """Draws the bias from a uniform distribution."""
         if self.bias is not None:
             bound = 1 / math.sqrt(self.bias.numel()) if self.bias.numel() else 0
             nn.init.uniform_(self.bias, -bound, bound)
@@ -57,15 +57,14 @@ class _FusedDropoutBase(_DropoutBase):
         return fused_drop(x, self.bias, residual, drop_thresholds, self.activation)
 
     def extra_repr(self) -> str:
-        """The arguments."""
-        shown = [] if self.features is None else [f"features={self.features}"]
-        shown.append(f"p={self.p}")
-        shown += [f"activation={self.activation!r}"] if self.activation != "identity" else []
-        return ", ".join(shown)
+        """Returns the arguments for `repr`."""
+        features = "" if self.features is None else f"features={self.features}, "
+        activation = "" if self.activation == "identity" else f", activation={self.activation!r}"
+        return f"{features}p={self.p}{activation}"
 
 
 class DropoutAdd(_FusedDropoutBase):
-    """The sum of the residual and of dropout(x), in one pass.
+    """Computes residual + dropout(x) in one pass.
 
     Args:
         p: The rate in [0, 1], or one for each feature.
@@ -75,12 +74,12 @@ class DropoutAdd(_FusedDropoutBase):
         super().__init__(None, p)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`[..., features]` twice, and the same."""
+        """Computes the output of two inputs `[..., features]`, in their shape."""
         return self._fused(x, residual)
 
 
 class BiasDropoutAdd(_FusedDropoutBase):
-    """The sum of the residual and of dropout(x + bias), in one pass: behind `nn.Linear(..., bias=False)`.
+    """Computes residual + dropout(x + bias) in one pass, after `nn.Linear(..., bias=False)`.
 
     Args:
         features: Size of the bias.
@@ -95,7 +94,7 @@ class BiasDropoutAdd(_FusedDropoutBase):
         super().__init__(features, p, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`[..., features]` twice, and the same."""
+        """Computes the output of two inputs `[..., features]`, in their shape."""
         return self._fused(x, residual)
 
 
@@ -108,7 +107,7 @@ class _BiasAct(_FusedDropoutBase):
 
 
 class BiasActDropout(_BiasAct):
-    """Dropout(activation(x + bias)), in one pass: between `nn.Linear(..., bias=False)` and the next.
+    """Computes dropout(activation(x + bias)) in one pass, after `nn.Linear(..., bias=False)`.
 
     Args:
         features: Size of the bias.
@@ -119,12 +118,12 @@ class BiasActDropout(_BiasAct):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., features]`, and the same."""
+        """Computes the output of an input `[..., features]`, in its shape."""
         return self._fused(x, None)
 
 
 class BiasActDropoutAdd(_BiasAct):
-    """The sum of the residual and of dropout(activation(x + bias)), in one pass.
+    """Computes residual + dropout(activation(x + bias)) in one pass.
 
     Args:
         features: Size of the bias.
@@ -135,5 +134,5 @@ class BiasActDropoutAdd(_BiasAct):
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`[..., features]` twice, and the same."""
+        """Computes the output of two inputs `[..., features]`, in their shape."""
         return self._fused(x, residual)

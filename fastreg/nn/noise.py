@@ -1,4 +1,4 @@
-"""Modules that add noise while training: to continuous inputs and activations, and to tokens."""
+"""Defines modules that add noise while training: to inputs and activations, and to tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.validation import check_choice, check_range
 from ..ops.noise import add_noise
-from . import noise_functional as functional
-from . import rates
+from . import functional
 from .dropout import _DropoutBase
-from .rates import Rate
 
 
 class _NoiseBase(nn.Module):
     """Base of modules with a level of noise: a number to read and set, and a tensor to compute with.
 
-    The tensor is neither saved nor rounded by `.bfloat16()`, and a new level compiles nothing anew.
+    The tensor is neither saved nor rounded by `.bfloat16()`, and a new level needs no compilation.
     """
 
     level: Tensor
@@ -27,32 +26,36 @@ class _NoiseBase(nn.Module):
     def _set(self, value: float, name: str) -> None:
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number, got a tensor; it is kept in one")
-        self._level = functional.checked_level(value, name)
-        held = self._buffers.get("level")
-        if held is None:
+        self._level = check_range(name, value, 0)
+        buffer = self._buffers.get("level")
+        if buffer is None:
             self.register_buffer("level", torch.tensor(self._level, dtype=torch.float32), persistent=False)
         else:
             with torch.no_grad():
-                held.fill_(self._level)
+                buffer.fill_(self._level)
+
+    def silence(self) -> None:
+        """Sets the level to 0, whatever its name."""
+        self._set(0.0, "level")
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is done, as far as the host knows; compiled code asks the tensor."""
+        """Whether no noise is added, as far as the host knows; compiled code reads the tensor."""
         return not self.training or (not torch.compiler.is_compiling() and self._level == 0)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if not self.level.is_meta:  # after `to_empty` it would hold anything, after `bfloat16` too little
+        if not self.level.is_meta:  # after `to_empty` it is arbitrary, after `bfloat16` inexact
             self.level = torch.full_like(self.level, self._level, dtype=torch.float32)
         return self
 
 
 class ActivationNoise(_NoiseBase):
-    """Gaussian noise on activations while training: x + std · N(0, 1), or x · (1 + std · N(0, 1)).
+    """Adds Gaussian noise to activations while training: x + std · N(0, 1), or x · (1 + std · N(0, 1)).
 
     Multiplicative noise is Gaussian dropout: std = √(p / (1 - p)) for a rate of p.  See
-    `functional.gaussian_noise`; `attach_activation_noise` does the same to modules of a model as it is.
-    `std` may be set at any time but between a forward pass and its backward pass, and compiles nothing anew.
+    `functional.gaussian_noise`; `attach_activation_noise` does this in an existing model.  `std` may be set
+    at any time but between a forward pass and its backward pass, and needs no compilation.
 
     Args:
         std: Standard deviation, >= 0: in units of the activations, or as a share of them.
@@ -62,7 +65,7 @@ class ActivationNoise(_NoiseBase):
         ValueError: If std is out of range, or there is no such kind.
 
     Shape:
-        Any, and the same.
+        Any; the output has the same.
 
     Reference:
         Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", §10.
@@ -70,11 +73,12 @@ class ActivationNoise(_NoiseBase):
 
     def __init__(self, std: float = 0.1, kind: str = "additive") -> None:
         super().__init__()
-        self.std, self.kind = std, functional.known_kind(kind)
+        check_choice("kind", kind, functional.GAUSSIAN_KINDS)
+        self.std, self.kind = std, kind
 
     @property
     def std(self) -> float:
-        """The standard deviation."""
+        """The standard deviation of the noise."""
         return self._level
 
     @std.setter
@@ -82,7 +86,7 @@ class ActivationNoise(_NoiseBase):
         self._set(value, "std")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with noise; as it is when not training.
+        """Adds noise to the input while training.
 
         Raises:
             TypeError: If it is not of a floating dtype.
@@ -90,15 +94,15 @@ class ActivationNoise(_NoiseBase):
         return input if self.idle else add_noise(input, self.level, self.kind)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments for `repr`."""
         return f"std={self.std}, kind={self.kind!r}"
 
 
 class InputNoise(ActivationNoise):
-    """Gaussian noise on continuous inputs while training, such as pixels, waveforms and measurements.
+    """Adds Gaussian noise to continuous inputs while training, such as pixels, waveforms and measurements.
 
-    As `ActivationNoise`, and refuses integers: noise of 0.01 on a token id, rounded down again, changes
-    nothing or makes it the token before.  Tokens take `TokenNoise`, their embeddings `EmbeddingNoise`.
+    Works as `ActivationNoise`, but refuses integers: noise of 0.01 on a token id, rounded down, leaves it or
+    makes it the id before.  Use `TokenNoise` for tokens, and `EmbeddingNoise` for their embeddings.
 
     Args:
         std: Standard deviation, >= 0: in units of the inputs, or as a share of them.
@@ -108,14 +112,14 @@ class InputNoise(ActivationNoise):
         ValueError: If std is out of range, or there is no such kind.
 
     Shape:
-        Any, and the same.
+        Any; the output has the same.
 
     Reference:
         Bishop 1995, "Training with noise is equivalent to Tikhonov regularization".
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with noise; as it is when not training.
+        """Adds noise to the input while training.
 
         Raises:
             TypeError: If it is not of a floating dtype, whether training or not.
@@ -129,23 +133,22 @@ class InputNoise(ActivationNoise):
 
 
 class TokenNoise(_DropoutBase):
-    """Replaces tokens by random ones while training, at a rate: noise for inputs that are no quantities.
+    """Replaces tokens by random ones while training, at a rate: noise for ids, which have no distances.
 
-    Adding 0.01 to integer ids and truncating changes nothing (and subtracting it makes each the id before):
-    ids have no distances.  Each token is replaced with probability `rate` by one that is drawn evenly from
-    all that are not special, the one that was there among them.  Special tokens and padding stay.  Labels
-    are the caller's: of a causal model they remain the tokens as they were.
+    Each token is replaced with probability `rate` by one that is drawn evenly from all that are not special,
+    itself included.  Special tokens and padding stay.  Labels do not change: those of a causal model remain
+    the original tokens.
 
     Args:
-        rate: In [0, 1], realised to 1/65536.  May be set at any time, and compiles nothing anew.
-        vocab_size: How many tokens there are.
+        rate: In [0, 1], rounded to 1/65536.  May be set at any time, and needs no compilation.
+        vocab_size: Number of tokens in the vocabulary.
         special_tokens: Ids that are neither replaced nor drawn, such as `tokenizer.all_special_ids`.
 
     Raises:
         ValueError: If the rate or a special token is out of range.
 
     Shape:
-        Tokens of an integer dtype and any shape, and the same.
+        Tokens of an integer dtype and any shape; the output has the same.
 
     Reference:
         Xie et al. 2017, "Data noising as smoothing in neural network language models".
@@ -156,25 +159,29 @@ class TokenNoise(_DropoutBase):
     def __init__(self, rate: float, vocab_size: int, special_tokens: Sequence[int] = ()) -> None:
         super().__init__()
         self.rate, self.vocab_size = rate, int(vocab_size)
-        self.special_tokens = tuple(functional.checked_special(special_tokens, self.vocab_size))
+        self.special_tokens = tuple(functional.check_special_tokens(special_tokens, self.vocab_size))
         special = torch.tensor(self.special_tokens, dtype=torch.int64)
         self.register_buffer("special", special, persistent=False)
 
     @property
     def rate(self) -> float:
-        """The rate."""
+        """The rate at which tokens are replaced."""
         return self._p
 
     @rate.setter
-    def rate(self, value: Rate) -> None:
-        self.p = rates.check_rate(value, "rate")
+    def rate(self, value: float) -> None:
+        self.p = check_range("rate", value, 0, 1)
+
+    def silence(self) -> None:
+        """Sets the rate of replacement to 0."""
+        self.rate = 0.0
 
     def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The tokens, some replaced; as they are when not training.
+        """Replaces some of the tokens while training.
 
         Args:
             input: Tokens.
-            attention_mask: Of their shape: where it is 0, they stay.
+            attention_mask: Of the shape of the tokens: where it is 0, they stay.
 
         Raises:
             TypeError: If the input is not of an integer dtype.
@@ -182,7 +189,9 @@ class TokenNoise(_DropoutBase):
         """
         if self.idle:
             return input
-        return functional.replaced(input, self.drop_thresholds, self.vocab_size, self.special, attention_mask)
+        return functional.replace_tokens(
+            input, self.drop_thresholds, self.vocab_size, self.special, attention_mask
+        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -191,6 +200,6 @@ class TokenNoise(_DropoutBase):
         return self
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments for `repr`."""
         special = f", special_tokens={self.special_tokens}" if self.special_tokens else ""
         return f"rate={self.rate}, vocab_size={self.vocab_size}{special}"

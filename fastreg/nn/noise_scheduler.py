@@ -1,4 +1,4 @@
-"""Levels of noise that change in training."""
+"""Schedules levels of noise in the course of training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from .noise import TokenNoise, _NoiseBase
 
 LEVEL_NAMES = ("std", "alpha", "rate")
-"""What a level is called."""
+"""Names of the attributes that are levels of noise."""
 
 
 class NoiseScheduler:
-    """Sets levels of noise as their own values times a function of the training step.
+    """Multiplies levels of noise by a function of the training step.
 
     ```python
     noise = fastreg.nn.attach_embedding_noise(model, alpha=5.0)
@@ -26,16 +26,16 @@ class NoiseScheduler:
         scheduler.step()
     ```
 
-    Step 0 is set at once.  A level depends on the step and on nothing else; it is held in a tensor, so that
-    compiled code goes on as it is.
+    Levels of step 0 are set at once.  A level depends on the step alone; it is a tensor, so that compiled
+    code need not be compiled again.
 
     Args:
-        targets: What has a `std`, an `alpha` or a `rate` (modules of noise, what attaching them returns,
-            `fastreg.WeightNoise`), or a model with modules of noise in it; or several of these.
-        factor: A function of the step, see `fastreg.schedules`, whose value is >= 0: its rates are shares.
+        targets: One or several objects with a `std`, an `alpha` or a `rate`: modules of noise, attached
+            noise, `fastreg.WeightNoise`, or models that contain modules of noise.
+        factor: A function of the step, see `fastreg.schedules`, whose value is >= 0.
 
     Attributes:
-        last_step: The step whose levels are set.
+        last_step: The step of the current levels.
 
     Raises:
         TypeError: If a target has no level of noise.
@@ -50,13 +50,13 @@ class NoiseScheduler:
             )
         several = isinstance(targets, Iterable) and not isinstance(targets, nn.Module)
         self.factor = factor
-        self._knobs = [knob for target in (targets if several else [targets]) for knob in _knobs(target)]
-        self.bases = [float(_get(*knob)) for knob in self._knobs]
+        self._levels = [level for target in (targets if several else [targets]) for level in _levels(target)]
+        self.bases = [float(_get(*level)) for level in self._levels]
         self.last_step = 0
         self.step(0)
 
     def step(self, step: int | None = None) -> None:
-        """Sets the levels of the next step, or of a given one.
+        """Sets the levels of the next step, or of another one.
 
         Args:
             step: The step, >= 0.
@@ -68,26 +68,26 @@ class NoiseScheduler:
         factor = self.factor(step)
         if not 0 <= factor < math.inf:
             raise ValueError(f"factor at step {step} must be finite and >= 0, got {factor!r}")
-        for (_, name), base in zip(self._knobs, self.bases, strict=True):
+        for (_, name), base in zip(self._levels, self.bases, strict=True):
             if name == "rate" and base * factor > 1:
                 raise ValueError(f"rate at step {step} must be in [0, 1], got {base} * {factor!r}")
-        for knob, base in zip(self._knobs, self.bases, strict=True):
-            _set(*knob, base * factor)
+        for level, base in zip(self._levels, self.bases, strict=True):
+            _set(*level, base * factor)
         self.last_step = step
 
     def get_last_level(self) -> list[float]:
-        """The levels that are set, in the order of the targets."""
-        return [_get(*knob) for knob in self._knobs]
+        """Returns the current levels, in the order of the targets."""
+        return [_get(*level) for level in self._levels]
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the levels that are multiplied; the schedule is an argument."""
+        """Returns the step and the levels before multiplication, but not the schedule."""
         return {"last_step": self.last_step, "bases": list(self.bases)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Sets the levels of the step that was saved.
+        """Restores the levels of the saved step.
 
         Raises:
-            ValueError: If there were more or fewer targets.
+            ValueError: If the number of targets differs.
         """
         bases = [float(base) for base in state_dict["bases"]]
         if len(bases) != len(self.bases):
@@ -96,22 +96,22 @@ class NoiseScheduler:
         self.step(state_dict["last_step"])
 
 
-def _knobs(target: Any) -> list[tuple[Any, str]]:
-    """Holders of levels and their names: attributes, or keys of parameter groups."""
+def _levels(target: Any) -> list[tuple[Any, str]]:
+    """Returns holders of levels with the name of an attribute, or of a key of a parameter group."""
     if isinstance(getattr(target, "param_groups", None), list):
         groups = [(group, "std") for group in target.param_groups if "std" in group]
         if groups:
             return groups
-    if isinstance(target, nn.Module):  # before its own: a model may well have an `alpha` that is no noise
-        held = [m for m in target.modules() if m is not target and isinstance(m, (_NoiseBase, TokenNoise))]
-        if held:
-            return [knob for module in held for knob in _knobs(module)]
-    own = [(target, name) for name in LEVEL_NAMES if isinstance(getattr(target, name, None), (int, float))]
-    if own:
-        return own
+    if isinstance(target, nn.Module):  # first: an `alpha` of a model need not be noise
+        inside = [m for m in target.modules() if m is not target and isinstance(m, (_NoiseBase, TokenNoise))]
+        if inside:
+            return [level for module in inside for level in _levels(module)]
+    levels = [(target, name) for name in LEVEL_NAMES if isinstance(getattr(target, name, None), (int, float))]
+    if levels:
+        return levels
     raise TypeError(
-        f"{type(target).__name__} has no level of noise: give modules of noise, what attach_..._noise() "
-        "returns, or a WeightNoise"
+        f"{type(target).__name__} has no level of noise: give modules of noise, the result of "
+        "attach_..._noise(), or a WeightNoise"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rates as kernels take them: thresholds for 16 random bits, in tensors, so that no change compiles anew."""
+"""Converts rates to thresholds for 16 random bits, in tensors, so that a new rate needs no compilation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ Rate = float | Sequence[float] | Tensor
 
 
 def check_rates(p: Rate, name: str = "p") -> Rate:
-    """The rate.
+    """Returns the rate, or the rates of the channels, if they are in [0, 1].
 
-    Tensors that are elsewhere than on the CPU, or compiled code, would have to be waited for: there rates out
-    of range count as 0 or 1.
+    Values on a device or in compiled code are not read: rates out of range count as 0 or 1 there.
 
     Raises:
-        TypeError: If it is no rate at all.
-        ValueError: If it is out of range, or a tensor or list of more than one dimension.
+        TypeError: If it is neither a number nor a list or tensor.
+        ValueError: If it is out of range, or has more than one dimension.
     """
     if isinstance(p, (int, float)):
         if not 0 <= p <= 1:
@@ -39,20 +38,8 @@ def check_rates(p: Rate, name: str = "p") -> Rate:
     return p
 
 
-def check_rate(p: Rate, name: str = "p") -> float:
-    """The rate, of which there must be one.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range.
-    """
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be one rate in [0, 1], got {p!r}")
-    return float(check_rates(p, name))  # type: ignore[arg-type]
-
-
 def drop_thresholds(p: Rate, device: torch.device | None = None) -> Tensor:
-    """Rates times 65536, rounded, as int32; only rates of 0 and 1 become 0 and 65536."""
+    """Returns rates times 65536, rounded, as int32; only rates of 0 and 1 become 0 and 65536."""
     if isinstance(p, (int, float)):
         return torch.full((), drop_threshold(p), dtype=torch.int32, device=device)
     rates = torch.as_tensor(p, dtype=torch.float64, device=device)
@@ -61,5 +48,5 @@ def drop_thresholds(p: Rate, device: torch.device | None = None) -> Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """The same of one rate."""
+    """Returns what `drop_thresholds` does for a single rate, as an integer."""
     return 0 if p <= 0 else DROP_LEVELS if p >= 1 else min(max(round(p * DROP_LEVELS), 1), DROP_LEVELS - 1)

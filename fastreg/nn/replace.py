@@ -1,4 +1,4 @@
-"""Puts fused modules in the place of torch's."""
+"""Replaces dropout modules of torch by fused ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ FUSED: dict[type[nn.Module], Any] = {
     nn.Dropout2d: Dropout2d,
     nn.Dropout3d: Dropout3d,
 }
-"""What takes the place of torch's modules, of just these classes."""
+"""The replacement of each class of torch; subclasses are left alone."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def replace_dropout(model: Model) -> Model:
-    """Put `fastreg.nn.Dropout` in the place of every `nn.Dropout` of a model, with its rate, in place.
+    """Replaces every `nn.Dropout` of a model by `fastreg.nn.Dropout` with its rate, in place.
 
-    `Dropout1d`, `Dropout2d` and `Dropout3d` are replaced likewise.  A module that stands in several places
-    stays one; hooks stay.  State dicts are not changed.
+    Also replaces `Dropout1d`, `Dropout2d` and `Dropout3d`.  A shared module stays shared; hooks and state
+    dicts are kept.
 
     Args:
-        model: Any module that is not a dropout itself.
+        model: Any module except a dropout.
 
     Returns:
         The model.
@@ -39,15 +39,17 @@ def replace_dropout(model: Model) -> Model:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module where another is, wherever that is: on the device there, with its mode and its hooks."""
-    places = [
+    """Replaces a module wherever a model holds it; the new one gets its device, mode and hooks."""
+    parents = [
         (parent, name)
         for parent in model.modules()
         for name, child in parent._modules.items()
         if child is old
     ]
-    near = (p.device for module in (*(parent for parent, _ in places), model) for p in module.parameters())
-    new.to(next(near, torch.device("cpu"))).train(old.training)
+    devices = (
+        p.device for module in (*(parent for parent, _ in parents), model) for p in module.parameters()
+    )
+    new.to(next(devices, torch.device("cpu"))).train(old.training)
     vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
-    for parent, name in places:
+    for parent, name in parents:
         parent._modules[name] = new

@@ -1,4 +1,4 @@
-"""Dropout of whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`."""
+"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rates import Rate
 
 
 class _Spatial(_DropoutBase):
-    """Base: how many dimensions lie behind the channels, and which ranks torch takes without a word."""
+    """Base with the number of dimensions after the channels, and the ranks that torch takes silently."""
 
     _dims: int
     _ranks: tuple[int, ...]
@@ -25,7 +25,7 @@ class _Spatial(_DropoutBase):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with channels dropped; as it is when not training."""
+        """Drops channels of the input while training."""
         rank = input.dim()
         if rank not in self._ranks:
             self._torch(input.new_empty([0] * rank), training=False)  # warns or raises, in its own words

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..common.unwrap import unwrap_model
-from .attached import Attached
+from .attached import Attached, level_property
 from .embedding_noise import input_embeddings
 from .noise import TokenNoise
 
@@ -18,26 +18,15 @@ class AttachedTokenNoise(Attached):
 
     Args:
         embedding: The embedding.
-        noise: Replaces the ids.
+        noise: The module that replaces ids.
     """
 
+    rate = level_property("rate")
+
     def __init__(self, embedding: nn.Module, noise: TokenNoise) -> None:
-        super().__init__()
+        super().__init__([noise])
         self._noise = noise
         self._hooks = [embedding.register_forward_pre_hook(self._replace)]
-
-    @property
-    def rate(self) -> float:
-        """Share of the tokens that are replaced; may be set between steps."""
-        return self._noise.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        if self._hooks:
-            self._noise.rate = value
-
-    def _silence(self) -> None:
-        self._noise.rate = 0.0
 
     def _replace(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (self._noise(args[0]), *args[1:]) if embedding.training else None

@@ -1,4 +1,4 @@
-"""A plain transformer language model: what the modules of this package look like at work."""
+"""A plain transformer language model, as an example of the modules of this package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .fused import BiasActDropout, BiasDropoutAdd
 
 
 class TransformerWithDropout(nn.Module):
-    """Embeds tokens and positions, drops, runs causal encoder layers that drop, and scores the next token.
+    """A causal transformer with fused dropout that scores the next token.
 
-    The layers have their norms in front, as in GPT-2, whose size is the default: 163 million parameters, of
-    which 39 million are the output head.  Bias, activation and dropout are one pass over memory, and so are
-    bias, dropout and residual.
+    The layers are pre-norm, as in GPT-2, whose size is the default: 163 million parameters, of which 39
+    million are the output head.  Bias, activation and dropout are one pass over memory, and so are bias,
+    dropout and residual.
 
     ```python
     model = fastreg.nn.TransformerWithDropout(dropout=0.1)
@@ -24,14 +24,14 @@ class TransformerWithDropout(nn.Module):
     ```
 
     Args:
-        vocab_size: Tokens there are.
+        vocab_size: Number of tokens.
         d_model: Width.
         nhead: Attention heads; they divide the width.
         num_layers: Layers.
         dim_feedforward: Width between the two linear maps of a layer; 4 times the width by default.
         dropout: Rate in [0, 1] of embeddings, attention probabilities, activations and residual branches.
         activation: Such as `"gelu"`, see `BiasActDropout`.
-        max_length: Positions there are.
+        max_length: Number of positions.
 
     Raises:
         ValueError: If the heads do not divide the width.
@@ -65,7 +65,7 @@ class TransformerWithDropout(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scores of the next token at every position.
+        """Returns scores of the next token at every position.
 
         Raises:
             ValueError: If there are more positions than `max_length`.
@@ -81,7 +81,7 @@ class TransformerWithDropout(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Causal self-attention and two linear maps, each beside a residual.
+    """A pre-norm layer: causal self-attention and two linear maps, each with a residual.
 
     Args:
         d_model: Width.
@@ -104,13 +104,13 @@ class EncoderLayer(nn.Module):
         self.dropout2 = BiasDropoutAdd(d_model, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, length, d_model]`, and the same."""
+        """Computes the output of an input `[batch, length, d_model]`, in its shape."""
         x = self.dropout1(self.attention(self.norm1(x)), x)
         return self.dropout2(self.linear2(self.activation(self.linear1(self.norm2(x)))), x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position attends to itself and those before; the bias of the output is left to what follows.
+    """Causal self-attention; the bias of its output is added by the module after it.
 
     Args:
         d_model: Width.
@@ -127,7 +127,7 @@ class CausalSelfAttention(nn.Module):
         self.output = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, length, d_model]`, and the same."""
+        """Computes the output of an input `[batch, length, d_model]`, in its shape."""
         # [batch, length, 3 · d_model] → three times [batch, nhead, length, d_model / nhead]
         query, key, value = self.inputs(x).unflatten(-1, (3, self.nhead, -1)).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0

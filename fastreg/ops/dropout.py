@@ -174,14 +174,14 @@ def _apply(*arguments: Any) -> Any:
 
 
 class InplaceDropout(torch.autograd.Function):
-    """Differentiates `fastreg::dropout_`, in place."""
+    """Differentiates `fastreg::dropout_`, which works in place."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int,
         noise_shape: Sequence[int] | None,
     ) -> Tensor:  # fmt: skip
-        """Drops elements of x."""
+        """Drops elements of x and scales the others, in place."""
         ctx.mark_dirty(x)
         ctx.save_for_backward(seed, drop_thresholds)
         ctx.inner, ctx.noise_shape = inner, noise_shape

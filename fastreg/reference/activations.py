@@ -1,4 +1,4 @@
-"""Activation functions by name, with their backward passes, in the precision of their argument."""
+"""Defines activation functions by name, with their backward passes, in the precision of the argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class Activation(NamedTuple):
-    """A function of each element, and its backward pass: of a gradient by the result, and of its argument."""
+    """A function of each element, and its backward pass: a function of a gradient and of the argument."""
 
     function: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]

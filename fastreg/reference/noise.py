@@ -1,7 +1,7 @@
-"""Noise on activations: added to each element, or multiplied with it.
+"""Computes noise on activations, added to each element or multiplied with it, in plain PyTorch.
 
-What is drawn for an element is a function of (seed, its index) alone, so that nothing is stored for the
-backward pass: added noise passes gradients on as they are, a factor is drawn again.
+The noise of an element is a function of (seed, its index) alone, so that nothing is stored for the backward
+pass: added noise passes gradients on unchanged, a factor is drawn again.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ KINDS = ("additive", "multiplicative", "uniform")
 """x + scale · N(0, 1), x · (1 + scale · N(0, 1)), and x + scale · U(-1, 1)."""
 
 ROUNDS = 7
-"""Of Philox, as for masks: see `dropout`."""
+"""Rounds of Philox, as for masks: see `dropout`."""
 
 
 def symmetric(seed: Tensor | int, at: PhiloxPosition, like: Tensor) -> Tensor:
-    """Uniform in (-1, 1), odd multiples of 2⁻¹⁶, float32, one for every element of the flat tensor `like`."""
+    """Draws a uniform float32 in (-1, 1), an odd multiple of 2⁻¹⁶, for each element of the flat `like`."""
     return bits16(seed, at, like, ROUNDS).float() * 2.0**-15 + (2.0**-16 - 1.0)
 
 
 def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: PhiloxPosition, kind: str) -> Tensor:
-    """x with noise; where the scale is 0, x to the bit.
+    """Adds noise to x, or multiplies x by it; where the scale is 0, x stays as it is.
 
     Args:
         x: `[n]`.
         seed: 64 bits, as an int64 tensor or an integer.
-        scale: 0-d or `[n]`: standard deviations, or of uniform noise its largest absolute value.
-        at: Where the elements lie.
+        scale: 0-d or `[n]`: standard deviations, or the largest absolute values of uniform noise.
+        at: Position of the elements.
         kind: One of `KINDS`.
     """
     compute = compute_dtype(x.dtype)

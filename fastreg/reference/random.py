@@ -1,4 +1,4 @@
-"""Counter-based random numbers, bit for bit those of `fastreg_kernels.random`, which tells the layout.
+"""Draws counter-based random numbers, bit for bit those of `fastreg_kernels.random` (see there).
 
 Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") on int64 tensors that hold
 uint32 values.  No product relies on wrap-around, which Inductor does not promise.
@@ -15,10 +15,10 @@ _MASK = 0xFFFFFFFF
 
 
 class PhiloxPosition(NamedTuple):
-    """Where a run of elements lies: what its random numbers depend on besides the key."""
+    """The position of a run of elements, on which its random numbers depend besides the key."""
 
     first: int | Tensor  # global index of its first element, rounded down to a multiple of 8
-    skip: int  # what the rounding took away, 0 to 7
+    skip: int  # elements that the rounding added in front, 0 to 7
     stream: int | Tensor  # which tensor
     step: int | Tensor  # which step
 
@@ -32,7 +32,7 @@ def _multiply(m: int, c: Tensor) -> tuple[Tensor, Tensor]:
 def philox(
     counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int], rounds: int
 ) -> tuple[Tensor, ...]:
-    """Philox4x32: four uint32 words from four counter words and two key words, all held in int64."""
+    """Computes Philox4x32: four uint32 words from four counter words and two key words, all in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -46,7 +46,7 @@ def philox(
 def words(
     key: int | Tensor, at: PhiloxPosition, count: int, per_call: int, rounds: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Four words for each of the calls that serve `count` elements, `per_call` elements a call."""
+    """Computes four words for each call, where `count` elements take one call for every `per_call`."""
     calls = (at.skip + count + per_call - 1) // per_call
     group = at.first // per_call + torch.arange(calls, dtype=torch.int64, device=device)
     zero = torch.zeros_like(group)
@@ -59,21 +59,21 @@ def _in_order(columns: tuple[Tensor, ...], at: PhiloxPosition, count: int) -> Te
 
 
 def uniform(key: int | Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
-    """Uniform in [0, 1), multiples of 2⁻²⁴, float32, one for every element of the flat tensor `like`."""
+    """Draws a uniform float32 in [0, 1), a multiple of 2⁻²⁴, for each element of the flat tensor `like`."""
     drawn = words(key, at, like.numel(), 4, 10, like.device)
     return _in_order(tuple((word >> 8).float() * 2.0**-24 for word in drawn), at, like.numel())
 
 
 def bits16(key: int | Tensor, at: PhiloxPosition, like: Tensor, rounds: int) -> Tensor:
-    """16 random bits in an int32 for every element of the flat tensor `like`."""
+    """Draws 16 random bits in an int32 for each element of the flat tensor `like`."""
     drawn = words(key, at, like.numel(), 8, rounds, like.device)
     halves = tuple(half.to(torch.int32) for word in drawn for half in (word & 0xFFFF, word >> 16))
     return _in_order(halves, at, like.numel())
 
 
 def reaches16(key: int | Tensor, at: PhiloxPosition, like: Tensor, threshold: Tensor, rounds: int) -> Tensor:
-    """Whether the 16 random bits of each element of the flat tensor `like` reach a threshold up to 65536."""
-    if threshold.dim() or torch.compiler.is_compiling():  # where bits are four times faster
+    """Returns whether the 16 random bits of each element of the flat `like` reach a threshold up to 65536."""
+    if threshold.dim() or torch.compiler.is_compiling():  # compiled, this is four times faster
         return bits16(key, at, like, rounds) >= threshold
     drawn, limit = words(key, at, like.numel(), 8, rounds, like.device), threshold.long()
     # A threshold in the upper half of a word is compared with whole words.
@@ -82,7 +82,7 @@ def reaches16(key: int | Tensor, at: PhiloxPosition, like: Tensor, threshold: Te
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root: eager float32 on a CPU is 1 ulp off in 16 % of values."""
+    """Returns the correctly rounded square root: eager float32 on a CPU is 1 ulp off in 16 % of values."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or x.device.type != "cpu":
         return x.sqrt()
     return x.double().sqrt().to(x.dtype)
@@ -130,7 +130,7 @@ def _box_muller(radius: Tensor, extra: Tensor, angle: Tensor) -> tuple[Tensor, T
 
 
 def normal(key: int | Tensor, at: PhiloxPosition, like: Tensor, rounds: int = 10) -> Tensor:
-    """Standard normals, float32, one for every element of the flat tensor `like`; |z| up to 9.42.
+    """Draws a standard normal float32 for each element of the flat tensor `like`; |z| is at most 9.42.
 
     Box–Muller (1958): the radius from 64 bits, the angle from 32, both functions from polynomials, so that
     no library function can differ between backends.
@@ -140,9 +140,9 @@ def normal(key: int | Tensor, at: PhiloxPosition, like: Tensor, rounds: int = 10
 
 
 def laplace(key: int | Tensor, at: PhiloxPosition, like: Tensor) -> Tensor:
-    """Of the Laplace distribution with scale 2, float32, one for every element of the flat tensor `like`.
+    """Draws a float32 of the Laplace distribution of scale 2 for each element of the flat tensor `like`.
 
-    A word is the size, -2 ln(word 2⁻³²), and its last bit, which hardly changes that, the sign.
+    A word makes the size, -2 ln(word 2⁻³²), and its last bit, which hardly changes the size, the sign.
     """
     drawn = words(key, at, like.numel(), 4, 10, like.device)
     values = (

@@ -1,4 +1,4 @@
-"""Activation functions by name, with their backward passes, out of exponentials of base 2.
+"""Computes activation functions by name, and their backward passes, by exponentials of base 2.
 
 GELU (Hendrycks & Gimpel 2016), exact and by tanh, and SiLU (Ramachandran et al. 2017).
 """
@@ -11,8 +11,8 @@ import triton.language as tl
 def normal_cdf(x):
     """Φ(x), off by 5e-8 in float32, in half the instructions of `tl.erf`.
 
-    log2 of what the tail holds is a polynomial in |x|, fitted to the smallest largest error.  Its last
-    coefficient is negative, so that it goes on falling beyond 5.5, where the fit ends.
+    log2 of the tail is a polynomial in |x|, fitted to the smallest largest error.  Its last coefficient is
+    negative, so that it falls beyond 5.5, too, where the fit ends.
     """
     if x.dtype == tl.float64:
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -31,7 +31,7 @@ def normal_cdf(x):
 
 @triton.jit
 def sigmoid(t):
-    """s = σ(t ln 2) and s (1 - s), out of a power of 2 that neither overflows nor cancels."""
+    """s = σ(t ln 2) and s (1 - s), by a power of 2 that neither overflows nor cancels."""
     e = tl.exp2(-tl.abs(t))
     r = 1.0 / (1.0 + e)
     other = e * r
@@ -63,7 +63,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def backpropagate(gradient, x, ACTIVATION: tl.constexpr):
-    """The gradient by x, of one by the activation of x."""
+    """Returns the gradient by x for the gradient by its activation."""
     if ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, gradient)
     elif ACTIVATION == "gelu":

@@ -1,7 +1,7 @@
-"""Dropout, and what is fused around it, in one pass: residual + dropout(activation(x + bias)).
+"""Computes dropout, and what is fused around it, in one pass: residual + dropout(activation(x + bias)).
 
-The mask is a function of (seed, element index): the backward pass works it out again, and nothing is stored.
-A call of Philox serves 8 elements, 16 bits each, which costs a bf16 element 14 instructions on sm_90 where
+The mask is a function of (seed, element index): the backward pass computes it again, and nothing is stored.
+A call of Philox serves 8 elements, 16 bits each, which costs 14 instructions per bf16 element on sm_90;
 `tl.rand` costs 61.
 """
 
@@ -16,14 +16,14 @@ from .tiles import for_each_tile
 
 
 class Mask(NamedTuple):
-    """What a program knows of the mask."""
+    """The arguments of the mask; those of a single threshold are meaningless if each channel has its own."""
 
     key: Any
     thresholds: Any  # address
-    threshold: Any  # where there is one for all
-    scale: Any  # likewise
-    alive: Any  # likewise: whether not all is dropped
-    inner: Any
+    threshold: Any  # of all elements
+    scale: Any  # of all elements
+    alive: Any  # whether any element is kept
+    inner: Any  # elements that follow each other in a channel
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def drop_block(
     ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     COMPUTE: tl.constexpr, tile,
 ):  # fmt: skip
-    # Where all is dropped nothing is loaded: activations of 0 are 0, and a mask costs nothing here.
+    # If all is dropped nothing is loaded: activations of 0 are 0, and the mask is free.
     alive = tl.where(mask.alive, tile.inside, False)
     y = biased(x, bias, start, tile, alive, COLUMNS, COMPUTE)
     if gradient is None:

@@ -1,6 +1,6 @@
-"""Noise on activations: one pass over memory, and the same noise wherever it is asked for.
+"""Adds noise to activations, or multiplies them by it, in one pass over memory.
 
-The scale of the noise is read from memory, one for all or one for each row: no value compiles anew.
+The scale of the noise is read from memory, one for all or one for each row: a new value needs no compilation.
 """
 
 import triton
@@ -13,14 +13,14 @@ from .tiles import for_each_tile
 
 @triton.jit
 def symmetric(key, at, like):
-    """Uniform in (-1, 1), odd multiples of 2⁻¹⁶: the sum is exact, and so is the mean of 0."""
+    """Uniform in (-1, 1), odd multiples of 2⁻¹⁶: the addition is exact, and so is the mean of 0."""
     whole = bits16(key, at, like, 7).to(tl.int32, bitcast=True).to(tl.float32)
     return whole * 3.0517578125e-05 + -0.9999847412109375
 
 
 @triton.jit
 def spread(group, like, VECTOR: tl.constexpr):
-    """A value for each group of so many contiguous elements → one for each element, within a thread."""
+    """Repeats a value for each of the VECTOR contiguous elements of its group, within a thread."""
     four = join4(group, group, group, group)
     if VECTOR == 8:
         return interleave(four, four, like)
@@ -82,7 +82,7 @@ def noise_kernel(
     KIND: tl.constexpr, ROWS: tl.constexpr, GROUPED: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
     COMPUTE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Noise of a KIND on n elements in memory order; a program works on `turns` chunks.
+    """Adds noise of a KIND to n elements in memory order; a program works on `turns` chunks.
 
     seed     int64[1]
     scales   [1], or with ROWS [n / inner]     element i has that of row i / inner

@@ -1,9 +1,9 @@
-"""Counter-based random numbers: every value is a function of (key, stream, step, element index).
+"""Draws counter-based random numbers: each is a function of (key, stream, step, element index).
 
 Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the counter words
 (index low, index high, stream, step), where index counts groups of elements that share a call: 4 for
 32-bit draws, 8 for 16-bit draws.  A block must start at a multiple of 8; it need not start at 0 of its
-tensor, so a shard draws what the whole tensor would have drawn.
+tensor, so a shard draws the same numbers as the whole tensor.
 
 The four words of a call are joined so that one thread ends up with contiguous elements, which keeps the
 result in the layout of a 128-bit access: nothing goes through shared memory.
@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 class PhiloxPosition(NamedTuple):
-    """Where a block lies: what its random numbers depend on besides the key."""
+    """The position of a block, on which its random numbers depend besides the key."""
 
     first: Any  # int64, global index of its first element, a multiple of 8
     stream: Any  # uint32, which tensor
@@ -61,8 +61,19 @@ def interleave(first_half, second_half, like):
 
 
 @triton.jit
-def uniform_words(key, at, h):
-    a, b, c, d = words(key, h, at, 10)
+def each_element(function, key, at, like, ROUNDS: tl.constexpr):
+    """Draws 4 numbers for each group by `function(key, at, groups, ROUNDS)`, and returns them in order."""
+    if at.vector == 8:
+        h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
+        return interleave(function(key, at, h, ROUNDS), function(key, at, h + 1, ROUNDS), like)
+    else:
+        h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
+        return tl.reshape(function(key, at, h, ROUNDS), like.shape)
+
+
+@triton.jit
+def uniform_words(key, at, h, ROUNDS: tl.constexpr):
+    a, b, c, d = words(key, h, at, ROUNDS)
     return join4(to_uniform(a), to_uniform(b), to_uniform(c), to_uniform(d))
 
 
@@ -73,18 +84,13 @@ def to_uniform(word):
 
 @triton.jit
 def uniform(key, at, like):
-    """Uniform in [0, 1), multiples of 2⁻²⁴, one for every element of the block `like`."""
-    if at.vector == 8:
-        h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
-        return interleave(uniform_words(key, at, h), uniform_words(key, at, h + 1), like)
-    else:
-        h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
-        return tl.reshape(uniform_words(key, at, h), like.shape)
+    """Draws a uniform number in [0, 1), a multiple of 2⁻²⁴, for each element of the block `like`."""
+    return each_element(uniform_words, key, at, like, 10)
 
 
 @triton.jit
 def bits16(key, at, like, ROUNDS: tl.constexpr):
-    """16 random bits in a uint32 for every element of the block `like`."""
+    """Draws 16 random bits in a uint32 for each element of the block `like`."""
     a, b, c, d = words(key, at.first // 8 + tl.arange(0, like.shape[0] // 8), at, ROUNDS)
     pairs = join4(a, b, c, d)
     return tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), like.shape)
@@ -94,7 +100,7 @@ def bits16(key, at, like, ROUNDS: tl.constexpr):
 def reaches16(key, at, like, threshold, ROUNDS: tl.constexpr):
     """Whether the 16 random bits of each element reach a threshold below 65536.
 
-    A threshold in the upper half of a word is compared with whole words, which spares taking them apart.
+    A threshold in the upper half of a word is compared with whole words, so that none is taken apart.
     """
     a, b, c, d = words(key, at.first // 8 + tl.arange(0, like.shape[0] // 8), at, ROUNDS)
     pairs = join4(a, b, c, d)
@@ -155,17 +161,12 @@ def normal_words(key, at, h, ROUNDS: tl.constexpr):
 
 @triton.jit
 def normal(key, at, like, ROUNDS: tl.constexpr = 10):
-    """Standard normals, one for every element of the block `like`; |z| up to 9.42.
+    """Draws a standard normal for each element of the block `like`; |z| is at most 9.42.
 
     Box–Muller with a 64-bit radius and polynomials instead of libm: no local memory, and the same bits
     as the reference wherever multiply-adds are not fused.
     """
-    if at.vector == 8:
-        h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
-        return interleave(normal_words(key, at, h, ROUNDS), normal_words(key, at, h + 1, ROUNDS), like)
-    else:
-        h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
-        return tl.reshape(normal_words(key, at, h, ROUNDS), like.shape)
+    return each_element(normal_words, key, at, like, ROUNDS)
 
 
 @triton.jit
@@ -175,17 +176,12 @@ def laplace_word(word):
 
 
 @triton.jit
-def laplace_words(key, at, h):
-    a, b, c, d = words(key, h, at, 10)
+def laplace_words(key, at, h, ROUNDS: tl.constexpr):
+    a, b, c, d = words(key, h, at, ROUNDS)
     return join4(laplace_word(a), laplace_word(b), laplace_word(c), laplace_word(d))
 
 
 @triton.jit
 def laplace(key, at, like):
-    """Of the Laplace distribution with scale 2, one for every element of the block `like`."""
-    if at.vector == 8:
-        h = at.first // 4 + 2 * tl.arange(0, like.shape[0] // 8)
-        return interleave(laplace_words(key, at, h), laplace_words(key, at, h + 1), like)
-    else:
-        h = at.first // 4 + tl.arange(0, like.shape[0] // 4)
-        return tl.reshape(laplace_words(key, at, h), like.shape)
+    """Draws a number of the Laplace distribution of scale 2 for each element of the block `like`."""
+    return each_element(laplace_words, key, at, like, 10)

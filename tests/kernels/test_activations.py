@@ -49,5 +49,5 @@ def test_relu_passes_gradients_as_torch_does(backend):
     exact = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(torch.relu(exact), exact, gradient)
     none, seed = rates.drop_thresholds(0.0), torch.tensor(0)
-    found = dropout_ops.bias_act_dropout_backward(x, None, gradient, seed, none, 1, "relu")
-    assert torch.equal(found, expected)
+    actual = dropout_ops.bias_act_dropout_backward(x, None, gradient, seed, none, 1, "relu")
+    assert torch.equal(actual, expected)

@@ -37,20 +37,20 @@ def run(kind, a, b, bias, drop_thresholds, activation, dtype, backend="triton", 
 
 def compare(kind, a, b, bias, drop_thresholds, activation, dtype, inner=1):
     """The mask of the reference, and at most twice its distance from float64, besides rounding."""
-    found = run(kind, a, b, bias, drop_thresholds, activation, dtype, inner=inner)
+    actual = run(kind, a, b, bias, drop_thresholds, activation, dtype, inner=inner)
     plain = run(kind, a, b, bias, drop_thresholds, activation, dtype, "reference", inner)
     wide = [None if t is None else t.double() for t in (a, b, bias)]
     truth = run(kind, *wide, drop_thresholds, activation, torch.float64, "reference", inner)
-    assert found.dtype == dtype and found.shape == truth.shape and truth.isfinite().all()
-    own, other = ((t.double() - truth).abs() for t in (found, plain))
+    assert actual.dtype == dtype and actual.shape == truth.shape and truth.isfinite().all()
+    error, other = ((t.double() - truth).abs() for t in (actual, plain))
     # The interpreter truncates to bfloat16: a whole unit in the last place.
     storage = torch.finfo(dtype).eps * truth.abs()
     compute = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * truth.abs().max()
-    assert (own <= 2 * other.max() + storage + compute).all()
+    assert (error <= 2 * other.max() + storage + compute).all()
     with fastreg.use_backend("reference"):
         dropped = dropout_ops.dropout(torch.ones_like(truth), SEED, drop_thresholds, inner, None) == 0
-    expected = torch.zeros_like(found) if kind != "dropout" or b is None else b.to(dtype)
-    assert torch.equal(found[dropped], expected[dropped])
+    expected = torch.zeros_like(actual) if kind != "dropout" or b is None else b.to(dtype)
+    assert torch.equal(actual[dropped], expected[dropped])
 
 
 DTYPES = pytest.mark.parametrize(
@@ -79,25 +79,25 @@ def test_backward(activation, dtype, columns):
 
 @pytest.mark.parametrize("bias, residual", [(False, False), (False, True), (True, False)])
 def test_without_a_part(bias, residual):
-    x, other, own = draw((13, 768)).float(), draw((13, 768), seed=1).float(), draw(768, seed=2).float()
-    given = x, other if residual else None, own if bias else None
-    compare("dropout", *given, rates.drop_thresholds(0.3), "gelu", torch.float32)
-    compare("dropout_backward", other, x, given[2], rates.drop_thresholds(0.3), "gelu", torch.float32)
+    x, other, vector = draw((13, 768)).float(), draw((13, 768), seed=1).float(), draw(768, seed=2).float()
+    tensors = x, other if residual else None, vector if bias else None
+    compare("dropout", *tensors, rates.drop_thresholds(0.3), "gelu", torch.float32)
+    compare("dropout_backward", other, x, tensors[2], rates.drop_thresholds(0.3), "gelu", torch.float32)
 
 
 @WIDTHS
 def test_a_rate_for_each_feature(columns):
     x, residual, bias = draw((13, columns)).float(), draw((13, columns)).float(), draw(columns).float()
-    own = rates.drop_thresholds(torch.linspace(0, 1, columns))
-    compare("dropout", x, residual, bias, own, "silu", torch.float32)
-    compare("dropout_backward", x, residual, bias, own, "silu", torch.float32)
+    drop_thresholds = rates.drop_thresholds(torch.linspace(0, 1, columns))
+    compare("dropout", x, residual, bias, drop_thresholds, "silu", torch.float32)
+    compare("dropout_backward", x, residual, bias, drop_thresholds, "silu", torch.float32)
 
 
 @pytest.mark.parametrize("inner", [3, 8, 1000, 2**30])
 def test_channels_of_several_elements(inner):
     """Of 2³⁰ the index of a channel takes 64 bits."""
-    own = rates.drop_thresholds([0.1, 0.9, 0.0, 1.0, 0.5])
-    compare("dropout", draw(13_001).float(), None, None, own, "identity", torch.float32, inner)
+    drop_thresholds = rates.drop_thresholds([0.1, 0.9, 0.0, 1.0, 0.5])
+    compare("dropout", draw(13_001).float(), None, None, drop_thresholds, "identity", torch.float32, inner)
 
 
 @pytest.mark.parametrize("x, bias, residual", [
@@ -130,10 +130,10 @@ def test_starts_amid_an_allocation(skip, dtype):
     compare("dropout", x, residual, bias, rates.drop_thresholds(0.3), "gelu_tanh", dtype)
     compare("dropout_backward", x, residual, bias, rates.drop_thresholds(0.3), "gelu_tanh", dtype)
     aligned = run("dropout", x.clone(), None, None, rates.drop_thresholds(0.3), "identity", dtype)
-    own = draw(6000, dtype)
-    part = own[skip:]
+    storage = draw(6000, dtype)
+    part = storage[skip:]
     run("dropout", part, None, None, rates.drop_thresholds(0.3), "identity", dtype, out=part)
-    assert torch.equal(own[skip:], aligned) and torch.equal(own[:skip], draw(6000, dtype)[:skip])
+    assert torch.equal(storage[skip:], aligned) and torch.equal(storage[:skip], draw(6000, dtype)[:skip])
 
 
 @REAL

@@ -36,17 +36,17 @@ def run(x, scale, kind, inner=1, backend="triton", seed=SEED):
 
 def compare(x, scale, kind, inner=1, same=torch.equal):
     """The bits of the reference; of bfloat16 within a unit, since the interpreter truncates."""
-    found, expected = run(x, scale, kind, inner), run(x, scale, kind, inner, "reference")
-    assert found.dtype == expected.dtype == x.dtype and found.shape == x.shape
+    actual, expected = run(x, scale, kind, inner), run(x, scale, kind, inner, "reference")
+    assert actual.dtype == expected.dtype == x.dtype and actual.shape == x.shape
     if x.dtype == torch.bfloat16:
         # A unit in the last place: eps is relative to the lower end of a binade.
         bound = torch.finfo(x.dtype).eps * expected.double().abs()
-        assert ((found.double() - expected.double()).abs() <= bound).all()
+        assert ((actual.double() - expected.double()).abs() <= bound).all()
     elif x.dtype == torch.float64:
-        assert ((found - expected).abs() <= 1e-6 * expected.abs().max()).all()
+        assert ((actual - expected).abs() <= 1e-6 * expected.abs().max()).all()
     else:
-        assert same(found, expected)
-    assert not torch.equal(found, x)
+        assert same(actual, expected)
+    assert not torch.equal(actual, x)
 
 
 def rows(count, seed=1):
@@ -107,11 +107,11 @@ def test_a_scale_of_0_leaves_every_bit(kind, dtype, backend):
     """Infinities and the signs of zeros, too."""
     x = draw((6, 256), dtype)
     x[:, :3] = torch.tensor([-0.0, math.inf, -math.inf], dtype=dtype)
-    for found in (run(x, torch.tensor(0.0), kind, 1, backend), run(x, torch.zeros(6), kind, 256, backend)):
-        assert torch.equal(found.view(torch.uint8), x.view(torch.uint8))
+    for actual in (run(x, torch.tensor(0.0), kind, 1, backend), run(x, torch.zeros(6), kind, 256, backend)):
+        assert torch.equal(actual.view(torch.uint8), x.view(torch.uint8))
     some = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
-    found = run(x, some, kind, 256, backend)
-    untouched = (found.view(6, -1).view(torch.uint8) == x.view(torch.uint8)).all(1)
+    actual = run(x, some, kind, 256, backend)
+    untouched = (actual.view(6, -1).view(torch.uint8) == x.view(torch.uint8)).all(1)
     assert untouched.tolist() == (some == 0).tolist()
 
 
@@ -121,8 +121,8 @@ def test_a_scale_of_0_leaves_every_bit(kind, dtype, backend):
 ])  # fmt: skip
 def test_compiled_equals_the_reference(kind, dtype, inner):
     x, scale = draw((13, 771), dtype), torch.tensor(0.3) if inner == 1 else rows(13)
-    found, expected = run(x, scale, kind, inner, "compiled"), run(x, scale, kind, inner, "reference")
-    assert found.dtype == dtype and torch.equal(found, expected)
+    actual, expected = run(x, scale, kind, inner, "compiled"), run(x, scale, kind, inner, "reference")
+    assert actual.dtype == dtype and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("block, per_thread", [(1024, 8), (8192, 16)])

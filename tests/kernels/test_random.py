@@ -39,12 +39,13 @@ KNOWN_ANSWERS = """
 
 @triton.jit
 def draw_kernel(
-    place, uniforms, normals, bits, reached, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ROUNDS: tl.constexpr
-):
-    key = tl.load(place)
+    position, uniforms, normals, bits, reached, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    key = tl.load(position)
     start = tl.program_id(0) * BLOCK
-    first = tl.load(place + 1) + start
-    stream, step = tl.load(place + 2).to(tl.uint32), tl.load(place + 3).to(tl.uint32)
+    first = tl.load(position + 1) + start
+    stream, step = tl.load(position + 2).to(tl.uint32), tl.load(position + 3).to(tl.uint32)
     offsets = start + tl.arange(0, BLOCK)
     like = tl.zeros([BLOCK], tl.float32)
     # Bound to a local, `PhiloxPosition` would lose its constexpr when compiled.
@@ -60,10 +61,10 @@ def draw_kernel(
 
 
 @triton.jit
-def words_kernel(place, out, ROUNDS: tl.constexpr):
-    group = tl.load(place + 1) + tl.arange(0, 1)
-    stream, step = tl.load(place + 2).to(tl.uint32), tl.load(place + 3).to(tl.uint32)
-    a, b, c, d = kernels.words(tl.load(place), group, PhiloxPosition(0, stream, step, 4), ROUNDS)
+def words_kernel(position, out, ROUNDS: tl.constexpr):
+    group = tl.load(position + 1) + tl.arange(0, 1)
+    stream, step = tl.load(position + 2).to(tl.uint32), tl.load(position + 3).to(tl.uint32)
+    a, b, c, d = kernels.words(tl.load(position), group, PhiloxPosition(0, stream, step, 4), ROUNDS)
     word = tl.arange(0, 1)
     tl.store(out + word, a.to(tl.int64))
     tl.store(out + word + 1, b.to(tl.int64))
@@ -88,21 +89,21 @@ def signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def draw(place: tuple[int, ...], count: int, block: int, vector: int, rounds: int) -> list[Tensor]:
+def draw(position: tuple[int, ...], count: int, block: int, vector: int, rounds: int) -> list[Tensor]:
     """Uniforms, normals, 16 bits and whether these reach 20000, from `(key, first, stream, step)` on."""
     out = [
         torch.empty(count, dtype=dtype, device=DEVICE)
         for dtype in (torch.float32, torch.float32, torch.int64, torch.int64)
     ]
     draw_kernel[(count // block,)](
-        torch.tensor(place, device=DEVICE), *out,
+        torch.tensor(position, device=DEVICE), *out,
         BLOCK=block, VECTOR=vector, ROUNDS=rounds, enable_fp_fusion=False,
     )  # fmt: skip
     return [tensor.cpu() for tensor in out]
 
 
-def expected(place: tuple[int, ...], count: int, rounds: int) -> list[Tensor]:
-    key, first, stream, step = place
+def expected(position: tuple[int, ...], count: int, rounds: int) -> list[Tensor]:
+    key, first, stream, step = position
     at, like = reference.PhiloxPosition(first, 0, stream, step), torch.empty(count)
     return [
         reference.uniform(key, at, like),
@@ -116,9 +117,9 @@ def expected(place: tuple[int, ...], count: int, rounds: int) -> list[Tensor]:
 def test_philox_gives_the_published_words(line: str) -> None:
     rounds, *words = line.split()
     c0, c1, c2, c3, k0, k1, *answer = (int(word, 16) for word in words)
-    place = torch.tensor([signed(k0 | k1 << 32), signed(c0 | c1 << 32), c2, c3], device=DEVICE)
+    position = torch.tensor([signed(k0 | k1 << 32), signed(c0 | c1 << 32), c2, c3], device=DEVICE)
     out = torch.empty(4, dtype=torch.int64, device=DEVICE)
-    words_kernel[(1,)](place, out, ROUNDS=int(rounds))
+    words_kernel[(1,)](position, out, ROUNDS=int(rounds))
     assert out.tolist() == answer
 
 
@@ -126,25 +127,25 @@ def test_philox_gives_the_published_words(line: str) -> None:
 @pytest.mark.parametrize("first", FIRSTS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_draws_are_those_of_the_reference(seed: int, first: int, vector: int, rounds: int) -> None:
-    place = seed, first, 5, 9
-    for got, value in zip(draw(place, 256, 128, vector, rounds), expected(place, 256, rounds), strict=True):
-        assert torch.equal(got, value)
+    position = seed, first, 5, 9
+    drawn = draw(position, 256, 128, vector, rounds)
+    assert all(map(torch.equal, drawn, expected(position, 256, rounds)))
 
 
 @pytest.mark.parametrize(
     "stream, step", ((0, 0), (2**32 - 1, 1), (1, 2**32 - 1), (-1, 2**32 + 5), (2**32 + 5, -1))
 )
 def test_streams_and_steps_count_by_their_low_32_bits(stream: int, step: int) -> None:
-    place = 3, 0, stream, step
-    for got, value in zip(draw(place, 128, 128, 4, 10), expected(place, 128, 10), strict=True):
+    position = 3, 0, stream, step
+    for got, value in zip(draw(position, 128, 128, 4, 10), expected(position, 128, 10), strict=True):
         assert torch.equal(got, value)
 
 
 @pytest.mark.parametrize("vector", (4, 8))
 @pytest.mark.parametrize("block", (128, 1024, 4096))
 def test_the_block_does_not_matter(block: int, vector: int) -> None:
-    place = -1, 2**34 - 2048, 1, 2
-    for got, value in zip(draw(place, 4096, block, vector, 10), expected(place, 4096, 10), strict=True):
+    position = -1, 2**34 - 2048, 1, 2
+    for got, value in zip(draw(position, 4096, block, vector, 10), expected(position, 4096, 10), strict=True):
         assert torch.equal(got, value)
 
 

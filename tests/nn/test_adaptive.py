@@ -145,7 +145,7 @@ def test_a_new_rate():
     module(x)
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
-    with pytest.raises(TypeError, match="p must be one rate"):
+    with pytest.raises(TypeError, match="p must be a number"):
         module.p = [0.1] * 8
 
 
@@ -244,19 +244,19 @@ def test_recomputation_sees_the_same_masks(importance, reentrant, behind):
         def body(x):
             return module(torch.tanh(x @ weight)) if behind else torch.tanh(module(x) @ weight)
 
-        x, found = data().detach().double(), []
+        x, results = data().detach().double(), []
         for seed in range(3):
             torch.manual_seed(seed)
-            own = x.clone().requires_grad_()
-            y = own
+            leaf = x.clone().requires_grad_()
+            y = leaf
             for _ in range(2):
                 y = checkpoint(body, y, use_reentrant=reentrant) if wrapped else body(y)
             y.square().sum().backward()
-            found += [y.detach(), own.grad]
-        return found, module
+            results += [y.detach(), leaf.grad]
+        return results, module
 
-    (found, ours), (expected, theirs) = run(True), run(False)
-    assert all(map(torch.equal, found, expected))
+    (results, ours), (expected, theirs) = run(True), run(False)
+    assert all(map(torch.equal, results, expected))
     assert torch.equal(ours.importance, theirs.importance) and ours.importance.all()
 
 

@@ -33,7 +33,7 @@ def test_module():
     module.train().drop_prob = 0.0
     assert module(x) is x
     for bad in (-0.1, 1.5, math.nan):
-        with pytest.raises(ValueError, match=r"drop_prob must be a rate in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"drop_prob must be in \[0, 1\]"):
             module.drop_prob = bad
 
 

@@ -56,9 +56,9 @@ def test_what_is_dropped_is_0_whatever_it_was(backend):
         x = torch.full((999,), bad, requires_grad=True)
         y = drop(x, 2, 0.5)
         y.backward(torch.full_like(y, bad))
-        for found in (y.detach(), x.grad):
-            dropped = found == 0
-            assert 400 < int(dropped.sum()) < 600 and not found[~dropped].isfinite().any()
+        for values in (y.detach(), x.grad):
+            dropped = values == 0
+            assert 400 < int(dropped.sum()) < 600 and not values[~dropped].isfinite().any()
 
 
 def test_backward_is_forward(backend, x):
@@ -75,11 +75,11 @@ def test_backward_is_forward(backend, x):
 
 def test_in_place_equals_out_of_place(backend, x):
     expected = drop(x, 4, 0.4)
-    own = x.clone()
-    assert drop(own, 4, 0.4, inplace=True) is own and torch.equal(own, expected)
+    copied = x.clone()
+    assert drop(copied, 4, 0.4, inplace=True) is copied and torch.equal(copied, expected)
     leaf = x.clone().requires_grad_()
-    own = leaf * 2
-    drop(own, 4, 0.4, inplace=True).sum().backward()
+    doubled = leaf * 2
+    drop(doubled, 4, 0.4, inplace=True).sum().backward()
     assert torch.equal(leaf.grad, 2 * drop(torch.ones_like(x), 4, 0.4))
     view = x.clone().t()
     drop(view, 4, 0.4, inplace=True)
@@ -93,9 +93,9 @@ def test_a_rate_for_each_channel(backend):
     for dim in (0, 1, -1, -3):
         n = x.shape[dim]
         assert torch.equal(drop(x, 5, [0.3] * n, dim=dim), drop(x, 5, 0.3))
-        own = torch.linspace(0, 1, n)
-        y = drop(x, 5, own, dim=dim)
-        for channel, p in enumerate(own.tolist()):
+        rates_of_channels = torch.linspace(0, 1, n)
+        y = drop(x, 5, rates_of_channels, dim=dim)
+        for channel, p in enumerate(rates_of_channels.tolist()):
             assert torch.equal(y.select(dim, channel), drop(x, 5, p).select(dim, channel))
     with pytest.raises(ValueError, match="p has 4 rates, but dimension 1 of shape .* has 8 channels"):
         functional.dropout(x, [0.1] * 4, dim=1)
@@ -104,13 +104,13 @@ def test_a_rate_for_each_channel(backend):
 
 
 def test_many_channels_span_blocks():
-    own = torch.rand(5000, generator=torch.Generator().manual_seed(1))
+    rates_of_elements = torch.rand(5000, generator=torch.Generator().manual_seed(1))
     x = torch.ones(3, 5000)
-    found = []
+    results = []
     for backend in BACKENDS:
         with fastreg.use_backend(backend):
-            found.append(drop(x, 6, own))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+            results.append(drop(x, 6, rates_of_elements))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 5), (1, 8, 1), (6, 1, 1), (1, 1, 1), (6, 8, 5)])
@@ -163,13 +163,13 @@ def test_the_rate_is_what_was_set(x):
 
 
 def test_rates_in_a_tensor(x):
-    own = torch.linspace(0, 1, 11)
-    module = Dropout(own)
+    rates_of_channels = torch.linspace(0, 1, 11)
+    module = Dropout(rates_of_channels)
     torch.manual_seed(0)
-    assert torch.equal(module(x), drop(x, 0, own))
+    assert torch.equal(module(x), drop(x, 0, rates_of_channels))
     compiled = torch.compile(lambda x, p: functional.dropout(x, p), fullgraph=True, backend="eager")
     torch.manual_seed(0)
-    assert torch.equal(compiled(x, own), drop(x, 0, own))
+    assert torch.equal(compiled(x, rates_of_channels), drop(x, 0, rates_of_channels))
 
 
 def test_no_conversion_changes_the_rate(x):

@@ -8,20 +8,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fastreg
 from fastreg.nn import EmbeddingNoise, NoiseScheduler, attach_embedding_noise
 from fastreg.schedules import Linear
 
 transformers = pytest.importorskip("transformers")
 neftune = pytest.importorskip("transformers.integrations.neftune")
 
+pytestmark = pytest.mark.usefixtures("reference")
 LENGTHS = [3, 8, 1, 5]
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with fastreg.use_backend("reference"):
-        yield
 
 
 def llama():
@@ -42,7 +36,7 @@ def batch():
 def embeddings(model, *args, seed=3, **kwargs):
     """What comes out of the embedding in a forward pass."""
     seen = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda *given: seen.append(given[2]))
+    handle = model.get_input_embeddings().register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     torch.manual_seed(seed)
     model(*args, **kwargs)
     handle.remove()
@@ -109,11 +103,11 @@ def test_true_lengths(positional):
     noise = torch.stack([added(model, *args, **kwargs, seed=seed) for seed in range(50)])
     assert not noise[:, mask == 0].any()
     for sample, length in enumerate(LENGTHS):
-        own = noise[:, sample, :length].double()
+        sample_noise = noise[:, sample, :length].double()
         limit = 5.0 / math.sqrt(length * 16)
-        assert 0.98 * limit < own.abs().max() <= limit * (1 + 1e-5)
-        ratio = own.square().mean() / (limit**2 / 3)
-        assert abs(ratio - 1) < 5 * math.sqrt(4 / 5 / own.numel())
+        assert 0.98 * limit < sample_noise.abs().max() <= limit * (1 + 1e-5)
+        ratio = sample_noise.square().mean() / (limit**2 / 3)
+        assert abs(ratio - 1) < 5 * math.sqrt(4 / 5 / sample_noise.numel())
 
 
 def test_without_a_mask_all_tokens_count():
@@ -158,8 +152,8 @@ def test_gaussian_noise_of_a_std(length):
     model = llama()
     attached = attach_embedding_noise(model, std=0.2, length=length)
     noise = torch.stack([added(model, input_ids=ids, attention_mask=mask, seed=seed) for seed in range(50)])
-    held = noise[:, mask == 1].double()
-    assert abs(held.square().mean() / 0.04 - 1) < 5 * math.sqrt(2 / held.numel())
+    unmasked = noise[:, mask == 1].double()
+    assert abs(unmasked.square().mean() / 0.04 - 1) < 5 * math.sqrt(2 / unmasked.numel())
     assert bool(noise[:, mask == 0].any()) == (length == "padded")
     assert attached.alpha is None and attached.std == 0.2
     with pytest.raises(AttributeError, match="has a std, not an alpha"):
@@ -194,7 +188,7 @@ def test_evaluation_and_gradients_are_untouched(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_checkpoints_draw_the_same_noise(options):
     ids, mask = batch()
-    found = []
+    results = []
     for checkpointed in (False, True):
         model = llama()
         attach_embedding_noise(model, **options)
@@ -205,19 +199,14 @@ def test_checkpoints_draw_the_same_noise(options):
         torch.manual_seed(1)
         value = checkpoint(loss, mask, use_reentrant=False) if checkpointed else loss(mask)
         value.backward()
-        found.append([value.detach(), *(p.grad for p in model.parameters())])
-    assert all(map(torch.equal, *found))
+        results.append([value.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("options", [{}, {"length": "true"}], ids=str)  # each generator once
-def test_compiles_once(options):
+def test_compiles_once(options, counting):
     """With levels that change; counters draw the same as in eager mode."""
-    graphs = []
-
-    def compiler(graph, inputs):
-        graphs.append(graph)
-        return graph
-
+    graphs, compiler = counting
     ids, mask = batch()
     model = llama()
     clean = model(input_ids=ids, attention_mask=mask).logits
@@ -226,19 +215,34 @@ def test_compiles_once(options):
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for _ in range(3):
         torch.manual_seed(2)
-        found = compiled(input_ids=ids, attention_mask=mask).logits
+        logits = compiled(input_ids=ids, attention_mask=mask).logits
         torch.manual_seed(2)
         eager = model(input_ids=ids, attention_mask=mask).logits
         if options:
-            torch.testing.assert_close(found, eager)
-        assert not torch.allclose(found, clean)
+            torch.testing.assert_close(logits, eager)
+        assert not torch.allclose(logits, clean)
         scheduler.step()
     assert torch.allclose(compiled(input_ids=ids, attention_mask=mask).logits, clean)
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("positional", [False, True])
+def test_wrapped_models_get_the_noise_of_plain_ones(wrap, options, positional):
+    ids, mask = batch()
+
+    def logits(model, run):
+        with attach_embedding_noise(model, **options):
+            torch.manual_seed(2)
+            return (run(ids, mask) if positional else run(input_ids=ids, attention_mask=mask)).logits
+
+    model = llama()
+    wrapped = wrap(model)
+    torch.testing.assert_close(logits(wrapped, wrapped), logits(model, model))
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
-def test_wrapped_models():
+def test_models_of_peft():
     """PEFT's wrapper tells neither the embeddings nor, by position, the mask."""
     peft = pytest.importorskip("peft")
     ids, mask = batch()
@@ -294,11 +298,11 @@ def test_a_schedule_that_goes_on_leaves_removed_noise_removed():
 
 def test_what_is_wrong_says_so():
     model = llama()
-    with pytest.raises(ValueError, match="length must be 'padded' or 'true', got 'longest'"):
+    with pytest.raises(ValueError, match="length must be one of 'padded', 'true', got 'longest'"):
         attach_embedding_noise(model, length="longest")
     with pytest.raises(ValueError, match="generator='torch' is for what the Trainer draws"):
         attach_embedding_noise(model, std=0.1, generator="torch")
-    with pytest.raises(ValueError, match="generator must be 'torch' or 'counter', got 'philox'"):
+    with pytest.raises(ValueError, match="generator must be one of 'torch', 'counter', got 'philox'"):
         EmbeddingNoise(generator="philox")
     for options in ({"alpha": -1.0}, {"std": math.inf}):
         with pytest.raises(ValueError, match="must be finite and >= 0"):

@@ -42,10 +42,10 @@ def seeded(seed, function, *args, **options):
     return function(*args, **options)
 
 
-def gradients(y, given):
+def gradients(y, tensors):
     generator = torch.Generator().manual_seed(1)
     g = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, [t for t in given if t is not None], g)
+    return torch.autograd.grad(y, [t for t in tensors if t is not None], g)
 
 
 @pytest.mark.slow(backend="compiled", activation=("identity", "relu", "gelu_tanh", "silu"))
@@ -54,12 +54,12 @@ def gradients(y, given):
 def test_equals_its_parts(backend, activation, bias, residual, close):
     if backend == "compiled" and not (bias and residual):
         pytest.skip("compiling takes seconds, and this takes nothing but less")
-    given = inputs(dtype=torch.float64, bias=bias, residual=residual)
+    tensors = inputs(dtype=torch.float64, bias=bias, residual=residual)
     for p in (0.0, 0.3, torch.linspace(0, 0.9, 24)):
-        y = seeded(3, bias_act_dropout_add, *given, p, activation=activation)
-        expected = composed(*given, p, activation, 3)
+        y = seeded(3, bias_act_dropout_add, *tensors, p, activation=activation)
+        expected = composed(*tensors, p, activation, 3)
         close(y, expected)
-        close(gradients(y, given), gradients(expected, given))
+        close(gradients(y, tensors), gradients(expected, tensors))
 
 
 @pytest.mark.slow(backend="compiled", dtype=torch.float32)
@@ -70,17 +70,17 @@ def test_as_exact_as_the_parts_in_the_same_dtype(backend, dtype, activation):
     if backend == "compiled" and activation not in ("gelu", "gelu_tanh"):
         pytest.skip("compiling takes seconds, and the others are simpler")
     """No further from float64 than twice what torch's own composition is, and a rounding of the result."""
-    given = inputs((64, 96), dtype)
-    exact = [t.detach().double().requires_grad_() for t in given]
-    y = seeded(4, bias_act_dropout_add, *given, 0.3, activation=activation)
-    parts, truth = composed(*given, 0.3, activation, 4), composed(*exact, 0.3, activation, 4)
-    found = [y, *gradients(y, given)]
-    theirs = [parts, *gradients(parts, given)]
+    tensors = inputs((64, 96), dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y = seeded(4, bias_act_dropout_add, *tensors, 0.3, activation=activation)
+    parts, truth = composed(*tensors, 0.3, activation, 4), composed(*exact, 0.3, activation, 4)
+    actual = [y, *gradients(y, tensors)]
+    theirs = [parts, *gradients(parts, tensors)]
     wanted = [truth, *gradients(truth, exact)]
     unit = torch.finfo(dtype).eps  # a whole one: the interpreter truncates
-    for a, b, c in zip(found, theirs, wanted, strict=True):
-        own, other = ((t.double() - c).abs().max() for t in (a, b))
-        assert a.dtype == dtype and own <= 2 * other + unit * c.abs().max()
+    for a, b, c in zip(actual, theirs, wanted, strict=True):
+        error, other = ((t.double() - c).abs().max() for t in (a, b))
+        assert a.dtype == dtype and error <= 2 * other + unit * c.abs().max()
 
 
 @pytest.mark.slow(backend="compiled")
@@ -98,14 +98,14 @@ def test_reduces_to_plain_dropout(backend):
 
 @pytest.mark.parametrize("shape", [(1,), (17,), (3, 5), (1, 4097), (33, 129), (2, 3, 770)])
 def test_odd_sizes_agree_everywhere(shape):
-    found = []
+    actual = []
     for backend in ("reference", "compiled", "triton"):
-        given = inputs(shape, torch.float64)
+        tensors = inputs(shape, torch.float64)
         with fastreg.use_backend(backend):
-            y = seeded(6, bias_act_dropout_add, *given, 0.5, activation="silu")
-            found.append([y, *gradients(y, given)])
-    for other in found[1:]:
-        assert all(map(lambda a, b: torch.allclose(a, b, rtol=1e-12, atol=1e-14), other, found[0]))
+            y = seeded(6, bias_act_dropout_add, *tensors, 0.5, activation="silu")
+            actual.append([y, *gradients(y, tensors)])
+    for other in actual[1:]:
+        assert all(map(lambda a, b: torch.allclose(a, b, rtol=1e-12, atol=1e-14), other, actual[0]))
 
 
 def test_non_contiguous(backend):
@@ -126,9 +126,9 @@ def test_what_is_dropped_is_0_with_its_gradient(backend):
 
 
 def test_gradcheck(backend):
-    given = inputs((3, 5), torch.float64)
+    tensors = inputs((3, 5), torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *given: seeded(9, bias_act_dropout_add, *given, 0.5, activation="gelu"), given
+        lambda *tensors: seeded(9, bias_act_dropout_add, *tensors, 0.5, activation="gelu"), tensors
     )
 
 
@@ -156,19 +156,19 @@ MODULES = {
 def test_modules(name, close):
     module, adds = MODULES[name]
     x, _, residual = inputs()
-    given = (x, residual) if adds else (x,)
+    tensors = (x, residual) if adds else (x,)
     expected = composed(x, module.bias, residual if adds else None, 0.3, module.activation, 2)
-    close(seeded(2, module.train(), *given), expected)
+    close(seeded(2, module.train(), *tensors), expected)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    still = module.eval()(*given)
+    still = module.eval()(*tensors)
     assert torch.equal(torch.get_rng_state(), state)
     close(still, composed(x, module.bias, residual if adds else None, 0.0, module.activation, 2))
     module.train().p = 0.0
-    assert torch.equal(module(*given), still)
+    assert torch.equal(module(*tensors), still)
     module.p = 0.3
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert compiled(*given).shape == x.shape
+    assert compiled(*tensors).shape == x.shape
     assert list(module.state_dict()) == ([] if module.bias is None else ["bias"])
     assert "p=0.3" in repr(module) and (module.bias is None or "features=24" in repr(module))
 
@@ -195,10 +195,10 @@ def test_func(close):
         return bias_act_dropout_add(x, bias, residual, 0.5, activation="gelu").square().sum()
 
     torch.manual_seed(0)
-    found = torch.func.grad(loss, argnums=(0, 1, 2))(x, bias, residual)
-    given = (x, bias, residual)
-    expected = torch.autograd.grad(composed(*given, 0.5, "gelu", 0).square().sum(), given)
-    close(list(found), list(expected))
+    actual = torch.func.grad(loss, argnums=(0, 1, 2))(x, bias, residual)
+    tensors = (x, bias, residual)
+    expected = torch.autograd.grad(composed(*tensors, 0.5, "gelu", 0).square().sum(), tensors)
+    close(list(actual), list(expected))
     each = torch.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None, 0), randomness="different")
     assert each(x, bias, residual).shape == (6, 24)
 

@@ -70,8 +70,8 @@ def test_a_drop_in(dims):
     assert repr(module) == repr(theirs(0.25)) and repr(ours(0.1, True)) == repr(theirs(0.1, True))
     x = torch.ones(8, 6, *[3] * dims)
     assert module.eval()(x) is x
-    own = x.clone()
-    assert seeded(ours(0.5, True), own) is own and torch.equal(own, seeded(ours(0.5), x))
+    copied = x.clone()
+    assert seeded(ours(0.5, True), copied) is copied and torch.equal(copied, seeded(ours(0.5), x))
     module.train().p = 0.0
     assert module(x) is x
     for bad in (-0.1, 1.1):

@@ -153,19 +153,8 @@ def test_compiled_equals_eager_where_torch_draws_the_same(x):
         assert torch.equal(compiled(x), expected)
 
 
-def counting():
-    """A compiler that counts graphs."""
-    graphs = []
-
-    def compiler(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    return graphs, compiler
-
-
-def test_no_rate_compiles_anew(x):
-    graphs, compiler = counting()
+def test_no_rate_compiles_anew(x, counting):
+    graphs, compiler = counting
     module = Dropout(0.5)
     compiled = torch.compile(module, fullgraph=True, backend=compiler)
     for i in range(21):
@@ -312,8 +301,8 @@ def test_what_is_saved_for_the_backward_pass(size):
 def test_opcheck(dtype):
     x, seed = torch.randn(4, 8, dtype=dtype, requires_grad=True), torch.tensor(3)
     plain, channels = rates.drop_thresholds(0.5), rates.drop_thresholds([0.1] * 8)
-    for given in ((x, seed, plain, 1, None), (x, seed, channels, 1, None), (x, seed, plain, 1, [4, 1])):
-        torch.library.opcheck(dropout_ops.dropout, (given[0].detach(), *given[1:]))
+    for arguments in ((x, seed, plain, 1, None), (x, seed, channels, 1, None), (x, seed, plain, 1, [4, 1])):
+        torch.library.opcheck(dropout_ops.dropout, (arguments[0].detach(), *arguments[1:]))
     torch.library.opcheck(dropout_ops.dropout_, (x.detach().clone(), seed, plain, 1, None))
     full = (x.detach(), torch.randn(8, dtype=dtype), x.detach(), seed, plain, 1, "gelu")
     torch.library.opcheck(dropout_ops.bias_act_dropout_add, full)

@@ -174,9 +174,9 @@ def test_compiled_draws_are_the_same_bits() -> None:
     compiled = torch.compile(everything, dynamic=True, fullgraph=True)
     words = words_at_random(10**4)
     for seed, first, count in itertools.product(SEEDS, FIRSTS, (1003, 40)):
-        place = [torch.tensor(value) for value in (seed, first, 5, 9)]
-        expected = everything(*place, torch.empty(count), *words)
-        for got, value in zip(compiled(*place, torch.empty(count), *words), expected, strict=True):
+        position = [torch.tensor(value) for value in (seed, first, 5, 9)]
+        expected = everything(*position, torch.empty(count), *words)
+        for got, value in zip(compiled(*position, torch.empty(count), *words), expected, strict=True):
             assert got.dtype == value.dtype
             assert torch.equal(got, value), f"{seed=} {first=} {count=}"
 
@@ -203,8 +203,8 @@ def test_normals_are_normal() -> None:
     assert stats.kstest(z, "norm").pvalue > FOUR_SIGMA
     for limit in (2, 3, 4):
         share = 2 * stats.norm.sf(limit)
-        found = (np.abs(z) > limit).mean()
-        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / DRAWS), f"beyond {limit}"
+        actual = (np.abs(z) > limit).mean()
+        assert abs(actual - share) < 4 * math.sqrt(share * (1 - share) / DRAWS), f"beyond {limit}"
 
 
 def test_uniforms_are_uniform() -> None:
