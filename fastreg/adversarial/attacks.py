@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ..ops._elementwise import draw_seed
 from ..ops.adversarial import Bounds
-from .ball import Ball, Limit, Range, draw_seed
+from .ball import Ball, Limit, Range
 from .objective import Losses, Objective, model_of, preserve_state, unwrap_ddp
 
 if TYPE_CHECKING:

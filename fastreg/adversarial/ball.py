@@ -218,10 +218,3 @@ def _fitting(x: Tensor, limit: Limit) -> Tensor:
             f"{tuple(limit.shape)}"
         )
     return limit.view(list(shape))
-
-
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draws a seed from a generator, by default torch's own for the device: int64, 0-d, on the device."""
-    source = device if generator is None else generator.device
-    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
-    return seed.to(device)

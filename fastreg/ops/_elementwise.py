@@ -195,9 +195,12 @@ def _aligned(tensors: Tensors) -> list[Tensor | None]:
     return [t if t is None else device.aligned(t) for t in tensors]
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Draws a seed from torch's generator, on the device: int64, 0-d."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a seed from a generator, by default torch's own for the device: int64, 0-d, on the device."""
+    if generator is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    options: Any = {"device": generator.device, "generator": generator}
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, **options).to(device)
 
 
 def known_seed(seed: Tensor) -> Tensor | int:
