@@ -18,7 +18,7 @@ from .steps import DTYPES
 from .suite import OURS, Case, Check, Unavailable
 
 P, FEATURES = 0.1, 1024
-ACTIVATIONS = 3 * 2**19, 6 * 2**20, 24 * 2**20
+ACTIVATION_SIZES = 3 * 2**19, 6 * 2**20, 24 * 2**20
 """Elements: 2, 8 and 32 samples of 1024 positions and 768 features.  The first two lie in a GPU's cache, as
 they do in a model right after the layer that computes them."""
 
@@ -146,7 +146,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     """Four million elements on a CPU; on a GPU 256 million, and activations as models have them."""
     if device.type == "cuda":
         turns = 10 if quick else 50
-        sizes = [(2**28, "bf16"), *((size, "bf16") for size in ACTIVATIONS), (2**28, "fp32")]
+        sizes = [(2**28, "bf16"), *((size, "bf16") for size in ACTIVATION_SIZES), (2**28, "fp32")]
     else:
         sizes, turns = [(2**22, "fp32")], 5 if quick else 21
     return [PassCase(what, *size, turns) for what in ("dropout", "bias+gelu+dropout+add") for size in sizes]

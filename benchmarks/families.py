@@ -87,14 +87,14 @@ def dropout(inputs: Inputs) -> list[Tensor]:
         bias = x.detach()[0, 0].clone().requires_grad_()
         each = rates.drop_thresholds(torch.linspace(0, 1, x.shape[-1]), torch.device(inputs.device))
         for drop_thresholds in (one, each):
-            y = dropout_ops.Dropout.apply(x, inputs.seed, drop_thresholds, 1, None)
+            y = dropout_ops.DropoutFunction.apply(x, inputs.seed, drop_thresholds, 1, None)
             outputs += [y, *torch.autograd.grad(y, x, gradient)]
         for activation in ACTIVATIONS:
-            y = dropout_ops.BiasActDropoutAdd.apply(x, bias, residual, inputs.seed, one, 1, activation)
+            y = dropout_ops.FusedDropoutFunction.apply(x, bias, residual, inputs.seed, one, 1, activation)
             outputs += [y, *torch.autograd.grad(y, (x, bias, residual), gradient)]
-        y = dropout_ops.BiasActDropoutAdd.apply(x, bias, None, inputs.seed, one, 1, "gelu")
+        y = dropout_ops.FusedDropoutFunction.apply(x, bias, None, inputs.seed, one, 1, "gelu")
         outputs += [y, *torch.autograd.grad(y, (x, bias), gradient)]
-        y = dropout_ops.BiasActDropoutAdd.apply(x, None, residual, inputs.seed, one, 1, "identity")
+        y = dropout_ops.FusedDropoutFunction.apply(x, None, residual, inputs.seed, one, 1, "identity")
         outputs.append(y)
     return outputs
 

@@ -14,7 +14,7 @@ import fastreg
 from fastreg.nn.functional import gaussian_noise, uniform_noise
 
 from . import shapes
-from .dropout import ACTIVATIONS
+from .dropout import ACTIVATION_SIZES
 from .steps import DTYPES
 from .suite import OURS, Case, Check
 
@@ -226,7 +226,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     """Four million elements and weights on a CPU; on a GPU 256 million, activations, and GPT-2."""
     if device.type == "cuda":
         elements, storages, turns = 2**28, ("bf16", "fp32"), 10 if quick else 50
-        model, sizes, smaller = "GPT-2 124M", shapes.gpt2(), ACTIVATIONS
+        model, sizes, smaller = "GPT-2 124M", shapes.gpt2(), ACTIVATION_SIZES
     else:
         elements, storages, turns = 2**22, ("fp32",), 3 if quick else 11
         model, sizes, smaller = "4M in 28 tensors", shapes.gpt2(2, 256, 8192, 512), ()

@@ -123,7 +123,7 @@ def bias_act_dropout_backward(
 # Derivatives ------------------------------------------------------------------------------------------------
 
 
-class Dropout(torch.autograd.Function):
+class DropoutFunction(torch.autograd.Function):
     """Differentiates `fastreg::dropout`, which is its own derivative, of any order.
 
     The backward pass needs seed and drop thresholds alone: 12 bytes with one rate for all.
@@ -160,7 +160,7 @@ class Dropout(torch.autograd.Function):
         return _apply(x, seed, drop_thresholds, inner, shape), 0
 
 
-class ForwardDropout(Dropout):
+class ForwardDropoutFunction(DropoutFunction):
     """Adds forward-mode derivatives, which Dynamo does not support."""
 
     @staticmethod
@@ -170,10 +170,10 @@ class ForwardDropout(Dropout):
 
 
 def _apply(*arguments: Any) -> Any:
-    return (Dropout if torch.compiler.is_compiling() else ForwardDropout).apply(*arguments)
+    return (DropoutFunction if torch.compiler.is_compiling() else ForwardDropoutFunction).apply(*arguments)
 
 
-class InplaceDropout(torch.autograd.Function):
+class InplaceDropoutFunction(torch.autograd.Function):
     """Differentiates `fastreg::dropout_`, which works in place."""
 
     @staticmethod
@@ -188,10 +188,10 @@ class InplaceDropout(torch.autograd.Function):
         dropout_(x, seed, drop_thresholds, inner, noise_shape)
         return x
 
-    backward = Dropout.backward
+    backward = DropoutFunction.backward
 
 
-class BiasActDropoutAdd(torch.autograd.Function):
+class FusedDropoutFunction(torch.autograd.Function):
     """Differentiates `fastreg::bias_act_dropout_add`; keeps x only for an activation's derivative."""
 
     @staticmethod
@@ -220,7 +220,7 @@ class BiasActDropoutAdd(torch.autograd.Function):
             if ctx.activation == "identity":
                 g = _apply(gradient, *mask, ctx.inner, None).to(of_x)
             else:
-                g = _BiasActDropoutBackward.apply(x, bias, gradient, *mask, ctx.inner, ctx.activation)
+                g = _FusedBackwardFunction.apply(x, bias, gradient, *mask, ctx.inner, ctx.activation)
         if ctx.needs_input_grad[1]:
             assert g is not None
             b = g[None].flatten(0, -2).sum(0, dtype=torch.promote_types(of_bias, torch.float32)).to(of_bias)
@@ -231,10 +231,10 @@ class BiasActDropoutAdd(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         """Computes one sample after the other."""
-        return one_by_one(BiasActDropoutAdd.apply, info, in_dims, inputs)
+        return one_by_one(FusedDropoutFunction.apply, info, in_dims, inputs)
 
 
-class _BiasActDropoutBackward(torch.autograd.Function):
+class _FusedBackwardFunction(torch.autograd.Function):
     """Calls `fastreg::bias_act_dropout_backward`, which has no derivative."""
 
     @staticmethod
@@ -257,7 +257,7 @@ class _BiasActDropoutBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return one_by_one(_BiasActDropoutBackward.apply, info, in_dims, inputs)
+        return one_by_one(_FusedBackwardFunction.apply, info, in_dims, inputs)
 
 
 # Calls ------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def drop(
     inner = _inner_size(shape, drop_thresholds, dim)
     seed = draw_seed(input.device) if seed is None else seed
     if inplace and not torch.compiler.is_compiling() and not transformed():
-        out = InplaceDropout.apply(input, seed, drop_thresholds, inner, noise_shape)
+        out = InplaceDropoutFunction.apply(input, seed, drop_thresholds, inner, noise_shape)
     else:
         out = _apply(input, seed, drop_thresholds, inner, noise_shape)
         if inplace:
@@ -341,7 +341,7 @@ def fused_drop(
     else:
         seed = draw_seed(x.device)
     inner = _inner_size(x.shape, drop_thresholds, -1)
-    return BiasActDropoutAdd.apply(x, bias, residual, seed, drop_thresholds, inner, activation)
+    return FusedDropoutFunction.apply(x, bias, residual, seed, drop_thresholds, inner, activation)
 
 
 def drop_samples(input: Tensor, drop_threshold: Tensor, scale: bool = True) -> Tensor:

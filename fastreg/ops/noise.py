@@ -61,7 +61,7 @@ def noise(x: Tensor, seed: Tensor, scale: Tensor, inner: int, kind: str) -> Tens
     return elementwise.run(NOISE, (x,), (scale,), seed, inner, (kind,), x.dtype)
 
 
-class Noise(torch.autograd.Function):
+class NoiseFunction(torch.autograd.Function):
     """Differentiates `fastreg::noise` by x; the scale is not differentiated.
 
     Added noise leaves gradients as they are, and nothing is saved.  A factor is its own derivative, of any
@@ -92,7 +92,7 @@ class Noise(torch.autograd.Function):
         return one_by_one(_apply, info, in_dims, inputs)
 
 
-class ForwardNoise(Noise):
+class ForwardNoiseFunction(NoiseFunction):
     """Adds forward-mode derivatives, which Dynamo does not support."""
 
     @staticmethod
@@ -102,7 +102,7 @@ class ForwardNoise(Noise):
 
 
 def _apply(*arguments: Any) -> Any:
-    return (Noise if torch.compiler.is_compiling() else ForwardNoise).apply(*arguments)
+    return (NoiseFunction if torch.compiler.is_compiling() else ForwardNoiseFunction).apply(*arguments)
 
 
 def _times_factor(ctx: Any, gradient: Tensor) -> Tensor:
