@@ -52,7 +52,7 @@ def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> li
     The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
     """
     transformers: Any = importlib.import_module("transformers")
-    rows = []
+    results = []
     for name in ("torch.nn.Dropout", "fastreg.nn.Dropout"):
         torch.manual_seed(0)
         config = transformers.GPT2Config(
@@ -66,11 +66,11 @@ def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> li
         batch = torch.randint(config.vocab_size, (rows, columns))
         with saved_bytes(model.parameters()) as saved:
             model(input_ids=batch, labels=batch).loss.backward()
-        rows.append(
+        results.append(
             {"dropout": name, "layers": layers, "tokens": rows * columns, "dropped": elements}
             | {"bytes": saved.bytes}
         )
-    return rows
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,12 +5,13 @@ whole tiles, whose mask is constant over 16 elements: that keeps accesses 128 bi
 `offsets < n` turns them all into scalar ones.  Narrow tiles do the rest, and all of a misaligned tensor, for
 which `wide` is `start`.
 
-A kernel hands over a device function and its arguments:
+A kernel hands over a device function and its arguments, in a tuple that is written in the call:
 
     for_each_tile(noise_block, (x, out, key), start, wide, stop, CHUNK, 16)
 
-calls `noise_block(x, out, key, tile)` for each tile.  It is compiled twice, wide and narrow, at no cost in
-registers as long as narrow tiles are smaller.
+calls `noise_block(x, out, key, tile)` for each tile.  The function is compiled twice, wide and narrow; narrow
+tiles are smaller, so that they take no registers from wide ones.  The kernels of the step and of norms have
+loops of their own: with this one, AdamW with amsgrad spills registers on sm_80.
 """
 
 from typing import Any, NamedTuple
@@ -30,9 +31,8 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def for_each_tile(
-    function, arguments, start, wide, stop, CHUNK: tl.constexpr, NARROW: tl.constexpr
-):  # fmt: skip
+def for_each_tile(function, arguments, start, wide, stop, CHUNK: tl.constexpr, NARROW: tl.constexpr):
+    # Tiles are made in the calls: in a local, or as the result of a function, WIDE would not be constant.
     for first in range(start, wide, CHUNK):
         offsets = first + tl.arange(0, CHUNK)
         function(*arguments, Tile(first, offsets, offsets < wide, wide, True))
