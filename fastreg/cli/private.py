@@ -56,9 +56,6 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `fastreg private` and returns the exit code.
 
-    Args:
-        args: The parsed arguments.
-
     Raises:
         UsageError: For input that cannot be used.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +98,6 @@ def count_tokens(batch: Any) -> int:
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        yield from itertools.chain.from_iterable(map(_tensors, batch.values()))
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        yield from itertools.chain.from_iterable(map(_tensors, batch))
+    elif isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, str):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(item)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.validation import check_choice, check_int
+from ..recipe.readers import unknown
 from .batches import Loss
 from .history import History
 
@@ -80,15 +80,12 @@ class Settings:
         """Returns settings made of keyword arguments.
 
         Raises:
-            TypeError: For an unknown name, with the most similar known one.
-            ValueError: For values out of range.
+            TypeError: For an unknown name, with the known ones.
         """
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:
-                similar = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(names)}"
-                raise TypeError(f"no setting is called {name!r}; {hint}")
+                raise TypeError(unknown("there is no setting", name, names))
         return cls(**options)
 
     @property

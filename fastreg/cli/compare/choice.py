@@ -55,11 +55,10 @@ def choose(names: str, paths: Sequence[str]) -> list[Contender]:
 
     Args:
         names: See `parse`.
-        paths: YAML files, see `fastreg.Regularization.from_yaml`; each is a contender named after its file.
+        paths: Recipes in YAML, each of which is a contender named after its file.
 
     Raises:
-        UsageError: As `parse`; for files that cannot be read, recipes that cannot be used, and labels that
-            occur twice.
+        UsageError: For names and recipes that cannot be used, and for labels that occur twice.
     """
     chosen = parse(names)
     if paths:
@@ -82,10 +81,7 @@ def choose(names: str, paths: Sequence[str]) -> list[Contender]:
 
 
 def parse(text: str) -> list[Contender]:
-    """Returns the contenders that a text asks for: `NAME[=STRENGTH][+NAME...],...`.
-
-    Args:
-        text: Such as `"plain,ema,clip=0.5+noise=1e-3"`.
+    """Returns the contenders that a text such as `"plain,ema,clip=0.5+noise=1e-3"` asks for.
 
     Raises:
         UsageError: For unknown names, strengths that are not numbers, and labels that occur twice.

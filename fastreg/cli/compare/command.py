@@ -72,9 +72,6 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `fastreg compare` and returns the exit code.
 
-    Args:
-        args: The parsed arguments.
-
     Raises:
         UsageError: For input that cannot be used; nothing has been trained then.
     """

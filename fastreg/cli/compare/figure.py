@@ -33,13 +33,7 @@ ABOVE, BELOW = 1.25, 0.55
 
 
 def draw(path: Path, results: list[Result], headline: tuple[str, str]) -> None:
-    """Draws validation and training curves, each named at its end; for several seeds, means and ranges.
-
-    Args:
-        path: The PNG to write.
-        results: What was trained.
-        headline: Two lines above the panels.
-    """
+    """Draws validation and training curves, each named at its end; for several seeds, means and ranges."""
     width, left_edge = 11, 0.05
     tall = max(3.4, LINE * (len(results) + 1))
     height = tall + ABOVE + BELOW

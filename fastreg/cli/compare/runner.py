@@ -27,13 +27,7 @@ PARTS = ("model", "optimizer", "schedule", "callbacks")
 
 
 class Run:
-    """A model in training: a fresh copy, its optimizer and the callbacks of a contender.
-
-    Args:
-        contender: Edits the setup of the run.
-        task: Model and text.
-        args: The arguments of `fastreg compare`, `device` being a `torch.device`.
-        seed: Of weights, batches and noise.
+    """A model in training with one seed: a fresh copy, its optimizer and the callbacks of a contender.
 
     Raises:
         ValueError: If the library refuses a strength.
@@ -57,12 +51,7 @@ class Run:
         self._devices = [args.device] if args.device.type == "cuda" else []
 
     def step(self, batch: Tensor, watch: Stopwatch) -> None:
-        """Takes one training step on a batch.
-
-        Args:
-            batch: Windows of tokens.
-            watch: Measures the optimizer's share of the step.
-        """
+        """Takes one training step on a batch, and measures the optimizer's share of it."""
         self.callbacks.training_step(partial(text.loss, self.model, batch), self.optimizer, watch=watch)
 
     def after_step(self) -> None:
@@ -105,7 +94,7 @@ def train(
     Args:
         contender: Edits the setup of the run.
         task: Model and text.
-        args: The arguments of `fastreg compare`, `device` being a `torch.device`.
+        args: The arguments of `fastreg compare`.
         record: Filled in place; its seed is that of the run.
         progress: Called after every step with the record and the number of steps done.
         save: Called with the state after every evaluation but the last.

@@ -41,28 +41,16 @@ def _make_torch_adamw(setup: Setup) -> Made:
 
 @dataclass
 class Setup:
-    """The part of a run that a contender may change; everything else is the same for all.
-
-    Attributes:
-        model: The model before training.
-        lr: The learning rate.
-        weight_decay: The rate of weight decay.
-        seed: The seed of the run.
-        steps: Steps of the whole run.
-        batch_size: Windows of text in a batch.
-        windows: Windows of the training text that do not overlap.
-        fields: The fields of a `fastreg.Regularization`.
-        make: Makes the optimizer and its callbacks.
-    """
+    """The part of a run that a contender may change; everything else is the same for all."""
 
     model: Any
     lr: float
     weight_decay: float
     seed: int
-    steps: int
+    steps: int  # of the whole run
     batch_size: int = 1
-    windows: int = 1
-    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    windows: int = 1  # of the training text, that do not overlap
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a `fastreg.Regularization`
     make: Callable[[Setup], Made] = make_from_fields
 
     def add(self, **fields: dict[str, Any]) -> None:
@@ -108,12 +96,7 @@ def make_private(setup: Setup, noise_multiplier: float) -> None:
 
 
 def replace_dropout(model: Any, rates: Any, make: Callable[[float], nn.Module]) -> None:
-    """Puts other modules in the place of dropout behind attention and MLP.
-
-    Args:
-        model: The model.
-        rates: Rates over layers, see `fastreg.layerwise.set_dropout`.
-        make: Makes a module from a rate.
+    """Puts modules made from rates over layers in the place of dropout behind attention and MLP.
 
     Raises:
         ValueError: If the model has no module there.
