@@ -205,6 +205,11 @@ class SAM(Wrapper):
         self._perturbed = []
         self._set("perturbed", False)
 
+    def abandon(self) -> None:
+        """Gives up a step: restores perturbed weights, and drops the gradients that `accumulate` has kept."""
+        self.restore()
+        self._accumulated = {}
+
     @torch.no_grad()
     def accumulate(self) -> None:
         """Restores the weights and keeps the gradients, to which the next step adds: for micro-batches.

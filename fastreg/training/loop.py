@@ -112,10 +112,10 @@ class _Loop:
                     return
 
     def finish(self) -> None:
-        """Completes the history, and restores weights that an interruption has left perturbed."""
+        """Completes the history, and gives up a step of SAM that was interrupted."""
         self._read_norms()
         if self.sam is not None:
-            self.sam.restore()
+            self.sam.abandon()
 
     def _read_norms(self) -> None:
         self.history.grad_norm += [float(norm) for norm in self.norms]

@@ -113,19 +113,23 @@ def test_sam_of_a_recipe_or_of_a_function(amp, mlp, loader):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
-def test_an_interruption_between_the_passes_of_sam_restores_the_weights(mlp, loader):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interruption_between_the_passes_of_sam_leaves_no_trace(accumulate, mlp, loader):
     net, start, passes = mlp(), mlp(), []
 
     def compute_loss(model, batch):
         passes.append(same_weights(net, start))
-        if len(passes) == 2:
+        if len(passes) == 2 * accumulate:
             raise KeyboardInterrupt
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    history = train_with_weight_decay(
-        net, loader(), lr=0.1, recipe={"sam": 0.5}, compute_loss=compute_loss, **quiet
-    )
-    assert passes == [True, False] and history.interrupted and history.steps == 0
+    options = {"lr": 0.1, "recipe": {"sam": 0.5}, "accumulate": accumulate, **quiet}
+    history = train_with_weight_decay(net, loader(), compute_loss=compute_loss, **options)
+    assert not passes[-1] and history.interrupted and history.steps == 0
+    for p, q in zip(net.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    train_with_weight_decay(net, loader(), history=history, max_steps=1, **options)
+    train_with_weight_decay(start, loader(), max_steps=1, **options)
     for p, q in zip(net.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
