@@ -139,7 +139,7 @@ class FastregTrainerMixin:
         def backward(model: nn.Module, inputs: Any, items: Any) -> Tensor:
             gradients: Any = functools.partial(stock, model, inputs, items, **kwargs)
             for callback in () if applied is None else applied.passes:
-                gradients = callback.around_gradients(gradients, contextlib.nullcontext())
+                gradients = functools.partial(callback.make_passes, gradients, contextlib.nullcontext())
             self._r_drop_called = applied is None or applied.r_drop_alpha is None
             loss = gradients()
             if not self._r_drop_called:

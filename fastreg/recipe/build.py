@@ -24,9 +24,7 @@ from .sections import ANNEALING, SECTIONS, call, resolve_duration
 if TYPE_CHECKING:
     from .regularization import Regularization
 
-COMPONENTS = (
-    "clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp",
-)  # fmt: skip
+COMPONENTS = ("clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp")
 """Sections that go into the optimizer's pass; of several averages, the first is evaluated."""
 
 EFFECTS: dict[str, Any] = {
@@ -99,14 +97,11 @@ def check(recipe: Regularization) -> None:
     if {"alpha", "std"} <= set(noise := dict(recipe.embedding_noise or {})):  # type: ignore[arg-type]
         raise ValueError(f"embedding_noise: give either alpha or std, got {noise}")
     dropout_rates(recipe, MANY_STEPS)
-    sections = {
-        name: {key: item for key, item in value.items() if key not in SECTIONS[name].needs_model}
-        if isinstance(value, dict)
-        else value
-        for name, value in vars(recipe).items()
-    }
     trial: Any = object.__new__(type(recipe))
-    vars(trial).update(sections | {"dropout": None})
+    vars(trial).update(vars(recipe) | {"dropout": None})
+    for name, section in SECTIONS.items():
+        if section.needs_model and (settings := vars(recipe)[name]):
+            vars(trial)[name] = {key: settings[key] for key in settings if key not in section.needs_model}
     build(trial, _stand_in(), 1e-3, MANY_STEPS, 0)[1].remove()
 
 
@@ -143,9 +138,8 @@ def _effect(
 
 def dropout_rates(recipe: Regularization, steps: int | None) -> list[dict[str, Any]]:
     """Returns the arguments of `DropoutRates`."""
-    return [
-        SECTIONS["dropout"].make(where, section, steps) for where, section in _each(recipe.dropout, "dropout")
-    ]
+    section = SECTIONS["dropout"]
+    return [section.make(where, settings, steps) for where, settings in _each(recipe.dropout, "dropout")]
 
 
 def make_optimizer(

@@ -13,6 +13,7 @@ for batch in data:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,13 @@ class Callback:
     def remove(self) -> None:
         """Leaves the model as it was before; may be called more than once."""
 
-    def around_loss(self, loss: Evaluate) -> Evaluate:
-        """Returns what to compute instead of the loss."""
-        return loss
+    def evaluate(self, loss: Evaluate) -> Tensor:
+        """Computes the loss, or a function of several evaluations of it."""
+        return loss()
 
-    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
-        """Returns what to do instead of one forward and one backward pass."""
-        return gradients
+    def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
+        """Makes one forward and backward pass, or several; returns the loss at the weights themselves."""
+        return gradients()
 
     def accumulate(self) -> None:
         """Prepares for another micro-batch of the same step."""
@@ -121,7 +122,7 @@ class Callbacks(list[Callback]):
             The loss at the weights themselves, without a graph.
         """
         for callback in self:
-            loss = callback.around_loss(loss)
+            loss = functools.partial(callback.evaluate, loss)
 
         def once() -> Tensor:
             value = loss()
@@ -130,7 +131,7 @@ class Callbacks(list[Callback]):
 
         gradients: Gradients = once
         for callback in self:
-            gradients = callback.around_gradients(gradients, _IDLE if watch is None else watch)
+            gradients = functools.partial(callback.make_passes, gradients, _IDLE if watch is None else watch)
         value = gradients()
         if accumulate:
             for callback in self:

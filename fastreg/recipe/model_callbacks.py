@@ -131,20 +131,16 @@ class NoisyWeights(Passes, Noise):
         Passes.__init__(self, "weight_noise")
         Noise.__init__(self, self.name, noise, factor)
 
-    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+    def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
         """Adds noise for the length of a pass."""
-
-        def noisy() -> Tensor:
-            self._made = True
+        self._made = True
+        with watch:
+            self._attached.perturb()
+        try:
+            return gradients()
+        finally:
             with watch:
-                self._attached.perturb()
-            try:
-                return gradients()
-            finally:
-                with watch:
-                    self._attached.restore()
-
-        return noisy
+                self._attached.restore()
 
     def step(self, step: int | None = None) -> None:
         """Sets the level of the next step."""
@@ -175,17 +171,13 @@ class Adversarial(Passes):
         super().__init__("adversarial")
         self._attack = attack
 
-    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+    def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
         """Makes one pass at the weights, and one under attack."""
-
-        def attacked() -> Tensor:
-            self._made = True
-            value = gradients()
-            with self._attack.attacked():
-                gradients()
-            return value
-
-        return attacked
+        self._made = True
+        value = gradients()
+        with self._attack.attacked():
+            gradients()
+        return value
 
 
 class SharpnessAware(Callback):
@@ -201,20 +193,16 @@ class SharpnessAware(Callback):
     def __init__(self, optimizer: Any, model: nn.Module) -> None:
         self._optimizer, self._model = optimizer, model
 
-    def around_gradients(self, gradients: Gradients, watch: Watch) -> Gradients:
+    def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
         """Perturbs by the first gradients and leaves the second ones; makes one pass where none is due."""
-
-        def twice() -> Tensor:
-            value = gradients()
-            if self._optimizer.due:
-                with watch:
-                    self._optimizer.first_step()
-                self._optimizer.zero_grad()
-                with frozen_running_stats(self._model):
-                    gradients()
-            return value
-
-        return twice
+        value = gradients()
+        if self._optimizer.due:
+            with watch:
+                self._optimizer.first_step()
+            self._optimizer.zero_grad()
+            with frozen_running_stats(self._model):
+                gradients()
+        return value
 
     def accumulate(self) -> None:
         """Restores the weights and keeps the gradients."""
@@ -236,34 +224,29 @@ class RDropCallback(Passes):
         self._calls: list[tuple[Any, ...]] | None = None  # logits, counted positions, items
         self._hook = unwrap_model(model).register_forward_hook(self._record, with_kwargs=True)
 
-    def around_loss(self, loss: Evaluate) -> Evaluate:
+    def evaluate(self, loss: Evaluate) -> Tensor:
         """Returns the mean of two losses, plus the divergence."""
-
-        def both() -> Tensor:
-            self._made = True
-            calls = self._calls = []
-            try:
-                first, second = loss(), loss()
-            finally:
-                self._calls = None
-            if len(calls) != 2:
-                raise RuntimeError(
-                    "r_drop needs one call of the model in each evaluation of the loss, got "
-                    f"{len(calls)} in 2"
+        self._made = True
+        calls = self._calls = []
+        try:
+            first, second = loss(), loss()
+        finally:
+            self._calls = None
+        if len(calls) != 2:
+            raise RuntimeError(
+                f"r_drop needs one call of the model in each evaluation of the loss, got {len(calls)} in 2"
+            )
+        (logits, counts, items), (logits2, *_) = calls
+        if not self._compared:
+            self._compared = True  # once, since the comparison waits for the device
+            if torch.equal(logits, logits2):
+                warnings.warn(
+                    "r_drop: both passes over the first batch gave the same logits, so there is nothing "
+                    "to agree on; it needs dropout (of a model in training mode) or other noise",
+                    stacklevel=4,
                 )
-            (logits, counts, items), (logits2, *_) = calls
-            if not self._compared:
-                self._compared = True  # once, since the comparison waits for the device
-                if torch.equal(logits, logits2):
-                    warnings.warn(
-                        "r_drop: both passes over the first batch gave the same logits, so there is nothing "
-                        "to agree on; it needs dropout (of a model in training mode) or other noise",
-                        stacklevel=4,
-                    )
-            # With `items`, the loss is a share of several micro-batches.
-            return combine_passes((first + second) * 0.5, logits, logits2, counts, self._alpha, items).loss
-
-        return both
+        # With `items`, the loss is a share of several micro-batches.
+        return combine_passes((first + second) * 0.5, logits, logits2, counts, self._alpha, items).loss
 
     def remove(self) -> None:
         """Removes the hook from the model."""

@@ -72,8 +72,8 @@ class Section:
     factory: Callable[..., Any]
     others: Sequence[Callable[..., Any]] = ()
     many: bool = False
-    first: Mapping[str, Key] = field(default_factory=dict)
-    last: Mapping[str, Key] = field(default_factory=dict)
+    first: dict[str, Key] = field(default_factory=dict)
+    last: dict[str, Key] = field(default_factory=dict)
     annealed: bool = False
     omitted: Sequence[str] = ()
     printed: Mapping[str, Any] = field(default_factory=dict)
@@ -90,14 +90,11 @@ class Section:
                 if name in NOT_SETTINGS or name in self.omitted:
                     continue
                 reader = duration if name in self.durations else reader_of(hints.get(name))
-                if name in self.last:
-                    keys[name] = self.last[name]
-                elif reader is not None and name not in keys:
+                if reader is not None and name not in keys:
                     default = self.printed.get(name, parameter.default)
                     default = list(default) if isinstance(default, tuple) else default
                     keys[name] = Key(reader, default, helps.get(name, ""))
-        last = dict(self.last) | ({"annealing": _ANNEALING_KEY} if self.annealed else {})
-        return keys | {name: key for name, key in last.items() if name not in keys}
+        return keys | self.last | ({"annealing": _ANNEALING_KEY} if self.annealed else {})
 
     @property
     def short(self) -> str:
