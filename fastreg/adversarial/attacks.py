@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AttackOptions(TypedDict, total=False):
-    """Options of `pgd` besides its parameters, by keyword."""
+    """Keyword options of `pgd` and `ffgsm`."""
 
     mode: str
     model: nn.Module | None
@@ -122,8 +122,7 @@ def _(image: Tensor, epsilon: float, data_grad: Tensor) -> Tensor:
 
 def ffgsm(
     model_or_loss: Objective, x: Tensor, y: Any, epsilon: Limit, alpha: Limit | None = None,
-    bounds: Range = (0.0, 1.0), targeted: bool = False, *, mode: str = "eval",
-    model: nn.Module | None = None, generator: torch.Generator | None = None,
+    bounds: Range = (0.0, 1.0), targeted: bool = False, **options: Unpack[AttackOptions],
 ) -> Tensor:  # fmt: skip
     """Returns inputs after one step of FGSM from a random start in the ball, for fast adversarial training.
 
@@ -135,9 +134,7 @@ def ffgsm(
         alpha: The length of the step; by default 1.25 epsilon.
         bounds: See `fgsm`.
         targeted: See `fgsm`.
-        mode: See `fgsm`.
-        model: See `fgsm`.
-        generator: See `pgd`.
+        options: `mode` and `model` as in `fgsm`; `generator` as in `pgd`.
 
     Returns:
         Adversarial inputs, see `fgsm`.
@@ -149,10 +146,8 @@ def ffgsm(
     Reference:
         Wong, Rice, Kolter 2020, "Fast is better than free: revisiting adversarial training".
     """
-    return pgd(
-        model_or_loss, x, y, epsilon, 1.25 * epsilon if alpha is None else alpha, 1, bounds=bounds,
-        targeted=targeted, random_start=True, mode=mode, model=model, generator=generator,
-    )  # fmt: skip
+    alpha = 1.25 * epsilon if alpha is None else alpha
+    return pgd(model_or_loss, x, y, epsilon, alpha, 1, bounds=bounds, targeted=targeted, **options)
 
 
 @torch._disable_dynamo  # `torch.compiler.disable` would import Dynamo, and triton with it
@@ -200,7 +195,7 @@ def pgd(
     """
     if unknown := sorted(options.keys() - AttackOptions.__annotations__.keys()):
         names = ", ".join(AttackOptions.__annotations__)
-        raise TypeError(f"pgd() got unknown options {', '.join(unknown)}; there are {names}")
+        raise TypeError(f"got unknown options {', '.join(unknown)}; there are {names}")
     generator, model = options.get("generator"), model_of(model_or_loss, options.get("model"))
     for name, count in (("steps", steps), ("restarts", restarts)):
         if not isinstance(count, numbers.Integral) or count < 1:

@@ -9,6 +9,7 @@ import fastreg
 from fastreg.losses.r_drop import shifts
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +30,7 @@ def gpt2():
 
 def with_adapters(model):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], r=2))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True))
 
 
 WRAPPERS = {
