@@ -9,7 +9,10 @@ import fastreg
 from fastreg.losses.r_drop import shifts
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # of PEFT
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
