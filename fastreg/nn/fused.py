@@ -52,7 +52,8 @@ class _FusedDropoutBase(_DropoutBase):
             bound = 1 / math.sqrt(self.bias.numel()) if self.bias.numel() else 0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Computes the output of two inputs `[..., features]`, in their shape."""
         drop_thresholds = self.drop_thresholds if self.training else None
         return fused_drop(x, self.bias, residual, drop_thresholds, self.activation)
 
@@ -73,10 +74,6 @@ class DropoutAdd(_FusedDropoutBase):
     def __init__(self, p: Rate = 0.5) -> None:
         super().__init__(None, p)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Computes the output of two inputs `[..., features]`, in their shape."""
-        return self._fused(x, residual)
-
 
 class BiasDropoutAdd(_FusedDropoutBase):
     """Computes residual + dropout(x + bias) in one pass, after `nn.Linear(..., bias=False)`.
@@ -92,10 +89,6 @@ class BiasDropoutAdd(_FusedDropoutBase):
         self, features: int, p: Rate = 0.5, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(features, p, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Computes the output of two inputs `[..., features]`, in their shape."""
-        return self._fused(x, residual)
 
 
 class _BiasAct(_FusedDropoutBase):
@@ -117,9 +110,9 @@ class BiasActDropout(_BiasAct):
         dtype: Of the bias.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Computes the output of an input `[..., features]`, in its shape."""
-        return self._fused(x, None)
+        return super().forward(x, None)
 
 
 class BiasActDropoutAdd(_BiasAct):
@@ -132,7 +125,3 @@ class BiasActDropoutAdd(_BiasAct):
         device: Of the bias.
         dtype: Of the bias.
     """
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Computes the output of two inputs `[..., features]`, in their shape."""
-        return self._fused(x, residual)

@@ -1,4 +1,7 @@
-"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`."""
+"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`.
+
+Tompson et al. 2015, "Efficient object localization using convolutional networks".
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,6 @@ class Dropout1d(_Spatial, nn.Dropout1d):
     Args:
         p: The rate in [0, 1], or one for each channel.
         inplace: Whether to change the input.
-
-    Reference:
-        Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
     _dims, _ranks, _torch = 1, (2, 3), staticmethod(nn.functional.dropout1d)
@@ -60,9 +60,6 @@ class Dropout2d(_Spatial, nn.Dropout2d):
     Args:
         p: The rate in [0, 1], or one for each channel.
         inplace: Whether to change the input.
-
-    Reference:
-        Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
     _dims, _ranks, _torch = 2, (4,), staticmethod(nn.functional.dropout2d)
@@ -74,9 +71,6 @@ class Dropout3d(_Spatial, nn.Dropout3d):
     Args:
         p: The rate in [0, 1], or one for each channel.
         inplace: Whether to change the input.
-
-    Reference:
-        Tompson et al. 2015, "Efficient object localization using convolutional networks".
     """
 
     _dims, _ranks, _torch = 3, (4, 5), staticmethod(nn.functional.dropout3d)

@@ -267,21 +267,10 @@ def drop(
     input: Tensor, drop_thresholds: Tensor, inplace: bool = False, *, dim: int = -1,
     noise_shape: Sequence[int] | None = None, return_mask: bool = False, seed: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Drops elements as `nn.functional.dropout` does, by rates in a tensor on the device of the input.
+    """Drops elements as `nn.functional.dropout` does, by thresholds on the device of the input.
 
-    Args:
-        input: Any shape, of a floating dtype.
-        drop_thresholds: int32, see `nn.rates.drop_thresholds`: 0-d, or `[channels]`.
-        inplace: Whether to change the input.
-        dim: Where the channels are.
-        noise_shape: The shape of the mask, each size 1 or that of the input.
-        return_mask: Whether to return `(output, mask)`.
-        seed: int64, 0-d; by default drawn from torch's generator.
-
-    Raises:
-        IndexError: If there is no such dimension.
-        TypeError: If the input is not of a floating dtype.
-        ValueError: If a shape does not fit.
+    Thresholds are int32, 0-d or `[channels]`, see `nn.rates.drop_thresholds`; the seed is int64, 0-d, and by
+    default drawn from torch's generator.  For other arguments and errors see `nn.functional.dropout`.
     """
     if not input.is_floating_point():
         raise TypeError(f"dropout needs a floating dtype, got {input.dtype}")
@@ -311,18 +300,9 @@ def drop(
 def fused_drop(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, drop_thresholds: Tensor | None, activation: str
 ) -> Tensor:
-    """Computes `nn.functional.bias_act_dropout_add` by rates in a tensor on the device of x.
+    """Computes `nn.functional.bias_act_dropout_add` by thresholds on the device of x.
 
-    Args:
-        x: `[..., features]`, of a floating dtype.
-        bias: `[features]`.
-        residual: Of the shape of x.
-        drop_thresholds: int32, see `nn.rates.drop_thresholds`; `None` keeps all, and draws no random number.
-        activation: A name of `reference.activations.ACTIVATIONS`.
-
-    Raises:
-        TypeError: If x is not of a floating dtype.
-        ValueError: If a shape does not fit.
+    Thresholds of `None` keep all, and draw no random number.  For other arguments and errors see there.
     """
     if not x.is_floating_point():
         raise TypeError(f"dropout needs a floating dtype, got {x.dtype}")
@@ -345,13 +325,7 @@ def fused_drop(
 
 
 def drop_samples(input: Tensor, drop_threshold: Tensor, scale: bool = True) -> Tensor:
-    """Drops whole samples, the first dimension, by a rate in a tensor on the device of the input.
-
-    Args:
-        input: `[batch, ...]`.
-        drop_threshold: int32, 0-d, see `nn.rates.drop_thresholds`.
-        scale: Whether to scale the other samples.
-    """
+    """Drops samples as `nn.functional.drop_path` does, by a threshold on the device of the input."""
     shape = (*input.shape[:1], *[1] * (input.dim() - 1))
     if scale:
         return drop(input, drop_threshold, noise_shape=shape)

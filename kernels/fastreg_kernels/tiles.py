@@ -11,7 +11,7 @@ A kernel hands over a device function and its arguments, in a tuple that is writ
 
 calls `noise_block(x, out, key, tile)` for each tile.  The function is compiled twice, wide and narrow; narrow
 tiles are smaller, so that they take no registers from wide ones.  The kernels of the step and of norms have
-loops of their own: with this one, AdamW with amsgrad spills registers on sm_80.
+loops of their own: with this one, Adam with amsgrad spills registers on sm_80.
 """
 
 from typing import Any, NamedTuple
