@@ -73,15 +73,20 @@ def duration(name: str, value: Any) -> int | float:
     return int(amount)
 
 
-def instance_of(kind: type, description: str) -> Reader:
-    """Returns a reader that accepts values of one type only."""
+def flag(name: str, value: Any) -> bool:
+    """Returns true or false, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
 
-    def read(name: str, value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} must be {description}, got {value!r}")
-        return value
 
-    return read
+def text(name: str, value: Any) -> str:
+    """Returns text, also from true and false, since YAML takes these for flags."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    return value
 
 
 def one_of(*choices: Any) -> Reader:
@@ -127,8 +132,7 @@ def either(*readers: Reader) -> Reader:
     return readers[0] if len(readers) == 1 else read
 
 
-flag = instance_of(bool, "true or false")
 _READERS: dict[Any, Reader] = {
-    bool: flag, int: whole, float: number, str: instance_of(str, "text"), Duration: duration,
+    bool: flag, int: whole, float: number, str: text, Duration: duration,
     torch.dtype: one_of("float32", "bfloat16", "float16"),
 }  # fmt: skip

@@ -34,6 +34,8 @@ def test_short_forms_and_numbers_as_text():
         "swa": {"start": 3}, "l1": {"strength": 0.001},
     }  # fmt: skip
     assert Regularization() == Regularization.from_dict({}) == Regularization(clip=None)
+    length = Regularization.from_dict(yaml.safe_load("embedding_noise: {length: true}"))
+    assert length.embedding_noise == {"length": "true"}
 
 
 def test_describe_lists_what_is_on():
