@@ -80,7 +80,9 @@ ATTRIBUTES = {
         "inject": hasattr(model.transformer.h[0].attn, "fastreg_dropout"),
     },
     "clip": lambda model, optimizer, callbacks: vars(components(optimizer)["ClipNorm"]),
-    "gradient_noise": lambda model, optimizer, callbacks: vars(components(optimizer)["GradientNoise"]),
+    "gradient_noise": lambda model, optimizer, callbacks: {
+        key: getattr(components(optimizer)["GradientNoise"], key) for key in SECTIONS["gradient_noise"].keys
+    },
     "embedding_noise": lambda model, optimizer, callbacks: {
         "alpha": attached(callbacks, "embedding_noise").noise.alpha,
         "length": attached(callbacks, "embedding_noise").noise.length,
