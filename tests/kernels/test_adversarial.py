@@ -14,9 +14,8 @@ from fastreg.reference.random import PhiloxPosition
 from fastreg.reference.step import compute_dtype
 from fastreg.runtime.launch_parameters import LaunchParameters, trying
 
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
-)
+ALL_DTYPES = torch.float32, torch.bfloat16, torch.float64, torch.float16
+DTYPES = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=lambda d: str(d)[6:])
 # A program, several, one with both ends narrow, less than a wide access, one element.
 SHAPES = [(3, 1500), (2, 37), (2, 16), (4, 1)]
 
@@ -89,8 +88,17 @@ STEPS = [
 ]  # fmt: skip
 
 
-@DTYPES
-@pytest.mark.parametrize("kind, ball, bounds", STEPS, ids=map("-".join, STEPS))
+@pytest.mark.parametrize(
+    "kind, ball, bounds, dtype",
+    [
+        pytest.param(
+            *step, dtype, id="-".join((*step, str(dtype)[6:])),
+            marks=[pytest.mark.slow] * (step[0] in reference.NOISES and dtype in ALL_DTYPES[2:]),
+        )
+        for step in STEPS
+        for dtype in ALL_DTYPES
+    ],
+)  # fmt: skip
 def test_steps(same, kind, ball, bounds, dtype):
     for shape in SHAPES:
         compare(same, step_inputs(kind, dtype, shape), ball, limits(bounds, dtype), dtype)
