@@ -88,10 +88,10 @@ class FusedOptimizer(AveragingOptimizer):
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._grad_norm = GradNorm(clip, bool(needed), nonfinite)
         msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
-        rule, descend = msam.adapt(rule, decay_kind) if msam else (rule, Descend())
+        rule = msam.adapt(rule, decay_kind) if msam else rule
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
         built_in = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
-        self._set_components((*built_in, *regularizers, descend), seed)
+        self._set_components((*built_in, *regularizers, Descend(msam is not None)), seed)
         amp.silence()
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:

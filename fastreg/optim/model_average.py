@@ -27,10 +27,6 @@ class _Averaged(Component):
     weight = 1.0
     updates = 0
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, which has no state: the average is the parameter."""
-        return self._stage
-
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns the weight of the new p, and a dither."""
         # `AveragedModel` stores the count of updates.  With a weight of 0 averages do not move at all.

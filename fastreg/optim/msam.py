@@ -61,9 +61,9 @@ class MSAM(Average):
         self.rho = check_range("rho", rho, 0)
         self._perturbations = DeviceScalars(0.0, 0.0)  # in the weight, and after this step
 
-    def adapt(self, rule: Component, decay_kind: str | None) -> tuple[Component, Component]:
-        """Returns the components in place of an update rule and of `Descend`, which hand on the momentum."""
-        return _Rule(rule, self, decay_kind), _Descend()
+    def adapt(self, rule: Component, decay_kind: str | None) -> Component:
+        """Returns the component that replaces an update rule, and hands on its momentum."""
+        return _Rule(rule, self, decay_kind)
 
     def options(self) -> dict[str, Any]:
         """Returns ρ/‖v‖ before the first step."""
@@ -84,10 +84,6 @@ class MSAM(Average):
         return next(
             (float(value[0]) for value in self._perturbations.values()), self._perturbations.initial[0]
         )
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, the same for all groups."""
-        return self._stage
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """Returns the size of the perturbation after this step."""
@@ -162,14 +158,3 @@ class _Rule(Component):
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         """Returns the size of the perturbation in the weights."""
         return (self._msam.prev_perturbation(device),)
-
-
-class _Descend(Component):
-    """Subtracts the update from the weight, and leaves the momentum."""
-
-    phase = Phase.DESCEND
-    _stage = Stage("rules.descend_with_momentum", rules.descend_with_momentum)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, the same for all groups."""
-        return self._stage

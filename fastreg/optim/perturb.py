@@ -71,26 +71,18 @@ class Restore(MultiTensorOptimizer):
             del self.state[p][BACKUP.name]
 
 
-class Perturb(MultiTensorOptimizer):
-    """Base of the passes that perturb weights, and restore them bit for bit.
+def perturbed_rounding(rounding: str) -> Rounding:
+    """Returns the rounding of perturbed 16-bit weights, whose last digit mostly exceeds a perturbation.
 
-    A subclass calls `_set_perturbation` before the constructor of torch's optimizer.
+    Raises:
+        ValueError: If it is not `"stochastic"` or `"nearest"`.
     """
+    check_choice("rounding", rounding, ROUNDINGS)
+    return Rounding(rounding, Purpose.PERTURBATION)
 
-    def _set_perturbation(self, components: Iterable[Component], rounding: str, seed: int | None) -> None:
-        """Sets the components that perturb.
 
-        Args:
-            components: The components.
-            rounding: `"stochastic"` or `"nearest"`, of perturbed 16-bit weights: a perturbation is mostly
-                smaller than half their last digit.
-            seed: Base of the random numbers.
-
-        Raises:
-            ValueError: If there is no such rounding.
-        """
-        check_choice("rounding", rounding, ROUNDINGS)
-        self._set_components((*components, Rounding(rounding, Purpose.PERTURBATION)), seed)
+class Perturb(MultiTensorOptimizer):
+    """Base of the passes that perturb weights, and restore them bit for bit."""
 
     def reset_cache(self) -> None:
         """Forgets all that is kept between steps, the pass that restores among it."""
@@ -180,7 +172,7 @@ class PerturbByGradient(Perturb):
     def __init__(self, groups: list[dict[str, Any]], rounding: str) -> None:
         self._scale = _ScaleByWeights()
         self._ascend = _Ascend(self._scale)
-        self._set_perturbation((self._scale, self._ascend), rounding, seed=0)
+        self._set_components((self._scale, self._ascend, perturbed_rounding(rounding)), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": groups})
         self._scale.enabled = self._adaptive
 

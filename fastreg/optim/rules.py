@@ -86,7 +86,15 @@ class Maximize(Component):
 
 
 class Descend(Component):
-    """Subtracts the update from the weight, in all optimizers."""
+    """Subtracts the update from the weight, in all optimizers.
+
+    Args:
+        momentum: Whether the rule hands on its momentum beside the update, for MSAM.
+    """
 
     phase = Phase.DESCEND
-    _stage = Stage("rules.descend", reference.descend)
+    _plain = Stage("rules.descend", reference.descend)
+    _with_momentum = Stage("rules.descend_with_momentum", reference.descend_with_momentum)
+
+    def __init__(self, momentum: bool = False) -> None:
+        self._stage = self._with_momentum if momentum else self._plain

@@ -20,7 +20,7 @@ from ..engine.component import Component, Phase
 from ..engine.stage import Stage
 from ..engine.state import BACKUP
 from ..reference import ascent as reference
-from .perturb import Perturb
+from .perturb import Perturb, perturbed_rounding
 
 
 class _Noise(Component):
@@ -28,10 +28,6 @@ class _Noise(Component):
 
     phase = Phase.RULE
     _stage = Stage("ascent.noise", reference.noise, (BACKUP,), rng_keys=("key",), step_scalars=2)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, the same for all groups."""
-        return self._stage
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns the standard deviation, in units of 1 and of |p|."""
@@ -47,7 +43,7 @@ class PerturbByNoise(Perturb):
     """Adds noise to all weights, with gradients or without."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], rounding: str, seed: int | None) -> None:
-        self._set_perturbation((_Noise(),), rounding, seed)
+        self._set_components((_Noise(), perturbed_rounding(rounding)), seed)
         super().__init__(params, defaults)
 
     @property

@@ -11,8 +11,9 @@ from fastreg.engine import launch
 from fastreg.engine.batch import Batch, NormSpec
 from fastreg.engine.rounding import Rounding
 from fastreg.engine.stage import PLAIN, Buffer, Chain, Stage
-from fastreg.optim.msam import MSAM, _Descend
+from fastreg.optim.msam import MSAM
 from fastreg.optim.perturb import _Ascend, _ScaleByWeights
+from fastreg.optim.rules import Descend
 from fastreg.reference import rules
 from fastreg.reference.step import compute_dtype
 
@@ -33,7 +34,7 @@ def rule(name, buffers, step_scalars):
 
 
 DESCEND = Stage("rules.descend", rules.descend)
-MOMENTUM = (_Descend._stage, MSAM._stage)
+MOMENTUM = (Descend(momentum=True)._stage, MSAM._stage)
 # The stages, and the numbers of all of them.
 CHAINS = {
     "adaptive": ((_ScaleByWeights._stage, DESCEND), [1.0, 0.01]),
