@@ -137,13 +137,22 @@ def test_norms_are_never_too_small(positions, p, d, seed, kind, exponent):
     left = left * 2.0 ** int(exponent)
     exact = torch.bmm(left.double().mT, right.double()).flatten(1).norm(dim=1)
     part = OuterProductGrad(left, right)
-    held = DenseGrad(part.per_sample(0, 2))  # summed as it is
-    for each, expected in ((part, exact), (held, held.values.double().flatten(1).norm(dim=1))):
+    dense = DenseGrad(part.per_sample(0, 2))  # summed as it is
+    for each, expected in ((part, exact), (dense, dense.values.double().flatten(1).norm(dim=1))):
         squares, error = each.squares()
         upper = (squares.clamp(min=0) + error).sqrt()
         assert (upper * (1 + 2**-21) >= expected).all()
         if kind != "cancelling":
             assert (upper <= expected * (1 + 1e-4) + 1e-15).all()
+
+
+@pytest.mark.parametrize("elements", [1, 63, 65, 520, 2**14, 2**16 + 3])
+@pytest.mark.parametrize("value", [0.1, 1.54, 3.3e7])
+def test_norms_of_equal_elements(elements, value):
+    """Their rounding errors all agree: sums in float32 must be short."""
+    x = torch.full((2, elements), value)
+    squares, _ = DenseGrad(x).squares()
+    assert (squares.sqrt() * (1 + 2**-22) >= x.double().norm(dim=1)).all()
 
 
 def refusal(make, match, **options):
@@ -430,8 +439,8 @@ def test_compiled_models(net):
     compiled(x)  # before gradients are taken over
     BookKeeping(net, max_grad_norm=BOUND)
     expected = backward(net, x, scales)
-    found = backward(compiled, x, scales)
-    assert all(torch.equal(found[f"_orig_mod.{name}"], expected[name]) for name in expected)
+    actual = backward(compiled, x, scales)
+    assert all(torch.equal(actual[f"_orig_mod.{name}"], expected[name]) for name in expected)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="[Oo]bserved exception"):
         torch.compile(net, backend="eager", fullgraph=True)(x)
@@ -444,5 +453,5 @@ def test_a_pass_that_failed_leaves_nothing(net):
     x.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backward(net, x, torch.ones(3))
-    found = backward(net, drawn(3), torch.ones(3))
-    assert all(torch.equal(found[n], expected[n]) for n in found) and engine.samples == 3
+    actual = backward(net, drawn(3), torch.ones(3))
+    assert all(torch.equal(actual[n], expected[n]) for n in actual) and engine.samples == 3
