@@ -1,4 +1,4 @@
-"""A training step with differential privacy, beside Opacus and the same step without: time and memory."""
+"""Measures time and memory of a private training step, beside Opacus and a step without privacy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A GPT as Opacus can take it: nothing tied, positions for every sample."""
+    """A GPT that Opacus supports: no tied weights, positions for each sample."""
 
     def __init__(self, layers: int, features: int, heads: int, length: int) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Transformer(nn.Module):
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each sample."""
-    own = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return own.view_as(labels).mean(1)
+    """Returns the loss of each sample."""
+    tokens = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return tokens.view_as(labels).mean(1)
 
 
 @dataclass
 class Workload:
-    """Weights at the start, a batch, and what sums of clipped gradients must be."""
+    """Initial weights, a batch, and the expected sums of clipped gradients."""
 
     make: Callable[[], Transformer]
     start: dict[str, Tensor]
@@ -72,7 +72,7 @@ class Workload:
     sums: list[Tensor]
 
     def model(self) -> Transformer:
-        """One with these weights."""
+        """Returns a model with the initial weights."""
         model = self.make()
         model.load_state_dict(self.start)
         return model
@@ -80,12 +80,12 @@ class Workload:
 
 @dataclass
 class Step:
-    """A training step.
+    """A training step of one contender.
 
     Args:
-        run: Forward, backward, update and the next start.
-        sums: The sums of clipped gradients, after a forward and backward pass; `None`: not private.
-        device: Where.
+        run: Takes the step and clears gradients.
+        sums: Returns the sums of clipped gradients of the batch; `None` if the step is not private.
+        device: The device of the model.
     """
 
     run: Callable[[], None]
@@ -97,7 +97,7 @@ class Step:
 
 
 def plain(workload: Workload) -> Step:
-    """torch's fused AdamW."""
+    """Returns a step of torch's fused AdamW without privacy."""
     model, (ids, labels) = workload.model(), workload.batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
@@ -110,7 +110,7 @@ def plain(workload: Workload) -> Step:
 
 
 def ours(workload: Workload, around_torch: bool = False) -> Step:
-    """`DPOptimizer` around fastreg's AdamW, or around torch's."""
+    """Returns a step of `DPOptimizer` around fastreg's AdamW, or around torch's."""
     model, (ids, labels) = workload.model(), workload.batch
     make: Any = torch.optim.AdamW if around_torch else fastreg.AdamW
     options = {"fused": True} if around_torch else {}
@@ -129,15 +129,15 @@ def ours(workload: Workload, around_torch: bool = False) -> Step:
 
     def sums() -> list[Tensor]:
         backward()
-        found = [p.grad.clone() for p in model.parameters()]
+        result = [p.grad.clone() for p in model.parameters()]
         optimizer.zero_grad()
-        return found
+        return result
 
     return Step(run, sums, ids.device)
 
 
 def opacus(workload: Workload, ghost: bool = False) -> Step:
-    """Opacus' hooks, or its ghost norms with two backward passes, around torch's fused AdamW."""
+    """Returns a step with Opacus' hooks, or its ghost norms and two backward passes, around torch's AdamW."""
     try:
         modules = importlib.import_module("opacus.grad_sample")
         optimizers = importlib.import_module("opacus.optimizers")
@@ -159,10 +159,12 @@ def opacus(workload: Workload, ghost: bool = False) -> Step:
         optimizer = optimizers.DPOptimizer(base, **settings)
 
     def backward() -> None:
-        own = losses(wrapped(ids), labels)
+        loss = losses(wrapped(ids), labels)
         with warnings.catch_warnings():  # of torch about Opacus' hooks of embeddings
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            (utils.DPTensorFastGradientClipping(wrapped, optimizer, own) if ghost else own.mean()).backward()
+            (
+                utils.DPTensorFastGradientClipping(wrapped, optimizer, loss) if ghost else loss.mean()
+            ).backward()
 
     def run() -> None:
         backward()
@@ -172,28 +174,28 @@ def opacus(workload: Workload, ghost: bool = False) -> Step:
     def sums() -> list[Tensor]:
         backward()
         optimizer.accumulate() if ghost else optimizer.clip_and_accumulate()
-        found = [p.summed_grad.view_as(p).clone() for p in model.parameters()]
+        result = [p.summed_grad.view_as(p).clone() for p in model.parameters()]
         optimizer.zero_grad(set_to_none=True)
-        return found
+        return result
 
     return Step(run, sums, ids.device)
 
 
 def one_by_one(model: Transformer, ids: Tensor, labels: Tensor) -> list[Tensor]:
-    """Sums of clipped gradients, in double."""
+    """Returns sums of clipped gradients in float64, computed one sample at a time."""
     params = list(model.parameters())
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in params]
     for i in range(len(ids)):
-        own = torch.autograd.grad(losses(model(ids[i : i + 1]), labels[i : i + 1]).sum(), params)
-        norm = float(torch.stack([g.double().norm() for g in own]).norm())
-        for total, g in zip(sums, own, strict=True):
+        grads = torch.autograd.grad(losses(model(ids[i : i + 1]), labels[i : i + 1]).sum(), params)
+        norm = float(torch.stack([g.double().norm() for g in grads]).norm())
+        for total, g in zip(sums, grads, strict=True):
             total.add_(g.double(), alpha=min(1.0, MAX_NORM / norm))
     return sums
 
 
 @dataclass(eq=False)  # hashed by identity
 class PrivateStepCase(Case):
-    """A small GPT on a batch of so many samples."""
+    """A private step of a small GPT."""
 
     samples: int
     layers: int = 4
@@ -220,7 +222,7 @@ class PrivateStepCase(Case):
         return Workload(make, start, batch, one_by_one(model, *batch))  # type: ignore[arg-type]
 
     def contenders(self) -> dict[str, Callable[[Workload], Step]]:
-        """Not private, ours around both optimizers, and Opacus in both ways."""
+        """Returns a step without privacy, ours around both optimizers, and both of Opacus."""
         return {
             BASELINE: plain,
             OURS: ours,
@@ -230,40 +232,40 @@ class PrivateStepCase(Case):
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Sums of clipped gradients against those of one sample at a time; then a step must work."""
+        """Compares sums of clipped gradients with those of one sample at a time, then takes a step."""
         off = 0.0
         if run.sums is not None:
-            for found, expected in zip(run.sums(), workload.sums, strict=True):
-                off = max(off, float((found.double() - expected).norm() / expected.norm()))
+            for actual, expected in zip(run.sums(), workload.sums, strict=True):
+                off = max(off, float((actual.double() - expected).norm() / expected.norm()))
         run()
-        # Ours rounds norms up, by what rounding may have taken from them.
+        # Ours adds a bound on rounding errors to norms.
         return [Check("clipped sums", off, 1e-3)]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """Memory that a step takes at its peak, beyond what is held between steps."""
+        """Returns the peak memory of a step beyond that between steps."""
         return {"peak_bytes": peak_bytes(run, run.device)}
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Memory of tensors at the peak of a call beyond what is held before it: the same at every call."""
+    """Returns the peak memory of tensors in a call beyond that before it."""
     if device.type == "cuda":
         return measure.temporary_bytes(run, device) or 0
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log lines of the profiler
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    held = most = 0
+    current = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+        current += event.nbytes()
+        most = max(most, current)
     return most
 
 
 @dataclass
 class Factors:
-    """The two factors of a linear layer's gradient for each sample, and their sums in double."""
+    """The two factors of a linear layer's per-sample gradients, and the expected sums in float64."""
 
     left: Tensor
     right: Tensor
@@ -272,7 +274,7 @@ class Factors:
 
 @dataclass(eq=False)  # hashed by identity
 class GhostCase(Case):
-    """Norms of the gradients of a linear layer for each sample, from `[samples, positions, features]`."""
+    """Norms of a linear layer's per-sample gradients from factors `[samples, positions, features]`."""
 
     samples: int
     positions: int
@@ -301,24 +303,24 @@ class GhostCase(Case):
         return Factors(left, right, torch.cat(sums, 1))
 
     def contenders(self) -> dict[str, Callable[[Factors], Any]]:
-        """The kernel, which holds no products of positions, and batched products by torch."""
+        """Returns the kernel, which stores no products of positions, and batched products by torch."""
         return {
             OURS: lambda factors: lambda: ghost_ops.ghost_sums(factors.left, factors.right),
             self.baseline: lambda factors: lambda: reference.ghost_sums(factors.left, factors.right),
         }
 
     def verify(self, name: str, workload: Factors, run: Any) -> list[Check]:
-        """Against double, as a share of the largest of a kind."""
+        """Compares with float64, relative to the largest sum of each kind."""
         off = (run().double() - workload.sums).abs().amax(1) / workload.sums.abs().amax(1)
         return [Check("sums", float(off.max()), 1e-4)]
 
     def details(self, workload: Factors, run: Any) -> dict[str, Any]:
-        """Memory that it takes at its peak."""
+        """Returns the peak memory of a call."""
         return {"peak_bytes": peak_bytes(run, workload.left.device)}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """A GPT of 3.7 M parameters on a CPU; on a GPU one of the size of GPT-2, and the norms alone."""
+    """Returns a GPT of 3.7 M parameters on a CPU; on a GPU one of the size of GPT-2, and the norms alone."""
     if device.type == "cuda":
         rounds = 5 if quick else 20
         return [

@@ -1,4 +1,4 @@
-"""The suite of private steps: all are right, and memory is the same at every call."""
+"""The suite of private steps: results are verified, and memory is the same at every call."""
 
 import pytest
 import torch

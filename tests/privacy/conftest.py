@@ -1,4 +1,4 @@
-"""Clipped sums, one sample at a time."""
+"""Helpers of the privacy tests: a small private training run, and clipped sums one sample at a time."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+import fastreg
+from fastreg.privacy import DPOptimizer
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +36,10 @@ class OneByOne:
         for i in range(len(batch[0])):
             model.zero_grad()
             loss(model, *(t[i : i + 1] for t in batch)).backward()
-            own = {name: p.grad.double() for name, p in named if p.grad is not None}
-            norm = torch.stack([g.norm() for g in own.values()]).norm()
+            grads = {name: p.grad.double() for name, p in named if p.grad is not None}
+            norm = torch.stack([g.norm() for g in grads.values()]).norm()
             self.norms.append(norm)
-            for name, g in own.items():
+            for name, g in grads.items():
                 c, n = (bound, norm) if not isinstance(bound, dict) else (bound[name], g.norm())
                 clipped = g * min(1.0, c / float(n)) if n else g
                 self.sums[name] += clipped
@@ -59,3 +62,43 @@ class OneByOne:
 @pytest.fixture(name="OneByOne")
 def one_by_one() -> type[OneByOne]:
     return OneByOne
+
+
+def network(dtype=torch.float32):
+    """Returns a small network, the same at every call."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def batch(samples=8, dtype=torch.float32):
+    """Returns inputs and labels, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 6, generator=generator).to(dtype)
+    return x, torch.randint(0, 3, (samples,), generator=generator)
+
+
+def private(model=None, make=fastreg.AdamW, lr=1e-2, **options):
+    """Returns a model and a private optimizer around `make(parameters, lr=lr)`."""
+    model = network() if model is None else model
+    settings = {"model": model, "noise_multiplier": 1.0, "expected_batch_size": 8, "noise_seed": 3}
+    return model, DPOptimizer(make(model.parameters(), lr=lr), **{**settings, **options})
+
+
+def backward(model, samples=8, reduction="mean", rows=slice(None)):
+    """Takes a backward pass on some rows of the batch."""
+    x, y = batch(samples)
+    nn.functional.cross_entropy(model(x[rows]), y[rows], reduction=reduction).backward()
+
+
+def train(model, optimizer, steps=3):
+    """Takes steps on the whole batch and returns the weights."""
+    for _ in range(steps):
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def weights(model):
+    """Returns copies of the parameters."""
+    return [p.detach().clone() for p in model.parameters()]

@@ -38,15 +38,15 @@ SLOW = {"pld": KNOWN[5:6] + KNOWN[8:9], "prv": KNOWN[5:7] + KNOWN[8:9]}
 """These take seconds."""
 
 
-@pytest.mark.parametrize("place, backend, accountant", [(i, *who) for i, who in enumerate(WHO)], ids=str)
-def test_known_values(place, backend, accountant):
+@pytest.mark.parametrize("column, backend, accountant", [(i, *who) for i, who in enumerate(WHO)], ids=str)
+def test_known_values(column, backend, accountant):
     for (sigma, rate, steps, delta), expected in SLOW.get(accountant, KNOWN):
-        found = epsilon(
+        result = epsilon(
             noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=delta, accountant=accountant,
             backend=backend,
         )  # fmt: skip
-        assert math.isclose(found, expected[place], abs_tol=1.5e-4), (sigma, rate, steps)
-        assert backend in found.source and accountant.upper() in found.source and found.delta == delta
+        assert math.isclose(result, expected[column], abs_tol=1.5e-4), (sigma, rate, steps)
+        assert backend in result.source and accountant.upper() in result.source and result.delta == delta
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_known_values(place, backend, accountant):
 )
 def test_known_noise_multipliers(target, rate, steps, expected):
     """Found by bisection: up to what the library stops at, never below."""
-    found = noise_multiplier_for(target, sample_rate=rate, steps=steps, delta=1e-5)
-    assert math.isclose(found, expected, abs_tol=1e-5)
-    assert epsilon(noise_multiplier=found, sample_rate=rate, steps=steps, delta=1e-5) <= target
+    result = noise_multiplier_for(target, sample_rate=rate, steps=steps, delta=1e-5)
+    assert math.isclose(result, expected, abs_tol=1e-5)
+    assert epsilon(noise_multiplier=result, sample_rate=rate, steps=steps, delta=1e-5) <= target
     other = noise_multiplier_for(target, sample_rate=rate, steps=steps, delta=1e-5, backend="dp_accounting")
-    assert abs(other - found) < 0.01 and "dp_accounting" in other.source
+    assert abs(other - result) < 0.01 and "dp_accounting" in other.source
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.0, 2.0])
@@ -68,7 +68,7 @@ def test_full_batches_have_a_closed_form(mu):
     def normal(x):
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
-    found = epsilon(
+    result = epsilon(
         noise_multiplier=1 / mu,
         sample_rate=1.0,
         steps=1,
@@ -76,7 +76,7 @@ def test_full_batches_have_a_closed_form(mu):
         accountant="pld",
         backend="dp_accounting",
     )
-    delta = normal(-found / mu + mu / 2) - math.exp(found) * normal(-found / mu - mu / 2)
+    delta = normal(-result / mu + mu / 2) - math.exp(result) * normal(-result / mu - mu / 2)
     assert math.isclose(delta, 1e-5, rel_tol=1e-2)
 
 
@@ -87,11 +87,11 @@ def test_ends():
 
 
 def test_says_where_it_is_from():
-    found = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=10000, delta=1e-5)
-    assert str(found).startswith("6.713 (delta=1e-05, opacus") and "RDP" in str(found)
-    assert f"{found:.2f}" == "6.71" and found + 1 > 7
-    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
-        assert isinstance(other, Accounted) and (other, str(other)) == (found, str(found))
+    result = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=10000, delta=1e-5)
+    assert str(result).startswith("6.713 (delta=1e-05, opacus") and "RDP" in str(result)
+    assert f"{result:.2f}" == "6.71" and result + 1 > 7
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert isinstance(other, Accounted) and (other, str(other)) == (result, str(result))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_accountants_that_report_too_little_are_refused():
         fastreg.privacy.accounting.accountant_of(GaussianAccountant())
     with pytest.raises(TypeError, match="get_epsilon"):
         fastreg.privacy.accounting.accountant_of(object())
-    given = RDPAccountant()
-    assert fastreg.privacy.accounting.accountant_of(given) is given
+    accountant = RDPAccountant()
+    assert fastreg.privacy.accounting.accountant_of(accountant) is accountant
 
 
 def test_says_what_is_missing(monkeypatch):

@@ -96,10 +96,10 @@ CLAIMED = 4.3772
 
 
 def test_the_claim():
-    found = epsilon(
+    result = epsilon(
         noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=1e-5, accountant="pld", backend="dp_accounting"
     )
-    assert math.isclose(found, CLAIMED, abs_tol=1e-3)
+    assert math.isclose(result, CLAIMED, abs_tol=1e-3)
 
 
 def test_one_run_does_not_refute_the_claim(monkeypatch):

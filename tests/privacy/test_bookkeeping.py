@@ -196,12 +196,12 @@ def test_bounds_by_parameter(OneByOne, how):
     names = [name for name, _ in model.named_parameters()]
     share = 0.5 / math.sqrt(len(names))
     bounds = {name: share if how == "number" else 0.01 * (i + 1) for i, name in enumerate(names)}
-    given = {
+    max_grad_norm = {
         "number": 0.5, "mapping": bounds, "sequence": list(bounds.values()),
         "tensor": [torch.tensor(bound) for bound in bounds.values()],
     }[how]  # fmt: skip
     expected = OneByOne(model, loss_of, batch, bounds)
-    engine = BookKeeping(model, max_grad_norm=given, clipping="per_layer")
+    engine = BookKeeping(model, max_grad_norm=max_grad_norm, clipping="per_layer")
     loss_of(model, *batch).backward()
     expected.check(model, engine.norms)
     assert float(engine.sensitivity) == pytest.approx(math.hypot(*bounds.values()))

@@ -33,15 +33,15 @@ def private(shapes, dtype=torch.float32, make=fastreg.SGD, seed=7, **options):
 def drawn(shapes=((N,),), steps=1, backend="reference", **options):
     """What each step has added to each parameter, negative."""
     params, optimizer = private(shapes, **options)
-    found = []
+    noise = []
     with fastreg.use_backend(backend):
         for _ in range(steps):
             optimizer.step()
             optimizer.zero_grad()
-            found.append([-p.detach().clone() for p in params])
+            noise.append([-p.detach().clone() for p in params])
             for p in params:
                 p.data.zero_()
-    return found
+    return noise
 
 
 def uncorrelated(a, b):
@@ -83,8 +83,8 @@ def test_tensors_steps_and_keys_do_not_depend_on_each_other():
     n = 200_000
     first, second = drawn([(n,), (n,)], steps=2)
     ((other, _),) = drawn([(n,), (n,)], seed=8)
-    found = [*first, *second, other]
-    assert all(uncorrelated(a, b) for i, a in enumerate(found) for b in found[:i])
+    noise = [*first, *second, other]
+    assert all(uncorrelated(a, b) for i, a in enumerate(noise) for b in noise[:i])
     assert not uncorrelated(first[0], drawn([(n,)])[0][0])
 
 
@@ -100,8 +100,8 @@ def test_is_that_of_the_reference():
     """(key, step, parameter, element), the step a count of the optimizer's own."""
     at = reference_random.PhiloxPosition(0, 0, 1, 2)
     expected = reference_random.normal(key(7, Purpose.PRIVACY), at, torch.empty(33))
-    found = drawn([(5,), (33,)], steps=3)[2][1]
-    torch.testing.assert_close(found, SIGMA * C * expected, rtol=1e-5, atol=1e-6)
+    noise = drawn([(5,), (33,)], steps=3)[2][1]
+    torch.testing.assert_close(noise, SIGMA * C * expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 2**31, 2**32 - 1])
