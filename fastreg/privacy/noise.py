@@ -145,10 +145,6 @@ class PrivateNoise(Component):
                 "step() of the DPOptimizer, or its detach() to have the optimizer back"
             )
 
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the same stage for all groups."""
-        return self._stage
-
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns standard deviation, share, and the count in halves that float32 holds exactly."""
         std, share, count = self._authorized or (0.0, 1.0, 0)
@@ -164,10 +160,6 @@ class _WriteGradient(Component):
 
     phase = Phase.DESCEND
     _stage = Stage("regularizers.replaced", reference.replaced)
-
-    def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the same stage for all groups."""
-        return self._stage
 
 
 class InPlaceNoise(MultiTensorOptimizer):

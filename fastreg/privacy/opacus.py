@@ -31,17 +31,12 @@ class OpacusDPOptimizer(base.DPOptimizer, StockOptimizer):
 
     Args:
         optimizer: The optimizer that steps.
-        noise_multiplier: σ.
         max_grad_norm: C; a list with one for each trainable parameter for `clipping="per_layer"`.
         expected_batch_size: Expected number of samples of each process, as in Opacus.
-        loss_reduction: `"mean"` or `"sum"`.
         generator: Its seed is the seed of the noise; by default the key comes from the operating system.
         secure_mode: Refused.
-        clipping: `"flat"` or `"per_layer"`.
         grad_sample_mode: `"ghost"` if Opacus' ghost clipping writes sums to `p.grad`.
-        materialize_grad: Whether to leave the noised gradient in `p.grad`.
-        reproducible: Whether checkpoints hold key and count of the noise.
-        kwargs: Ignored, as in Opacus.
+        kwargs: Ignored, as in Opacus. All other arguments are those of `fastreg.DPOptimizer`.
 
     Raises:
         ValueError: For values out of range, and optimizers that `fastreg.DPOptimizer` refuses.
@@ -141,7 +136,7 @@ class OpacusDPOptimizer(base.DPOptimizer, StockOptimizer):
         return repr(self.base_optimizer)
 
 
-DPOptimizer = OpacusDPOptimizer  # the name of the first release
+DPOptimizer = OpacusDPOptimizer  # the old name, for one release
 
 
 class PrivacyEngine(opacus.PrivacyEngine):

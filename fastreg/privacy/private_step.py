@@ -35,12 +35,7 @@ class PrivateStep(Wrapper):
     Args:
         base: The optimizer.
         source: Provides the sums.
-        noise: Key of the noise.
-        noise_multiplier: σ.
-        expected_batch_size: Divides sums if the loss is a mean.
-        loss_reduction: `"mean"` or `"sum"`.
-        materialize_grad: Whether to write noised gradients to `p.grad` and leave them there.
-        process_group: The processes that share a batch.
+        noise: Key of the noise. All other arguments are those of `DPOptimizer`.
     """
 
     _step_supports_amp_scaling = True  # so that a GradScaler passes itself, and is refused
