@@ -305,11 +305,6 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuses a group with unsupported options."""
 
-    def _chains(self, group: dict[str, Any]) -> list[Chain]:
-        """Returns the chain of each dtype in a group."""
-        dtypes = dict.fromkeys(memory_layout.local(p).dtype for p in group["params"])
-        return [self.chain(group, dtype) for dtype in dtypes]
-
     def _same_chains(self, plan: Plan) -> bool:
         """Returns whether the options of groups still ask for the chains of a plan."""
         return all(

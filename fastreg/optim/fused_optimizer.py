@@ -153,10 +153,10 @@ class FusedOptimizer(AveragingOptimizer):
 
     def _settle(self, report: bool = False) -> None:
         """Corrects the count of a step that was skipped on a device; runs before counts are read."""
-        verdict = self._skip_status
-        if verdict is not None and verdict.skipped() and report:
+        status = self._skip_status
+        if status is not None and status.skipped() and report:
             self._skip_status = None
-            if verdict.report:
+            if status.report:
                 raise RuntimeError(
                     "the gradients of the last step were not finite; it was skipped, weights and state are "
                     "as they were before (nonfinite='skip' goes on, 'propagate' updates nevertheless)"
@@ -292,7 +292,11 @@ class FusedOptimizer(AveragingOptimizer):
                     state[name] = value.to(state[name].device, copy=True)
 
     def _share_seed(self) -> None:
-        chains = (chain for group in self.param_groups for chain in self._chains(group))
+        chains = (
+            self.chain(group, dtype)
+            for group in self.param_groups
+            for dtype in {layout.local(p).dtype for p in group["params"]}
+        )
         if any(stage.rng_keys for chain in chains for stage in chain.stages):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)

@@ -19,6 +19,12 @@ SCHEDULERS = {
 }
 
 
+@pytest.fixture(params=("adamw", "momentum", "lion"))
+def rule(request, rules):
+    """A rule of each kind: all of them meet their oracles in `tests/kernels/test_rules.py`."""
+    return rules[request.param]
+
+
 def test_step_equals_torch(rule, backend, Race):
     race = Race()
     ours, theirs = rule(race.ours), rule.oracle(race.theirs)

@@ -36,6 +36,12 @@ def same(a, b) -> bool:
     return a == b
 
 
+@pytest.fixture(params=("adamw", "amsgrad", "sgd", "momentum", "lion"))
+def rule(request, rules):
+    """A rule of each kind: all of them meet their oracles in `tests/kernels/test_rules.py`."""
+    return rules[request.param]
+
+
 def test_state_is_that_of_torch(rule, Race):
     race = Race([(3, 4), ()])
     ours, theirs = rule(race.ours), rule.oracle(race.theirs)

@@ -24,12 +24,9 @@ Fused = Callable[[list[Tensor], Tensor, Tensor, Tensor], Any]
 
 @functools.cache
 def compiled_step(
-    chain: Chain,
-    dtypes: tuple[torch.dtype, ...],
-    step_scalars: torch.dtype,
-    device: torch.device,
+    chain: Chain, dtypes: tuple[torch.dtype, ...], step_scalars: torch.dtype, device: torch.device,
     threads: int,
-) -> Fused:
+) -> Fused:  # fmt: skip
     """Returns `reference.step` compiled, called as `(tensors, device_scalars, integers, step_scalars)`.
 
     `tensors` are parameter, gradient, buffers and units, flat; `integers` are first element, stream, step
@@ -56,10 +53,10 @@ def compiled_norm(
         chain: The chain.
         stages: How many of its stages run.
         kind: The norm, see `NormSpec`.
-        dtypes: The dtypes of the tensors.
+        dtypes: The dtypes of the tensors; this and the rest as for `compiled_step`.
         step_scalars: The dtype of device scalars and step scalars.
         device: The device of all of them.
-        threads: `torch.get_num_threads()`, which Inductor builds in.
+        threads: `torch.get_num_threads()`.
     """
 
     def norm(*arguments: Any) -> Tensor:

@@ -35,13 +35,8 @@ def run(batch: Batch) -> None:
     """Runs the step of a batch in PyTorch."""
     chain = batch.chain
     # Only random numbers need elements in whole groups, and only their temporaries make short runs pay.
-    _run_slices(
-        batch,
-        list(_slices(batch, chain.random)),
-        compiled_step,
-        (chain,),
-        functools.partial(reference_step, chain),
-    )
+    slices = list(_slices(batch, chain.random))
+    _run_slices(batch, slices, compiled_step, (chain,), functools.partial(reference_step, chain))
 
 
 def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
@@ -63,12 +58,9 @@ def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
 
 
 def _run_slices(
-    batch: Batch,
-    runs: list[_Slice],
-    compiled: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    batch: Batch, runs: list[_Slice], compiled: Callable[..., Any], arguments: tuple[Any, ...],
     plain: Callable[..., Any],
-) -> list[Any]:
+) -> list[Any]:  # fmt: skip
     """Returns the result of each run, compiled if the backend is and the run can be."""
     chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
     fused = None
