@@ -165,7 +165,9 @@ def _parameters(kernel: Any, arguments: tuple[Any, ...]) -> dict[str, tuple[int,
     while named:
         name, value = named.pop(0)
         if isinstance(value, tuple):
-            named[:0] = ((f"{name}[{i}]", item) for i, item in enumerate(value))
+            # Of stages and storages only columns would follow, which Triton may compile in.
+            tensors = [(i, item) for i, item in enumerate(value) if isinstance(item, torch.Tensor)]
+            named[:0] = ((f"{name}[{i}]", item) for i, item in tensors)
         elif isinstance(value, torch.Tensor):
             addresses[name] = value.data_ptr(), False
         elif isinstance(value, int):
