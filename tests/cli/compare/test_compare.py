@@ -257,7 +257,7 @@ def test_ctrl_c_before_the_first_evaluation_writes_an_empty_result(monkeypatch, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "_mean_loss", interrupt)
+    monkeypatch.setattr(runner, "mean_loss", interrupt)
     code, results = compare(tmp_path, "--with", "clip,plain")
     assert code == 130 and results["contenders"] == []
 
