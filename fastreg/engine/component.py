@@ -8,15 +8,13 @@ device scalar for the stage to read.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.norm import Measured
-from .plan import PlannedBatch
+from .plan import Work
 from .stage import Stage, Storage
 
 
@@ -34,32 +32,6 @@ class Phase(IntEnum):
     LOOKAHEAD = 7
     AVERAGE = 8
     PERTURB = 9
-
-
-@dataclass
-class Work:
-    """The parameters of a step and their batches, as `Component.prepare` sees them.
-
-    Args:
-        batches: The parameters that have gradients.
-        elements: How many elements they have, shards elsewhere included.
-        tensors: Their local tensors.
-        states: Their states.
-        absent: Local tensors and states of the other parameters that have been stepped before.
-        measured: The norm of all gradients together, on each device, if any component needs it.
-    """
-
-    batches: list[PlannedBatch]
-    elements: int
-    tensors: list[Tensor]
-    states: list[dict[str, Any]]
-    absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
-    measured: dict[torch.device, Measured] = field(default_factory=dict)
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices of the batches, each once."""
-        return list(dict.fromkeys(batch.device for batch in self.batches))
 
 
 class Component:
@@ -160,20 +132,3 @@ class Component:
             and not (parameter.kind is parameter.KEYWORD_ONLY and value == parameter.default)
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
-
-
-def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:
-    """Returns options of a group for `step_scalars`: floats, or double tensors where the device counts."""
-    if isinstance(step, Tensor):
-        return tuple(_double(group[name]) for name in names)
-    return tuple(float(group[name]) for name in names)
-
-
-def betas(group: dict[str, Any], step: Any) -> tuple[Any, Any]:
-    """Returns the two betas of a group in the same way as `values`."""
-    first, second = group["betas"]
-    return (_double(first), _double(second)) if isinstance(step, Tensor) else (float(first), float(second))
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value

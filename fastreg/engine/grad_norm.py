@@ -17,11 +17,12 @@ from ..reference import regularizers as reference
 from ..reference.norm import Measured
 from ..reference.step import scalar_dtype
 from .batch import Batch, NormSpec
-from .component import Component, Phase, Work
+from .component import Component, Phase
 from .device_scalars import DeviceScalars
 from .grad_scaler import Scaling
 from .launch import combine, measure
 from .layout import Shards
+from .plan import Work
 from .stage import Stage
 
 

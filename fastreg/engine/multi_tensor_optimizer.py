@@ -23,8 +23,8 @@ from ..reference.step import compute_dtype
 from ..runtime import backend
 from . import launch
 from . import layout as memory_layout
-from .component import Component, Work
-from .plan import Counts, Operands, Plan, PlannedBatch, Variant, sort_into_batches
+from .component import Component
+from .plan import Counts, Operands, Plan, PlannedBatch, Variant, Work, sort_into_batches
 from .stage import PLAIN, Buffer, Chain
 from .state import BACKUP, buffer_dtype, fitted, from_backup, init_buffer
 

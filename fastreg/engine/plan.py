@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.norm import Measured
 from . import layout
 from .batch import Batch
 from .stage import Chain
@@ -236,3 +237,29 @@ class SkipStatus:
             if self._skipped:
                 self._counts.take_back()
         return self._skipped
+
+
+@dataclass
+class Work:
+    """The parameters of a step and their batches, as `Component.prepare` sees them.
+
+    Args:
+        batches: The parameters that have gradients.
+        elements: How many elements they have, shards elsewhere included.
+        tensors: Their local tensors.
+        states: Their states.
+        absent: Local tensors and states of the other parameters that have been stepped before.
+        measured: The norm of all gradients together, on each device, if any component needs it.
+    """
+
+    batches: list[PlannedBatch]
+    elements: int
+    tensors: list[Tensor]
+    states: list[dict[str, Any]]
+    absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
+    measured: dict[torch.device, Measured] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of the batches, each once."""
+        return list(dict.fromkeys(batch.device for batch in self.batches))

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.component import Component, Phase, values
+from ..engine.component import Component, Phase
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
+from .rules import values
 
 KINDS = ("l2", "decoupled", "independent", "cautious")
 

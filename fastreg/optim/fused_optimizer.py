@@ -22,7 +22,7 @@ from . import decay
 from .msam import MSAM
 from .regularizers import ClipNorm
 from .rules import Descend, Maximize
-from .swap_averages import ACTIVE, AveragingOptimizer, active_average
+from .swap_averages import ACTIVE, AveragingOptimizer
 from .weight_averages import Average
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -134,8 +134,8 @@ class FusedOptimizer(AveragingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_inside("step()", "train the averaged weights")
-        if active_average(self) is not None:
+        if ACTIVE in self.param_groups[0]:
+            self._refuse_inside("step()", "train the averaged weights")
             raise RuntimeError("step() would train the averaged weights: call optimizer.train() first")
         if self._skip_status is not None:
             self._settle(report=True)

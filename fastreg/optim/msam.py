@@ -16,9 +16,10 @@ from torch import Tensor
 from ..common.validation import check_range
 from ..engine import layout
 from ..engine.batch import NormSpec
-from ..engine.component import Component, Phase, Work
+from ..engine.component import Component, Phase
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
 from ..engine.grad_norm import measure_norm
+from ..engine.plan import Work
 from ..engine.stage import Stage
 from ..reference import ascent, rules
 from ..reference.norm import Measured

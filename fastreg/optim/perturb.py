@@ -16,10 +16,11 @@ from torch import Tensor
 from ..common.random import Purpose
 from ..common.validation import check_choice
 from ..engine.batch import NormSpec
-from ..engine.component import Component, Phase, Work
+from ..engine.component import Component, Phase
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
 from ..engine.grad_norm import measure_norm
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
+from ..engine.plan import Work
 from ..engine.rounding import Rounding
 from ..engine.stage import Stage, Storage
 from ..engine.state import BACKUP

@@ -12,12 +12,14 @@ from torch import Tensor
 from ..common.random import Purpose, key
 from ..common.validation import check_range
 from ..engine.batch import Batch
-from ..engine.component import Component, Phase, Work, values
+from ..engine.component import Component, Phase
 from ..engine.device_scalars import DeviceScalars
 from ..engine.launch import unit_squares
 from ..engine.layout import Shards
+from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
+from .rules import values
 
 __all__ = [
     "L1", "L2SP", "AdaptiveClip", "ClipNorm", "ClipValue", "GradientNoise",

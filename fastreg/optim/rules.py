@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.component import Component, Phase, betas, values
+from ..engine.component import Component, Phase
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference_regularizers
 from ..reference import rules as reference
@@ -98,3 +98,20 @@ class Descend(Component):
 
     def __init__(self, momentum: bool = False) -> None:
         self._stage = self._with_momentum if momentum else self._plain
+
+
+def values(group: dict[str, Any], step: Any, *names: str) -> tuple[Any, ...]:
+    """Returns options of a group for `step_scalars`: floats, or double tensors where the device counts."""
+    if isinstance(step, Tensor):
+        return tuple(_double(group[name]) for name in names)
+    return tuple(float(group[name]) for name in names)
+
+
+def betas(group: dict[str, Any], step: Any) -> tuple[Any, Any]:
+    """Returns the two betas of a group in the same way as `values`."""
+    first, second = group["betas"]
+    return (_double(first), _double(second)) if isinstance(step, Tensor) else (float(first), float(second))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common.validation import check_choice, check_int, check_range
-from ..engine.component import Phase, Work
+from ..engine.component import Phase
+from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from .weight_averages import FIRST_MOMENTS, Average

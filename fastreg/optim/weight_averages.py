@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.validation import check_choice, check_int, check_range
-from ..engine.component import Component, Phase, Work
+from ..engine.component import Component, Phase
+from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import compute_dtype

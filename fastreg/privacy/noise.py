@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..engine.component import Component, Phase, Work
+from ..engine.component import Component, Phase
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
-from ..engine.plan import Operands
+from ..engine.plan import Operands, Work
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
