@@ -83,7 +83,7 @@ def _package(path: Path) -> str:
 
 def _function(code: types.CodeType) -> str:
     """Returns the function, without the comprehensions in it."""
-    parts = code.co_qualname.split(".<locals>.")
+    parts = getattr(code, "co_qualname", code.co_name).split(".<locals>.")  # Python 3.10 has no qualified one
     while len(parts) > 1 and parts[-1] in ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>"):
         parts.pop()
     return ".".join(parts)
