@@ -9,8 +9,6 @@ Each is a recipe, see `fastreg.Regularization`, for the loop in `fastreg.trainin
 of `Settings` as keyword arguments: epochs, mixed precision, accumulation, schedules, validation, progress.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

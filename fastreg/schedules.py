@@ -16,8 +16,6 @@ Schedules have no state: a resumed run gets the same rates.  All are frozen, com
 | `DropPathLayers`      | from 0 to a rate in equal steps, as timm has it |
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Moves inputs within a ball around the clean ones: steps, projections and random starts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Moves the embeddings of language models by their gradients, for adversarial training."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Computes the gradients of attacks, and preserves the state of models and random generators."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

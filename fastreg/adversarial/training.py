@@ -1,7 +1,5 @@
 """Takes training steps on clean and adversarial inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Each subcommand is a module with `add_parser`. It imports transformers, matplotl
 so that help and usage errors come at once.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

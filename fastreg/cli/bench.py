@@ -1,7 +1,5 @@
 """Runs `fastreg bench`: the benchmark suites on this machine, as a table, a picture and JSON."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writes results of commands as JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

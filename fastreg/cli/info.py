@@ -1,7 +1,5 @@
 """Runs `fastreg info`: versions, devices and backends, for a bug report."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Implements `fastreg precompile`, which compiles kernels into Triton's cache without a GPU."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

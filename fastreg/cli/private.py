@@ -1,7 +1,5 @@
 """Runs `fastreg private`: trains a small network with and without differential privacy."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`fastreg recipe`: a commented recipe to start from."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reports errors of the user's input in one line, with the value and the fix."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

@@ -1,7 +1,5 @@
 """Estimates the running statistics of batch normalization again, or freezes them for a second pass."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Handles batches and outputs of models, whatever mappings, sequences or classes they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ counts, unless its children are stages, which consist mostly of a list of blocks
 have a stack each.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 Block = tuple[str, nn.Module]

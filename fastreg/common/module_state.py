@@ -1,7 +1,5 @@
 """Saves and restores the state of modules and of torch's random generators around a block."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 

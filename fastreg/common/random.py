@@ -5,8 +5,6 @@ share bits.  The numbers drawn with a key depend on (stream, step, element index
 `fastreg.reference.random`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from enum import IntEnum

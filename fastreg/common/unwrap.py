@@ -1,7 +1,5 @@
 """Finds models and optimizers inside the wrappers that other libraries put around them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks arguments, and says the value, the allowed range and the name in every error."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import numbers

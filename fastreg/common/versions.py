@@ -1,7 +1,5 @@
 """Looks up which versions of packages are installed."""
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError, version
 
 

@@ -1,7 +1,5 @@
 """A batch of parameters that take one step together, and which norm to measure of their gradients."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple

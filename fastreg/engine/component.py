@@ -5,8 +5,6 @@ stage needs this step.  Where these need a reduction over gradients first, it ru
 device scalar for the stage to read.
 """
 
-from __future__ import annotations
-
 import inspect
 from enum import IntEnum
 from typing import Any

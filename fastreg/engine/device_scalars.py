@@ -1,7 +1,5 @@
 """Scalars that stages read, kept on each device where parameters are."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

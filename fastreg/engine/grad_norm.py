@@ -4,8 +4,6 @@ Clipping scales by it, loss scaling and the check for NaN and infinity follow fr
 its size from it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

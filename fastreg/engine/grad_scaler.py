@@ -6,8 +6,6 @@ protocol it passes itself to optimizers whose `step` takes `grad_scaler`, and le
 norm that clipping needs finds infinities in one read.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Everything below the optimizer works on that.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import sys

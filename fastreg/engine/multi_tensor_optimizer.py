@@ -9,8 +9,6 @@ Plans keep the batches from step to step, one plan for each combination of varia
 soon as any parameter, state tensor, dtype, chain or backend differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes 16-bit weights back without losing small updates, such as weight decay."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

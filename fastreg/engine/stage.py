@@ -4,8 +4,6 @@ A chain names the maths of each stage twice, as a kernel and as its reference, s
 runs on every backend.  Chains are hashable: code is compiled once per chain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

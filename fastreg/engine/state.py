@@ -1,7 +1,5 @@
 """Makes the state buffers of parameters and step counts, and checks whether loaded state fits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

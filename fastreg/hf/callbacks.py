@@ -1,7 +1,5 @@
 """Callbacks for any Trainer: rates that change with the step, and noise on the embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Applies a recipe in a Trainer: `TrainingArguments` complete it, and must not contradict it."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import Any

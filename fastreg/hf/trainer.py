@@ -6,8 +6,6 @@ optimizer.step      one pass over gradients and weights; Trainer makes none of i
 checkpoints         hold averages, and so does the model at the end (optimizer.py)
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from typing import Any

@@ -6,8 +6,6 @@ probabilities are the output of a softmax or are dropped inside an attention fun
 input of a linear layer; the rest are outputs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

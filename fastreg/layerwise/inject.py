@@ -4,8 +4,6 @@ The hook is a plain function, and the rate is in a module added beside it.  So m
 pickled, new rates do not recompile, and no key is added to the `state_dict`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

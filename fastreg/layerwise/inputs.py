@@ -1,7 +1,5 @@
 """Makes small inputs for one forward pass of a model from its class and configuration."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Records the dropout calls of a forward pass, with their rates and inputs."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections import Counter

@@ -1,7 +1,5 @@
 """Changes the dropout rates of a model in the course of training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

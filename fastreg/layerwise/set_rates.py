@@ -1,7 +1,5 @@
 """Sets dropout rates by layer and role, and asserts them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ A site is one of
 Roles follow from names here.  `audit` finds them by running the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile

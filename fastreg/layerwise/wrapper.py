@@ -1,7 +1,5 @@
 """Wraps a transformer and sets dropout rates that grow from layer to layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writes dropout rates into a model and its configuration, restores them, and removes them again."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 

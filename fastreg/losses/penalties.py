@@ -1,7 +1,5 @@
 """Computes penalties on the weights, to be added to a loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 

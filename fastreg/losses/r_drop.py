@@ -1,7 +1,5 @@
 """Computes R-Drop losses: two passes over the same inputs with different dropout masks should agree."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ kept, and a pass with one of these seeds reuses its rates and measures nothing. 
 tensors alone: it works in compiled code, and never waits for a GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

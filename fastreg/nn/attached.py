@@ -1,7 +1,5 @@
 """Attaches noise to the outputs of modules of an existing model, by hooks that can be removed."""
 
-from __future__ import annotations
-
 import fnmatch
 import re
 from collections.abc import Sequence

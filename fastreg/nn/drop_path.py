@@ -1,7 +1,5 @@
 """Drops residual branches sample by sample: stochastic depth (Huang et al. 2016)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Defines `fastreg.nn.Dropout`, and the base of all modules with a rate."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adds noise to token embeddings: NEFTune, as Hugging Face adds it, and as the paper does."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

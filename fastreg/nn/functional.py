@@ -1,7 +1,5 @@
 """Dropout and noise as functions: of elements, channels and samples, plain and fused."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -10,8 +10,6 @@
 Masks are not stored: the backward pass keeps x where there is an activation, and otherwise only a seed.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Defines modules that add noise while training: to inputs and activations, and to tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Schedules levels of noise in the course of training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

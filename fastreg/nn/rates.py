@@ -1,7 +1,5 @@
 """Converts rates to thresholds for 16 random bits, in tensors, so that a new rate needs no compilation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Replaces dropout modules of torch by fused ones."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import torch

@@ -3,8 +3,6 @@
 Tompson et al. 2015, "Efficient object localization using convolutional networks".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Attaches token noise to the input embeddings of a model, by a hook."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A plain transformer language model, as an example of the modules of this package."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

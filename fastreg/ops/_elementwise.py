@@ -5,8 +5,6 @@ its tensors.  `operator` registers it with torch, `one_by_one` is its `vmap`, an
 reference of any operator, elementwise or not.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 `move` takes a step; `norms` computes the norms of samples that a step or a projection needs.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ Operators have no derivatives.  Those are in the `autograd.Function` classes bel
 transformations of `torch.func`.  `drop` and `fused_drop` are what modules and functions call.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Sequence

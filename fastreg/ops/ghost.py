@@ -1,7 +1,5 @@
 """Computes per-sample sums over positions by kernels or the reference, and shares inner products."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@
 `add_noise` is what modules and functions call.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from typing import Any

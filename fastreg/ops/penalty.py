@@ -6,8 +6,6 @@
 There is one launch for each (device, dtype), usually a single one.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Clips per-sample gradients with three launches: for all norms, for the factors, for the sums."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Sequence

@@ -8,8 +8,6 @@
 | `"cautious"`    | p ← p - lr · λ · p where u · p ≥ 0   | Chen et al. 2025            |
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..engine.component import Component, Phase

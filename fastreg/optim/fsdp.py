@@ -1,7 +1,5 @@
 """Brings models that FSDP2 shards out of forward passes; FSDP2 is not imported where it is not used."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from typing import Any

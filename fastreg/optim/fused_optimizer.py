@@ -3,8 +3,6 @@
 See `fastreg/engine/README.md` for how a step runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

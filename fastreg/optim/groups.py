@@ -1,7 +1,5 @@
 """Parameter groups: weight decay and learning rates by kind of parameter and depth of its layer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

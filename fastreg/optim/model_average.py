@@ -3,8 +3,6 @@
 Its parameters are the averages, its "gradients" the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ will make (one read of momentum and gradient).  Then, in one pass, it adds the l
 subtracts the new c v.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

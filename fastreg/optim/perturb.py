@@ -4,8 +4,6 @@ perturb  read weight and gradient (of SAM); write the perturbed weight and the b
 restore  read the backup, write the weight; a fastreg optimizer reads the backup in its own pass instead
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Lists the optimizers: recipes, tests, benchmarks and the README go through this table."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass, field
 from typing import Any

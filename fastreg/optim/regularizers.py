@@ -1,7 +1,5 @@
 """Defines regularizers that run in an optimizer's step: `regularizers=[ClipNorm(1.0), EMA(0.999)]`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Defines the update rules as components, and the descent at the end of the update."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -6,8 +6,6 @@ pass 2   loss.backward()      the gradient at the perturbed weights
 second_step()        the base optimizer's step, which reads w from the backup: no byte more than its own
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """SGD in one pass over memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Lookahead as a component: slow weights that follow the fast ones every k steps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ is trained is kept under `TRAINED` in the state meanwhile: in the memory of the 
 dtype, in a copy where parameters are narrower.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Averages of the weights, updated in the step and evaluated with: EMA and SWA."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

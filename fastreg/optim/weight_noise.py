@@ -4,8 +4,6 @@ perturb  read the weight; write it with noise, and its backup: 12 bytes a parame
 restore  read the backup, write the weight: 8 bytes, one launch
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Schedulers and checkpoints see a single optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -9,8 +9,6 @@ Only what is clipped is trained: trainable parameters that no covered layer owns
 are gradients that reach a covered parameter by another way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Reads `max_grad_norm`: one bound for all parameters together, or one for each parameter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

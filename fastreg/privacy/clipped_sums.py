@@ -3,8 +3,6 @@
 Many small operations are joined to few large ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -10,8 +10,6 @@ These sums are not private yet: they leave this package only with noise. All sou
     iterations    the number of batches in the sums, by which Opacus multiplies its sampling rate
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Intercepts layers and autograd: passes inputs of layers and gradients of their outputs to the engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A layer runs on weights that autograd does not see, so that its backward pass en
 input. The gradients of its weights follow from tensors that the layer saves and the gradient of its output.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -1,7 +1,5 @@
 """Adds noise to sums of clipped gradients and passes the result to an optimizer (Gaussian mechanism)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

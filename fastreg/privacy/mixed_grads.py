@@ -1,7 +1,5 @@
 """Combines the per-sample gradients of a parameter that is used several times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

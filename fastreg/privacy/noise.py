@@ -6,8 +6,6 @@ difference of their gradients, so a key is never used twice: it comes from the o
 not copied and not derived from any seed of torch, and the count of steps never decreases.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import warnings

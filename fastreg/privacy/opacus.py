@@ -3,8 +3,6 @@
 Importing this module imports Opacus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ loss.backward()   sums of clipped per-sample gradients              grad_sources
 step()            accounting, noise, and a step of the optimizer    private_step.py
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ noise             (sum + σ·C·N(0, 1)) / expected batch size, as the first sta
 base optimizer    steps by nothing else, which is post-processing
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

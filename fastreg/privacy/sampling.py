@@ -1,7 +1,5 @@
 """Draws Poisson-sampled batches: each sample is in a batch with the same probability, independently."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from typing import Any

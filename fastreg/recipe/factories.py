@@ -3,8 +3,6 @@
 Their parameters are the settings, their defaults are printed by `fastreg recipe`, their `Args:` the help.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 

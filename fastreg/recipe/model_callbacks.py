@@ -1,7 +1,5 @@
 """Callbacks that act on a model: dropout rates, noise, and passes over a batch with something changed."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Readers of YAML values: each makes a value of one type, or says what is wrong with it."""
 
-from __future__ import annotations
-
 import difflib
 import types
 import typing

@@ -4,8 +4,6 @@ The settings of a section are the parameters of its factory: their names, types 
 signature, their help that of the docstring.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

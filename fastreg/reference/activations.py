@@ -1,7 +1,5 @@
 """Defines activation functions by name, with their backward passes, in the precision of the argument."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

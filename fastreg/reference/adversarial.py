@@ -3,8 +3,6 @@
 Tensors are `[samples, elements]`; numbers of each sample are `[samples, 1]`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Stages that perturb weights before a backward pass: sharpness-aware minimization, and noise."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ elements are scaled by one over the share kept at the rounded rate, so that the 
 A dropped element is 0 even if it was infinite or NaN.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Computes norms of per-sample gradients without forming them, and bounds on their rounding errors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

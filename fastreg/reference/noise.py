@@ -4,8 +4,6 @@ The noise of an element is a function of (seed, its index) alone, so that nothin
 pass: added noise passes gradients on unchanged, a factor is drawn again.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

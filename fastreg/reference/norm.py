@@ -1,7 +1,5 @@
 """Computes the global gradient norm, and the clipping factor that follows from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple

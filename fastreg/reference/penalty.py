@@ -1,7 +1,5 @@
 """Computes penalties, and their gradients as stages: p is the output, u the penalized weight."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .random import PhiloxPosition

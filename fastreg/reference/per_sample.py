@@ -1,7 +1,5 @@
 """Clips per-sample gradients: their norms, the clip factors, the sum of the clipped gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

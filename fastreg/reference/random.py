@@ -4,8 +4,6 @@ Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") o
 uint32 values.  No product relies on wrap-around, which Inductor does not promise.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

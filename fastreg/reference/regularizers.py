@@ -1,7 +1,5 @@
 """Regularizers: maths on the gradient before the update rule, and on the weight after it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Update rules: `u` is the gradient on entry and the step to subtract on return."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

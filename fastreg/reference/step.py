@@ -1,7 +1,5 @@
 """Runs one optimizer step on the flat elements of one parameter, as the fused kernel does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ weight decay of 1e-4 never moves a bfloat16.  Rounding up or down at random, in 
 is right on average (Gupta et al. 2015); keeping what is lost in 16 more bits is exact.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

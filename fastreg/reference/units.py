@@ -1,7 +1,5 @@
 """Sums over the units of a parameter: rows of a matrix, output channels of a convolution."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Compiles functions of tensors ahead of time for all sizes, and keeps them on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Helpers to launch kernels on a device: architecture, uploads, streams and limits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Reports versions, devices, and which backend runs on each of them and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import platform
 

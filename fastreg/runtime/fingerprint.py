@@ -4,8 +4,6 @@ Digests depend on the code and values in this process, not on files: a function 
 digest, and a file that is edited under a running process changes none.
 """
 
-from __future__ import annotations
-
 import abc
 import collections
 import dataclasses

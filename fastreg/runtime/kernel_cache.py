@@ -3,8 +3,6 @@
 The list is `fastreg.json` in the folder of the cache: kernels and versions by target.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

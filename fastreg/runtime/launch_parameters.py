@@ -3,8 +3,6 @@
 `python -m fastreg_benchmarks.gpu tune` measures alternatives on a GPU and prints the lines to change here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping

@@ -9,8 +9,6 @@ mostly for importing Inductor; a program loads in milliseconds.  If the compiled
 `capture` raises `Unexpected`, and the caller keeps torch's function.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib

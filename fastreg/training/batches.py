@@ -1,7 +1,5 @@
 """Computes the loss of batches of any kind, and counts their samples and tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Evaluates models with the averages that their optimizers keep."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

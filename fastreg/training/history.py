@@ -1,7 +1,5 @@
 """The history of a training: losses, rates, counts and times."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any

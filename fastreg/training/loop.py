@@ -5,8 +5,6 @@
 The `History` is up to date after every step, and an interruption leaves it as it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import itertools

@@ -1,7 +1,5 @@
 """Finds the contenders that `--with` and `--recipe` ask for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ A row names the fields of a `fastreg.Regularization` that turn it on. What no re
 of a run. Rows combine: `clip+ema=0.99` applies both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

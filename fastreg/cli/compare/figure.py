@@ -1,7 +1,5 @@
 """Draws the curves of `fastreg compare` as a picture."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from pathlib import Path

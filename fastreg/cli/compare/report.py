@@ -1,7 +1,5 @@
 """Reports what `fastreg compare` does: a heading, a table, verdicts, and everything as JSON."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import platform

@@ -1,7 +1,5 @@
 """The results of contenders: a record of each run, and the mean over the runs of a contender."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Trains one contender with one seed and records its curves, its time and its memory."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

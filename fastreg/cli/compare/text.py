@@ -1,7 +1,5 @@
 """The task of `fastreg compare`: a causal language model of transformers, and text cut into tokens."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Callable, Sequence

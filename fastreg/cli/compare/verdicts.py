@@ -1,7 +1,5 @@
 """Judges whether each contender helped, and sums it up in two lines."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Runs a step over a batch, and reductions over batches, on the backend of the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ later: numbers and integers come in tensors, and no guard is checked, because th
 everything that guards would check.  On a CPU the result is kept for later processes (`programs`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs a batch by the reference: in plain PyTorch, or compiled by `torch.compile`."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Launches the Triton kernels of a step for a batch."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Sequence
