@@ -199,9 +199,9 @@ class EMA(_Buffered):
     ) -> None:  # fmt: skip
         super().__init__(name, check_int("start", start, 0), every, buffers)
         check_choice("warmup", warmup, (None, "ratio", "power"))
+        self.decay, self.warmup = check_range("decay", decay, 0, 1, below=True), warmup
         if not 0 <= min_decay <= decay:
             raise ValueError(f"min_decay must be in [0, decay], got {min_decay=}, {decay=}")
-        self.decay, self.warmup = check_range("decay", decay, 0, 1, below=True), warmup
         self.min_decay = float(min_decay)
         self.gamma = check_range("gamma", gamma, 0, above=True)
         self.power = check_range("power", power, 0, above=True)
