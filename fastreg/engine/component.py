@@ -40,6 +40,20 @@ class Component:
 
     phase: Phase
     _stage: Stage | None = None
+    reads_gradients = False
+    """Whether `prepare` or `finish` reads gradients, which have no noise yet: then `DPOptimizer` refuses it.
+
+    True for a class that overrides one of these and does not say False itself.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Assumes that methods which have the gradients read them."""
+        super().__init_subclass__()
+        bases = [base for base in cls.__bases__ if issubclass(base, Component)]
+        for name in ("prepare", "finish"):
+            inherited = any(getattr(base, name) is getattr(cls, name) for base in bases)
+            if not inherited and "reads_gradients" not in vars(cls):
+                cls.reads_gradients = True
 
     @property
     def needs_norm(self) -> bool:

@@ -39,6 +39,7 @@ class GradNorm(Component):
     """
 
     phase = Phase.CLIP
+    reads_gradients = False  # it measures them with their noise
     _stage = Stage("regularizers.scale", reference.scale, device_scalars=("factor",))
 
     def __init__(self, clip: Any, needed: bool, nonfinite: str) -> None:

@@ -52,6 +52,7 @@ class MSAM(Average):
     """
 
     phase = Phase.PERTURB
+    reads_gradients = False  # it measures a momentum with noise
     name = "msam"
     computed = True
     _stage = Stage("ascent.perturb_momentum", ascent.perturb_momentum, device_scalars=("perturbation",))

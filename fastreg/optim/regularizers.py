@@ -152,6 +152,7 @@ class GradientNoise(Component):
     """
 
     phase = Phase.NOISE
+    reads_gradients = False  # it takes the norm from GradNorm
     _absolute = Stage(
         "regularizers.gradient_noise", reference.gradient_noise, rng_keys=("key",), step_scalars=1
     )

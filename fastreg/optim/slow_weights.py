@@ -35,6 +35,7 @@ class SlowWeights(Average):
     """
 
     phase = Phase.LOOKAHEAD
+    reads_gradients = False
 
     def __init__(
         self, k: int = 5, alpha: float = 0.5, pullback_momentum: str = "none", name: str = "slow"

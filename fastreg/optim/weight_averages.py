@@ -110,6 +110,7 @@ class _Buffered(Average):
     """An average in one buffer, which starts at step `start` and is updated at regular intervals."""
 
     phase = Phase.AVERAGE
+    reads_gradients = False
 
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
         self.name, self.start, self.every = name, start, check_int("every", every, 1)

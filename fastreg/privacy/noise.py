@@ -102,6 +102,7 @@ class PrivateNoise(Component):
     """
 
     phase = Phase.PRIVACY
+    reads_gradients = False
     _stage = Stage(
         "regularizers.private_noise", reference.private_noise, rng_keys=("key",), step_scalars=4, exact=True
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.validation import check_choice, check_range
-from ..optim import AdaptiveClip
+from ..engine.component import Phase
 from ..optim.fused_optimizer import FusedOptimizer
 from ..optim.sam import SAM
 from ..optim.wrapper import Wrapper, evaluated
@@ -343,8 +343,10 @@ def _check_base(base: torch.optim.Optimizer) -> None:
     if isinstance(inner, FusedOptimizer):
         if any(isinstance(component, PrivateNoise) for component in inner.components):
             raise ValueError("the optimizer is inside another DPOptimizer: call its detach() first")
-        if any(isinstance(component, AdaptiveClip) for component in inner.components):
-            raise ValueError(
-                "AdaptiveClip measures gradients before their noise, so that what it scales by is not "
-                "private: leave it out, samples are clipped by max_grad_norm"
-            )
+        for component in inner.components:
+            if component.reads_gradients or component.phase <= Phase.PRIVACY:
+                raise ValueError(
+                    f"{type(component).__name__} may read gradients before their noise, which is not "
+                    "private: leave it out, samples are clipped by max_grad_norm; if its `prepare` and "
+                    "`finish` read none, set reads_gradients = False, and a phase after Phase.PRIVACY"
+                )

@@ -65,6 +65,47 @@ def test_bases_whose_steps_are_no_post_processing():
             DPOptimizer(optimizer, model=model, expected_batch_size=8)
 
 
+class Reads(fastreg.Component):
+    phase = fastreg.Phase.CLIP
+
+    def prepare(self, work):
+        pass
+
+
+class ReadsAtTheEnd(fastreg.EMA):
+    def finish(self, work, flags):
+        pass
+
+
+class MixedIn(type("Mixin", (), {"prepare": Reads.prepare}), fastreg.GradientNoise):
+    pass
+
+
+class First(fastreg.ClipValue):
+    phase = fastreg.Phase.PRIVACY
+
+
+class ReadsNone(Reads):
+    reads_gradients = False
+
+
+@pytest.mark.parametrize("make", [Reads, ReadsAtTheEnd, lambda: MixedIn(0.1), lambda: First(1.0)])
+def test_components_that_may_read_gradients_without_noise(make):
+    model, component = network(), make()
+    optimizer = fastreg.SGD(model.parameters(), regularizers=[component])
+    with pytest.raises(ValueError, match=f"{type(component).__name__} may read gradients before their noise"):
+        DPOptimizer(optimizer, model=model, expected_batch_size=8)
+
+
+def test_components_that_read_none():
+    model = network()
+    safe = [
+        ReadsNone(), fastreg.ClipNorm(1.0), fastreg.GradientNoise(0.1, relative=True), fastreg.MSAM(),
+        fastreg.EMA(0.9), fastreg.SlowWeights(2),
+    ]  # fmt: skip
+    DPOptimizer(fastreg.Adam(model.parameters(), regularizers=safe), model=model, expected_batch_size=8)
+
+
 def test_private_twice():
     model, optimizer = private()
     for inner in (optimizer, optimizer.base_optimizer):
