@@ -6,6 +6,7 @@ device scalar for the stage to read.
 """
 
 import inspect
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -63,12 +64,12 @@ class Component:
     def stage(self, group: dict[str, Any]) -> Stage | None:
         """Returns the stage for the parameters of a group, which may depend on the options of groups alone.
 
-        It is asked for once per plan, and again when any option of any group has changed.
+        The engine calls it when it plans a step, and again after an option changed.
         """
         return self._stage
 
     def due(self, group: dict[str, Any], step: int) -> bool:
-        """Returns whether the stage takes part in a step; state is kept in any case.
+        """Returns whether the stage takes part in a step; its buffers stay unchanged otherwise.
 
         With `capturable=True` the host does not know the step: the stage always takes part then, and
         `step_scalars` decide what it does.
@@ -80,7 +81,7 @@ class Component:
         return {}
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the numbers of the stage at a step (the first is 1), as many as `stage.step_scalars`.
+        """Returns the numbers of the stage, as many as `stage.step_scalars`, at `step`, which counts from 1.
 
         Where the device counts the steps (`capturable`), `step` is a float64 tensor with an element for each
         parameter; the same arithmetic then gives tensors.
@@ -144,3 +145,26 @@ class Component:
             and not (parameter.kind is parameter.KEYWORD_ONLY and value == parameter.default)
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+def staged_components(
+    components: Iterable[Component], group: dict[str, Any], device: torch.device, step: Any
+) -> list[Component]:
+    """Returns the components that have a stage for a group, when a step is planned.
+
+    Raises:
+        TypeError: If one returns more or fewer numbers than its stage declares.
+    """
+    staged = [(component, stage) for component in components if (stage := component.stage(group)) is not None]
+    for component, stage in staged:
+        for name, numbers, declared in (
+            ("step_scalars", component.step_scalars(group, step), stage.step_scalars),
+            ("rng_keys", component.rng_keys(0), len(stage.rng_keys)),
+            ("device_scalars", component.device_scalars(device), len(stage.device_scalars)),
+        ):
+            if len(numbers) != declared:
+                raise TypeError(
+                    f"{type(component).__name__}.{name} returned {len(numbers)} numbers, "
+                    f"its stage declares {name}={declared}"
+                )
+    return [component for component, _ in staged]

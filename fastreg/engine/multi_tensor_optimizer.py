@@ -21,7 +21,7 @@ from ..reference.step import compute_dtype
 from ..runtime import backend
 from . import launch
 from . import layout as memory_layout
-from .component import Component
+from .component import Component, staged_components
 from .plan import Counts, Operands, Plan, PlannedBatch, Variant, Work, sort_into_batches
 from .stage import PLAIN, Buffer, Chain
 from .state import BACKUP, buffer_dtype, fitted, from_backup, init_buffer
@@ -30,7 +30,7 @@ _dtype, _layout, _gradient = attrgetter("dtype"), attrgetter("layout"), attrgett
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 Gradients = Mapping[Tensor, Tensor] | Sequence[Tensor | None]
 PLANS = 8
-"""Combinations of variants that are kept: components with periods of their own have few in common."""
+"""How many plans are kept, one per combination of stages that take part."""
 
 
 class MultiTensorOptimizer(torch.optim.Optimizer):
@@ -52,6 +52,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             components: In any order of phases; inside a phase the order counts.
             seed: Base of the random numbers.
         """
+        components = tuple(components)
+        for component in components:
+            if not hasattr(component, "phase"):
+                raise TypeError(f"{type(component).__name__} has no phase: set one, such as Phase.CLIP")
         self._components = tuple(sorted(components, key=attrgetter("phase")))
         self._overriding = {
             name: [c for c in self._components if getattr(type(c), name) is not getattr(Component, name)]
@@ -177,7 +181,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             or not plan.gather(states)
         ):
             self._plans = [other for other in self._plans if other is not plan][: PLANS - 1]
-            plan = self._make_plan(operands._replace(gradients=gradients), tensors, variants)
+            plan = self._make_plan(operands._replace(gradients=gradients), tensors, variants, done)
             self._plans.insert(0, plan)
         plan.options = options
         for batch in plan.batches:
@@ -234,7 +238,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return Variant(tuple(due), backup)
 
     def _make_plan(
-        self, operands: Operands, tensors: list[Tensor], variants: Variant | list[Variant]
+        self, operands: Operands, tensors: list[Tensor], variants: Variant | list[Variant], done: list[float]
     ) -> Plan:
         """Makes missing state, also for stages that are not due yet, and sorts parameters into batches."""
         parameters, gradients, groups, streams = operands
@@ -264,7 +268,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         for batch in batches:
             group = self.param_groups[next(iter(batch.groups))]  # all groups of a batch have the same chain
             components = self._due(batch.variant)
-            staged = [component for component in components if component.stage(group) is not None]
+            first = batch.positions[0]
+            step = self._counts.views[first].double() + 1 if batch.capturable else int(done[first]) + 1
+            staged = staged_components(components, group, batch.device, step)
             batch.scalar_components = [c for c in staged if c in self._overriding["step_scalars"]]
             batch.key_components = [c for c in staged if c in self._overriding["rng_keys"]]
             if batch.chain.storage.rng_keys:

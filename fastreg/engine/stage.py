@@ -4,6 +4,7 @@ A chain names the maths of each stage twice, as a kernel and as its reference, s
 runs on every backend.  Chains are hashable: code is compiled once per chain.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,15 +39,17 @@ class Stage:
     Args:
         kernel: The `@triton.jit` function, or its name in `fastreg_kernels` as `"module.function"`.
         reference: The same function in PyTorch.
-        buffers: The state it reads, and writes as far as `new` goes.
+        buffers: The state that it reads; it writes the first ones, as many as it returns.
         device_scalars: Names of the float64 device scalars it reads.
         rng_keys: Names of the integers it takes, such as a random key.
         step_scalars: How many numbers it takes, which may change with every step.
         units: Names of the values it reads once per unit: row of a matrix, output channel of a convolution.
-        momentum: Whether it is a rule of Momentum-SAM: its first device scalar times its first buffer, the
-            momentum, is added to the weight before it, and the update behind it is the pair (update, new
-            momentum).
+        momentum: For MSAM.  Before it runs, first device scalar × first buffer (the momentum) is added to the
+            weight; it returns the pair (update, new momentum) as its update.
         exact: Whether a GPU must not fuse its multiply-adds, so that it rounds as the reference does.
+
+    Raises:
+        TypeError: If the reference takes another number of arguments.
     """
 
     kernel: Any
@@ -58,6 +61,18 @@ class Stage:
     units: tuple[str, ...] = ()
     momentum: bool = False
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a reference that does not take the declared arguments."""
+        code = getattr(self.reference, "__code__", None)
+        names = *self.units, *self.device_scalars[self.momentum :], *self.rng_keys
+        count = 3 + len(self.buffers) + len(names) + self.step_scalars
+        if code is not None and not code.co_flags & inspect.CO_VARARGS and code.co_argcount != count:
+            raise TypeError(
+                f"{self.reference.__name__} must take {count} arguments, got {code.co_argcount}: p, u, at, "
+                f"{len(self.buffers)} buffers, {len(self.units)} units, {len(self.device_scalars)} device "
+                f"scalars, {len(self.rng_keys)} random keys and {self.step_scalars} step scalars"
+            )
 
 
 @dataclass(frozen=True)

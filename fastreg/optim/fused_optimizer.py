@@ -31,14 +31,14 @@ NONFINITE = ("propagate", "skip", "raise")
 class FusedOptimizer(AveragingOptimizer):
     """Base of the optimizers: an update rule and regularizers in one pass.
 
-    A subclass also derives from the torch optimizer it stands in for, and calls `_init_components` before the
-    constructor of that one, which checks the arguments and makes the parameter groups.
+    A subclass also derives from the torch optimizer it stands in for, if there is one, and calls
+    `_init_components` before the constructor of that one, which checks the arguments and makes the groups.
     """
 
     def _init_components(
         self, rule: Component, decay_kind: str | None, regularizers: Iterable[Component] = (),
         seed: int | None = None, bf16: str = "stochastic", state_dtype: torch.dtype | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: str = "propagate", **unknown: Any,
     ) -> None:  # fmt: skip
         """Puts the components together.
 
@@ -50,11 +50,14 @@ class FusedOptimizer(AveragingOptimizer):
             bf16: How 16-bit weights are rounded, see `Rounding`.
             state_dtype: Of the state buffers; `None`: that of the parameter, float32 beside a remainder.
             nonfinite: What to do about gradients that are not finite.
+            unknown: Refused.
 
         Raises:
-            TypeError: If a regularizer is not a component, or state_dtype not a dtype.
+            TypeError: If a regularizer is not a component, or state_dtype not a dtype; for unknown options.
             ValueError: For values out of range, and regularizers that exclude each other.
         """
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {next(iter(unknown))!r}")
         regularizers = tuple(regularizers)
         for component in regularizers:
             if not isinstance(component, Component):
@@ -86,7 +89,7 @@ class FusedOptimizer(AveragingOptimizer):
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._grad_norm = GradNorm(clip, bool(needed), nonfinite)
         msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
-        rule = msam.adapt(rule, decay_kind) if msam else rule
+        rule = msam.adapt(rule, decay_kind, type(self).__name__) if msam else rule
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
         built_in = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
         self._set_components((*built_in, *regularizers, Descend(msam is not None)), seed)

@@ -9,6 +9,9 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, AdaptiveClip, ClipNorm, ClipValue, GradientNoise, Lion
+from fastreg.engine.stage import Stage
+from fastreg.optim.fused_optimizer import FusedOptimizer
+from fastreg.optim.rules import Lion as Rule
 
 VALUES = (
     (AdamW, {"lr": -0.1}, "Invalid learning rate: -0.1, must be >= 0"),
@@ -206,3 +209,60 @@ def test_what_is_set_later_takes_effect():
     for _ in range(3):
         optimizer.step()
     assert down < 1 < weight[0] and "max_exp_avg_sq" in optimizer.state[weight]
+
+
+def doubled(p, u, at, factor):
+    return p, u * factor, ()
+
+
+@pytest.mark.parametrize(
+    "declared, returned, message",
+    (
+        ({"step_scalars": 1}, {"step_scalars": (1.0, 2.0)}, "step_scalars returned 2 .* step_scalars=1"),
+        ({"step_scalars": 1}, {}, "step_scalars returned 0 .* declares step_scalars=1"),
+        ({"device_scalars": ("size",)}, {}, "device_scalars returned 0 .* device_scalars=1"),
+        ({"rng_keys": ("key",)}, {"rng_keys": (1, 2)}, "rng_keys returned 2 .* rng_keys=1"),
+    ),
+)
+@pytest.mark.parametrize("capturable", (False, True))
+def test_numbers_that_a_stage_does_not_declare(declared, returned, message, capturable):
+    class Doubled(fastreg.Component):
+        phase = fastreg.Phase.CLIP
+        _stage = Stage("regularizers.scale", doubled, **declared)
+
+    for name, numbers in returned.items():
+        setattr(Doubled, name, lambda *_, numbers=numbers: numbers)
+    weight = Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = AdamW([weight], capturable=capturable, regularizers=[Doubled()])
+    with pytest.raises(TypeError, match=f"Doubled.{message}"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def test_a_component_that_is_not_complete():
+    with pytest.raises(TypeError, match="doubled must take 3 arguments, got 4: p, u, at, 0 buffers"):
+        Stage("regularizers.scale", doubled)
+    weight = Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="Component has no phase"):
+        SGD([weight], regularizers=[fastreg.Component()])
+
+    class Misspelt(fastreg.Component):
+        phase = fastreg.Phase.CLIP
+        _stage = Stage("regularizers.double", doubled, step_scalars=1)
+
+        def step_scalars(self, group, step):
+            return (2.0,)
+
+    weight.grad = torch.ones(2)
+    with fastreg.use_backend("triton"), pytest.raises(ValueError, match="regularizers.py has no 'double'"):
+        SGD([weight], regularizers=[Misspelt()]).step()
+
+
+def test_unknown_options():
+    class Plain(FusedOptimizer):
+        def __init__(self, params, **options):
+            self._init_components(Rule(), "l2", **options)
+
+    with pytest.raises(TypeError, match="Plain has no option 'maximise'"):
+        Plain([Parameter(torch.ones(2))], maximise=True)

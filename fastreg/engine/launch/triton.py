@@ -212,4 +212,7 @@ def _device_function(kernel: Any) -> Any:
     if not isinstance(kernel, str):
         return kernel
     module, name = kernel.split(".")
-    return getattr(importlib.import_module(f"fastreg_kernels.{module}"), name)
+    functions = vars(importlib.import_module(f"fastreg_kernels.{module}"))
+    if name not in functions:
+        raise ValueError(f"a stage names {kernel!r}, but fastreg_kernels/{module}.py has no {name!r}")
+    return functions[name]
