@@ -228,12 +228,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [target for target in options.targets if target not in TARGETS]:
         parser.error(f"unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
-    rows = [
-        row(audit(entry, target))
+    entries = [
+        (entry, target)
         for target in options.targets
         for entry in kernels.entries(TARGETS[target].warp_size, target)
-        if entry.name.startswith(options.only)
     ]
+    rows = [row(audit(entry, target)) for entry, target in entries if entry.name.startswith(options.only)]
+    if not rows:
+        names = dict.fromkeys(entry.name.rpartition(" ")[0] for entry, _ in entries)
+        parser.error(f"no kernel begins with {options.only!r}; there are {', '.join(names)}")
     print(table(rows))
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}

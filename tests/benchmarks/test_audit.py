@@ -42,6 +42,12 @@ def test_holds_elsewhere(name, target):
     assert audit.audit(entry, target).faults == []
 
 
+def test_a_name_of_no_kernel_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        audit.main(["sm_90", "--only", "nosuch"])
+    assert "no kernel begins with 'nosuch'; there are AdamW, " in capsys.readouterr().err
+
+
 def test_every_entry_point_is_audited():
     """Every `@triton.jit` function that is launched, by the convention of its name and by being called so."""
     points = entry_points()
