@@ -61,9 +61,9 @@ class MSAM(Average):
         self.rho = check_range("rho", rho, 0)
         self._perturbations = DeviceScalars(0.0, 0.0)  # in the weight, and after this step
 
-    def adapt(self, rule: Component, decay_kind: str | None) -> Component:
+    def adapt(self, rule: Component, decay_kind: str | None, optimizer: str) -> Component:
         """Returns the component that replaces an update rule, and hands on its momentum."""
-        return _Rule(rule, self, decay_kind)
+        return _Rule(rule, self, decay_kind, optimizer)
 
     def options(self) -> dict[str, Any]:
         """Returns ρ/‖v‖ before the first step."""
@@ -136,17 +136,14 @@ class _Rule(Component):
 
     phase = Phase.RULE
 
-    def __init__(self, rule: Component, msam: MSAM, decay_kind: str | None) -> None:
-        self._rule, self._msam, self._decay_kind = rule, msam, decay_kind
+    def __init__(self, rule: Component, msam: MSAM, decay_kind: str | None, optimizer: str) -> None:
+        self._rule, self._msam, self._decay_kind, self._optimizer = rule, msam, decay_kind, optimizer
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Returns the stage of the rule, marked."""
         stage = self._rule.stage(group)
         if stage is None or stage.reference not in _RULES:
-            raise ValueError(
-                "MSAM needs momentum: use SGD(momentum=0.9), Adam or AdamW, "
-                f"got {type(self._rule).__name__} with {stage.kernel if stage else None}"
-            )
+            raise ValueError(f"MSAM knows SGD(momentum=0.9), Adam and AdamW, got {self._optimizer}")
         if group.get("decay", self._decay_kind) == "cautious":
             raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
         return replace(stage, device_scalars=("prev_perturbation",), momentum=True)

@@ -33,7 +33,11 @@ class OptimizerEntry:
     def options(self) -> dict[str, Any]:
         """The options of the constructor with their defaults."""
         parameters = inspect.signature(self.optimizer).parameters
-        return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
+        return {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if name != "params" and parameter.kind is not parameter.VAR_KEYWORD
+        }
 
 
 OPTIMIZERS = {

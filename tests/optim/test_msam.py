@@ -284,8 +284,8 @@ def test_refusals():
         with pytest.raises(ValueError, match="rho must be"):
             MSAM(rho)
     for make, options, message in (
-        (fastreg.SGD, {"lr": 0.1}, "MSAM needs momentum: use SGD"),
-        (fastreg.Lion, {}, "MSAM needs momentum.*got Lion"),
+        (fastreg.SGD, {"lr": 0.1}, "MSAM knows SGD.momentum=0.9.*got SGD"),
+        (fastreg.Lion, {}, "MSAM knows SGD.*got Lion"),
     ):
         with pytest.raises(ValueError, match=message):
             make(params, regularizers=[MSAM()], **options)

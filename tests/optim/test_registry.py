@@ -8,7 +8,7 @@ import torch
 
 import fastreg
 from fastreg.optim.fused_optimizer import FusedOptimizer
-from fastreg.optim.registry import OPTIMIZERS
+from fastreg.optim.registry import OPTIMIZERS, OptimizerEntry
 from fastreg_benchmarks import chains
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -51,10 +51,21 @@ def test_options_are_those_of_the_constructor():
     assert OPTIMIZERS["lion"].options["betas"] == (0.9, 0.99)
     assert "params" not in OPTIMIZERS["sgd"].options
 
+    class Shorter(fastreg.SGD):
+        def __init__(self, params, lr=0.1, **options):
+            super().__init__(params, lr, **options)
+
+    assert OptimizerEntry(Shorter).options == {"lr": 0.1}
+
 
 def test_every_regularizer_is_audited():
     components = {type(make(1.0, 0.1)).__name__ for make in chains.COMPONENTS.values()}
     assert set(fastreg.optim.regularizers.__all__) <= components
+
+
+@pytest.mark.parametrize("name", fastreg.optim.regularizers.__all__)
+def test_the_readme_names_every_regularizer(name):
+    assert f"`{name}" in README.read_text("utf-8")
 
 
 def test_old_names_are_aliases():
