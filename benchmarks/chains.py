@@ -69,8 +69,8 @@ COMPONENTS: dict[str, Callable[[float, float], Any]] = {
 READ_ONLY = ("l2_sp_start", "slow_momentum")
 """Buffers that a pass does not write."""
 WRITE_ONLY = ("sam_backup", "rounded", "slow_momentum")
-"""Buffers that a stage does not read: the compiler drops the loads.  What stands in both lists stays where it
-is; it is updated behind the pass."""
+"""Buffers that a stage does not read: the compiler drops the loads.  Buffers in both lists are not touched by
+the pass; another one updates them."""
 GRADIENT_FREE = ("regularizers.lookahead", "ascent.noise")
 """Stages that leave the gradient alone; a chain of nothing else does not read it."""
 
@@ -82,8 +82,8 @@ STORAGES = {
 }
 """Weights and gradients, how bf16 is rounded, and the dtype of the state if it is another."""
 
-# Instructions per parameter on sm_90, for each of the storages.  Of SAM it is the base's step, which reads
-# the backup; of Lookahead the step that synchronises.
+# Instructions per parameter on sm_90, for each of the storages.  For SAM: the base optimizer's step, reading
+# the backup; for Lookahead the step that synchronizes.
 BUDGETS = {
     "AdamW": (30, 50.5, 49.5, 42.5),
     "clip+AdamW": (31.5, 52, 50.5, 43),

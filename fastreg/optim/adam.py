@@ -26,7 +26,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amsgrad: Divide by the largest v so far (Reddi et al. 2018).
         foreach: Taken as in torch, without effect: all tensors are always updated together.
         maximize: Ascend instead of descend.
-        capturable: Count and work out what depends on the count on the device: for CUDA graphs.
+        capturable: Keep the step count on the device, with everything computed from it: for CUDA graphs.
         differentiable: Not supported.
         fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
         decoupled_weight_decay: As AdamW.
@@ -37,7 +37,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             state, an exact float32) or `"nearest"` as torch, which loses small updates.
         state_dtype: Of the running averages; by default that of the parameter, float32 with `"remainder"`.
         nonfinite: What to do if a gradient is NaN or infinite: `"propagate"` as torch, `"skip"` the step, or
-            skip it and `"raise"` at the next one; decided on the device, which nobody waits for.
+            skip it and `"raise"` at the next one; decided on the device, without a synchronization.
         seed: Base of the random numbers, up to 64 bits; from `torch.initial_seed()` by default.
 
     Raises:

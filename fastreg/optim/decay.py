@@ -19,7 +19,7 @@ KINDS = ("l2", "decoupled", "independent", "cautious")
 
 
 class Decay(Component):
-    """Base of both: knows which kind a group has.
+    """Base of `Penalty` and `Shrinkage`: finds the kind of decay of a group.
 
     Args:
         kind: The kind of groups that do not say so themselves, as `decay`; `None`: what torch's
@@ -46,7 +46,7 @@ class Penalty(Decay):
     Args:
         kind: See `Decay`.
         at_zero: Whether it takes part also where the rate is 0, so that groups that differ only there share a
-            launch.  Where a norm is taken of the gradient with it, that would read the weights for nothing.
+            launch.  `False` for MSAM: its norm would otherwise read the weights even for a rate of 0.
     """
 
     phase = Phase.PENALTY

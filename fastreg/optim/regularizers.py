@@ -86,7 +86,7 @@ class AdaptiveClip(Component):
 
     Args:
         clipping: Largest ratio λ of the norms; > 0.
-        eps: Least norm that weights count with, so that zeros can learn; > 0.
+        eps: Norms of weights below eps count as eps, so that units of zeros can still learn; > 0.
 
     Raises:
         ValueError: If clipping or eps is not positive and finite.

@@ -1,6 +1,6 @@
 """Regularizers: what is done to the gradient before the update rule and to the weight after it.
 
-The form of a stage is told in `rules`.
+See `rules` for the arguments of a stage.
 """
 
 import triton

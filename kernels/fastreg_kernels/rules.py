@@ -1,7 +1,7 @@
 """Update rules: `u` is the gradient on entry and the step to subtract on return.
 
 A stage is element-wise maths on blocks in compute precision.  Its arguments are the weight, the running
-update, the position of the block, then its state buffers, device scalars, random keys and step scalars, in
+update, the position of the block, then its buffers, units, device scalars, random keys and step scalars, in
 that order; it returns the weight, the update and the new state.  The host computes complements and products
 of step scalars in double: a stage never combines two of them.
 """
