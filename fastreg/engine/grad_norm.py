@@ -27,13 +27,10 @@ from .stage import Stage
 class GradNorm(Component):
     """Scales gradients by one factor that clips and unscales, and decides when to skip a step.
 
-    Args:
+    Attributes:
+        nonfinite: What to do about gradients that are not finite, `"propagate"`, `"skip"` or `"raise"`.
         clip: The `ClipNorm` of the optimizer, if it has one.
         needed: Whether another component reads the norm.
-        nonfinite: What to do about gradients that are not finite, `"propagate"`, `"skip"` or `"raise"`.
-
-    Attributes:
-        clip: The same, which may be replaced between steps.
         scaling: How the gradients of this step are scaled.
         stages_before: How many stages come before: gradients are measured as these leave them.
     """
@@ -42,8 +39,9 @@ class GradNorm(Component):
     reads_gradients = False  # it measures them with their noise
     _stage = Stage("regularizers.scale", reference.scale, device_scalars=("factor",))
 
-    def __init__(self, clip: Any, needed: bool, nonfinite: str) -> None:
-        self.clip, self._needed, self._guards = clip, needed, nonfinite != "propagate"
+    def __init__(self) -> None:
+        self.nonfinite, self.needed = "propagate", False
+        self.clip: Any = None
         self.scaling = Scaling()
         self.stages_before = 0
         self._results = DeviceScalars(*[0.0] * 5)
@@ -65,7 +63,8 @@ class GradNorm(Component):
     def prepare(self, work: Work) -> None:
         """Measures one norm over everything, if any component needs it."""
         devices, record = work.devices, self.scaling.record
-        if self.clip or self._needed or self._guards or record is not None:
+        guards = self.nonfinite != "propagate"
+        if self.clip or self.needed or guards or record is not None:
             largest = bool(self.clip) and self.clip.norm_type == math.inf
             spec = NormSpec(self.stages_before, "largest" if largest else "l2")
             result = measure_norm(work, self._limit, spec)
@@ -85,7 +84,7 @@ class GradNorm(Component):
         """Returns the flag of the scaler, or that of the norm."""
         found_inf = self.scaling.found_inf
         flags = [] if found_inf is None else [found_inf.to(device, scalar_dtype(device)).reshape(1)]
-        if self._guards or self.scaling.record is not None:
+        if self.nonfinite != "propagate" or self.scaling.record is not None:
             flags.append(self._results[device][:1])
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0] if flags else None
 

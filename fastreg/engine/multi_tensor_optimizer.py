@@ -76,7 +76,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """The components of a step, in the order in which their stages run."""
         return self._components
 
-    _pieces = components  # the name of former releases
+    _pieces = property(lambda self: self._components)  # the name of former releases
 
     @property
     def seed(self) -> int:

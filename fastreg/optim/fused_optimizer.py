@@ -20,6 +20,7 @@ from . import decay
 from .msam import MSAM
 from .regularizers import ClipNorm
 from .rules import Descend, Maximize
+from .slow_weights import SlowWeights
 from .swap_averages import ACTIVE, AveragingOptimizer
 from .weight_averages import Average
 
@@ -58,42 +59,49 @@ class FusedOptimizer(AveragingOptimizer):
         """
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {next(iter(unknown))!r}")
+        if not isinstance(regularizers, Iterable):
+            raise TypeError(f"regularizers must be a list of components, got {regularizers!r}; write [...]")
         regularizers = tuple(regularizers)
         for component in regularizers:
-            if not isinstance(component, Component):
-                raise TypeError(
-                    f"regularizers must be components such as fastreg.ClipNorm(1.0), got {component!r}"
-                )
-        names = [
-            component.name if isinstance(component, Average) else type(component).__name__
-            for component in regularizers
-        ]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"{name!r} is given more than once; several averages need names: EMA(decay, name=...)"
-                )
+            _check_component(component)
         if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
             raise TypeError(f"state_dtype must be a torch.dtype such as torch.bfloat16, got {state_dtype!r}")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
-        clip = next((component for component in regularizers if isinstance(component, ClipNorm)), None)
-        needed = [component for component in regularizers if component.needs_norm]
-        if clip is not None and clip.error_if_nonfinite:
-            nonfinite = "raise"
-        if clip is not None and clip.norm_type != 2 and needed:
-            raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
         self._decay_kind = decay_kind
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
-        self._grad_norm = GradNorm(clip, bool(needed), nonfinite)
+        self._grad_norm = GradNorm()
         msam = next((component for component in regularizers if isinstance(component, MSAM)), None)
         rule = msam.adapt(rule, decay_kind, type(self).__name__) if msam else rule
         decays = decay.Penalty(decay_kind, at_zero=msam is None), decay.Shrinkage(decay_kind)
         built_in = (Maximize(), self._grad_norm, *decays, rule, Rounding(bf16))
-        self._set_components((*built_in, *regularizers, Descend(msam is not None)), seed)
+        self._set_regularizers(regularizers, (*built_in, Descend(msam is not None)), seed)
         amp.silence()
+
+    def _set_regularizers(
+        self, regularizers: tuple[Component, ...], built_in: Iterable[Component], seed: int | None
+    ) -> None:
+        """Puts the user's components between the built-in ones, and lets `GradNorm` serve them."""
+        names = [_name(component) for component in regularizers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"{name!r} is given more than once; several averages need names: EMA(decay, name=...)"
+                )
+        clip = next((component for component in regularizers if isinstance(component, ClipNorm)), None)
+        needed = [component for component in regularizers if component.needs_norm]
+        if clip is not None and clip.norm_type != 2 and needed:
+            raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
+        *first, descend = built_in
+        self._set_components((*first, *regularizers, descend), seed)
+        self._regularizers, self._grad_norm.clip, self._grad_norm.needed = regularizers, clip, bool(needed)
+        self._grad_norm.nonfinite = "raise" if clip and clip.error_if_nonfinite else self._nonfinite
+
+    def _replace_regularizers(self, regularizers: tuple[Component, ...]) -> None:
+        built_in = [c for c in self._components if c not in self._regularizers]
+        self._set_regularizers(regularizers, built_in, self._seed)
 
     def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
         super()._set_components(components, seed)
@@ -148,7 +156,7 @@ class FusedOptimizer(AveragingOptimizer):
         flags = self._run_step(self._operands(gradients).with_gradient())
         self.skip_flags = flags or {}
         if flags and not capturing:
-            report = self._nonfinite == "raise" and not scaling.active
+            report = self._grad_norm.nonfinite == "raise" and not scaling.active
             self._skip_status = SkipStatus(next(iter(flags.values())), self._counts, report)
         return loss
 
@@ -182,14 +190,12 @@ class FusedOptimizer(AveragingOptimizer):
 
         `None` without `ClipNorm` among the regularizers, and before the first step.
         """
-        clips = any(isinstance(component, ClipNorm) for component in self._components)
-        return self._grad_norm.norm if clips else None
+        return self._grad_norm.norm if self._grad_norm.clip else None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether the step divides by the scale itself, read by `torch.amp.GradScaler`."""
-        clips = any(isinstance(component, ClipNorm) for component in self._components)
-        return amp.supports_scaling(self.param_groups, clips)
+        return amp.supports_scaling(self.param_groups, self._grad_norm.clip is not None)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -201,17 +207,20 @@ class FusedOptimizer(AveragingOptimizer):
         Raises:
             ValueError: For options that are not supported, and as in torch.
         """
-        group = self._completed({**self.defaults, **param_group})
-        chain = self.chain(group, torch.float32)
+        self._check_buffers({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
+        self._share_seed()
+
+    def _check_buffers(self, group: dict[str, Any]) -> None:
+        """Refuses buffers of components that have the same name."""
+        chain = self.chain(self._completed(dict(group)), torch.float32)
         names = ["step", *(buffer.name for buffer in chain.buffers)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
                     f"{name!r} is taken in the optimizer's state; give the component another name="
                 )
-        super().add_param_group(param_group)
-        decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
-        self._share_seed()
 
     def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the group with the options of components."""
@@ -302,7 +311,7 @@ class FusedOptimizer(AveragingOptimizer):
             for group in self.param_groups:
                 group.setdefault("seed", self.seed)
 
-    _KEPT = (*AveragingOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite")
+    _KEPT = (*AveragingOptimizer._KEPT, "_grad_norm", "_decay_kind", "_nonfinite", "_regularizers")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the state that components save."""
@@ -321,24 +330,51 @@ class FusedOptimizer(AveragingOptimizer):
         self._share_seed()
 
     def add_component(self, component: Component) -> None:
-        """Adds a component to those that the optimizer has.
+        """Adds a component, as if the constructor had been given it among the regularizers.
 
         Raises:
-            ValueError: If there is one of the same class.
+            TypeError: If it is not a component.
+            ValueError: If the constructor would refuse it, and for `MSAM`, which changes the update rule.
         """
-        if any(type(other) is type(component) for other in self._components):
-            raise ValueError(f"{type(component).__name__!r} is given more than once")
-        if isinstance(component, ClipNorm):
-            self._grad_norm.clip = component
-        self._set_components((*self._components, component), self._seed)
+        _check_component(component)
+        if isinstance(component, MSAM):
+            raise ValueError(
+                "MSAM changes the update rule: give it to the constructor, in regularizers=[...]"
+            )
+        previous = self._regularizers
+        self._replace_regularizers((*previous, component))
+        try:
+            for group in self.param_groups:
+                self._check_buffers(group)
+        except Exception:
+            self._replace_regularizers(previous)
+            raise
         for group in self.param_groups:
             self._completed(group)
+        self._share_seed()
 
     def remove_component(self, component: Component) -> None:
-        """Removes a component that `add_component` or the constructor has added."""
-        if self._grad_norm.clip is component:
-            self._grad_norm.clip = None
-        self._set_components((other for other in self._components if other is not component), self._seed)
+        """Removes one of the regularizers, given to the constructor or to `add_component`.
+
+        Raises:
+            ValueError: If it is not among them, and for `MSAM`, which changes the update rule.
+        """
+        if component not in self._regularizers or isinstance(component, MSAM):
+            removable = [other for other in self._regularizers if not isinstance(other, MSAM)]
+            raise ValueError(f"component must be one of {removable}, got {component!r}")
+        self._replace_regularizers(tuple(other for other in self._regularizers if other is not component))
+
+
+def _check_component(component: Any) -> None:
+    if not isinstance(component, Component):
+        raise TypeError(f"regularizers must be components such as fastreg.ClipNorm(1.0), got {component!r}")
+
+
+def _name(component: Component) -> str:
+    """Returns the name that no two regularizers may share."""
+    if isinstance(component, Average) and not isinstance(component, SlowWeights):
+        return component.name
+    return type(component).__name__
 
 
 def _implementation(group: dict[str, Any]) -> dict[str, Any]:

@@ -387,3 +387,58 @@ def test_components_are_added_and_removed(Race):
     optimizer.remove_component(clip)
     assert optimizer.components == before and optimizer.grad_norm is None
     optimizer.step()
+
+
+LATER = {
+    "relative noise": (lambda: fastreg.GradientNoise(0.1, relative=True), {"seed": 3}),
+    "norm": (lambda: ClipNorm(0.1, math.inf), {}),
+    "average": (lambda: fastreg.EMA(0.9, "slow"), {"regularizers": [fastreg.EMA(0.9)]}),
+}
+
+
+@pytest.mark.parametrize("make, options", LATER.values(), ids=LATER)
+def test_a_component_added_later_does_what_it_does_from_the_start(make, options, Race):
+    race = Race()
+    early = {**options, "regularizers": [*options.get("regularizers", ()), make()]}
+    theirs = fastreg.AdamW(race.theirs, **early)
+    ours = fastreg.AdamW(race.ours, **options)
+    ours.add_component(make())
+    assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+    for _ in range(2):
+        race.gradients()
+        ours.step()
+        theirs.step()
+    assert all(map(torch.equal, race.ours, race.theirs))
+
+
+def test_a_norm_that_refuses_nan_may_be_added_later():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = fastreg.AdamW([weight])
+    clip = ClipNorm(1.0, error_if_nonfinite=True)
+    optimizer.add_component(clip)
+    weight.grad = torch.full((2,), math.nan)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(2))
+    optimizer.remove_component(clip)
+    optimizer.step()
+    assert weight.isnan().all()
+
+
+def test_components_that_cannot_be_added_or_removed_are_refused():
+    optimizer = fastreg.AdamW(
+        [torch.nn.Parameter(torch.ones(2))], regularizers=[fastreg.MSAM(), fastreg.SlowWeights()]
+    )
+    before = optimizer.components
+    for component, message in (
+        ("x", "must be components"), (fastreg.MSAM(), "constructor"),
+        (fastreg.EMA(name="exp_avg"), "is taken"),
+        (fastreg.SlowWeights(name="other"), "more than once"), (fastreg.EMA(name="slow"), "is taken"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer.add_component(component)
+        assert optimizer.components == before
+    for component in (ClipNorm(1.0), *(c for c in before if not isinstance(c, fastreg.SlowWeights))):
+        with pytest.raises(ValueError, match=r"must be one of \[SlowWeights.*, got"):
+            optimizer.remove_component(component)

@@ -130,6 +130,8 @@ def test_pieces_show_as_written():
 def test_not_a_piece(rule, thing):
     with pytest.raises(TypeError, match=r"must be components such as fastreg\.ClipNorm\(1\.0\), got"):
         rule([Parameter(torch.ones(1))], regularizers=[thing])
+    with pytest.raises(TypeError, match="a list of components, got L1"):
+        rule([Parameter(torch.ones(1))], regularizers=L1(0.1))
 
 
 @pytest.mark.parametrize("optimizer", (Adam, AdamW, SGD, Lion))
