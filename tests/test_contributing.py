@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 TARGET = re.compile(r"# (?:(append to|create) (\S+)|in ([^\s:]+)(?:::(\w+))?, (below|above): (.+))\n")
 PROGRAMS = {"pytest": "-m pytest -q -p no:cacheprovider", "python": "", "fastreg": "-m fastreg.cli"}
+CHECKS = (
+    ".venv/bin/python tools/lint.py",
+    '.venv/bin/pytest -m "not slow" tests/recipe tests/cli/test_usage.py tests/optim/test_registry.py',
+)
+"""What holds after every addition."""
 FOLDERS = ("fastreg", "kernels", "benchmarks", "tests", "tools")
 FILES = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "constraints.txt", "Makefile")
 
@@ -114,7 +119,7 @@ def test_the_steps_add_what_works(title: str, copy: Path) -> None:
     apply(title, copy)
     commands = [line for block in blocks(sections()[title], "sh") for line in block.splitlines()]
     assert commands, f"{title}: say how to check it"
-    for command in commands:
+    for command in (*commands, *CHECKS):
         run(command, copy)
 
 

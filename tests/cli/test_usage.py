@@ -28,7 +28,7 @@ def test_help_and_version_exit_with_success(arguments, expected, capsys):
 def test_list_names_every_contender(capsys):
     assert main(["compare", "--list"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == [*contenders.ENTRIES, *contenders.ALIASES]
+    assert [line.split()[0] for line in out.splitlines()] == NAMES
     assert "{}" not in out
 
 
@@ -37,6 +37,7 @@ def test_the_command_line_imports_no_transformers():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+NAMES = [*contenders.ENTRIES, *contenders.ALIASES]
 WRONG = [
     (["mpare"], "'mpare'"),
     (["compare", "--what"], "--what"),
@@ -47,7 +48,10 @@ WRONG = [
     (["compare", "--weight-decay", "inf"], "number >= 0, got 'inf'"),
     (["compare", "--seed", "-3"], "whole number >= 0, got '-3'"),
     (["compare", "--block-size", "1"], "--block-size must be >= 2, got 1"),
-    (["compare", "--with", "plain,sham"], "unknown contender 'sham'; choose from torch, plain"),
+    (
+        ["compare", "--with", "plain,sham"],
+        f"unknown contender 'sham'; choose from {', '.join(NAMES)}",
+    ),
     (["compare", "--with", ","], "names no contender"),
     (["compare", "--with", "ema,ema"], "'ema' twice"),
     (["compare", "--with", "clip+"], "unknown contender ''"),

@@ -8,9 +8,12 @@ import torch
 
 import fastreg
 from fastreg import Regularization
+from fastreg.optim.registry import OPTIMIZERS
 from fastreg.recipe.sections import SECTIONS
 
 yaml = pytest.importorskip("yaml")
+
+ADAMW = OPTIMIZERS["adamw"].options.keys()
 
 
 def test_the_template_is_a_recipe_and_every_section_of_it_is_one(tools):
@@ -43,7 +46,7 @@ def test_a_recipe_of_all_printed_values_round_trips():
         for name, section in SECTIONS.items()
         if name != "msam"
     }
-    for key in ("momentum", "dampening", "nesterov"):  # of SGD alone
+    for key in values["optimizer"].keys() - {"name", *ADAMW}:
         del values["optimizer"][key]
     for key in ("base", "increase", "levels"):  # these go with layers and annealing
         del values["dropout"][key]
@@ -113,7 +116,7 @@ ATTRIBUTES = {
 """Of each section: its settings, as they are in what `apply` makes."""
 
 DEPENDENT = {
-    "optimizer": {"momentum", "dampening", "nesterov", "capturable", "bf16"},
+    "optimizer": {"capturable", "bf16"} | SECTIONS["optimizer"].keys.keys() - {"name", *ADAMW},
     "dropout": {"increase", "levels"},
     "weight_noise": {"rounding"}, "adversarial": {"rounding"}, "sam": {"rounding"},
 }  # fmt: skip
@@ -169,7 +172,8 @@ def test_a_section_that_is_true_changes_training(name, tools):
 
 
 CLASSES = {
-    "optimizer": [fastreg.SGD, fastreg.AdamW], "weight_noise": [fastreg.WeightNoise], "sam": [fastreg.SAM],
+    "optimizer": [entry.optimizer for entry in OPTIMIZERS.values()],
+    "weight_noise": [fastreg.WeightNoise], "sam": [fastreg.SAM],
     "dropout": [fastreg.layerwise.DropoutScheduler, fastreg.schedules.LinearLayers],
     "adversarial": [fastreg.FGM],
 }  # fmt: skip
@@ -179,11 +183,8 @@ CLASSES = {
     "name, key", [(name, key) for name, keys in DEPENDENT.items() for key in sorted(keys)]
 )
 def test_settings_that_depend_on_others_have_the_default_of_their_class(name, key):
-    (default,) = {
-        inspect.signature(cls).parameters[key].default
-        for cls in CLASSES[name]
-        if key in inspect.signature(cls).parameters
-    }
+    signatures = (inspect.signature(cls).parameters for cls in CLASSES[name])
+    default = next(parameters[key].default for parameters in signatures if key in parameters)
     assert SECTIONS[name].keys[key].example == default
 
 
