@@ -163,18 +163,22 @@ class GradientNoise(Component):
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
         self.std, self.gamma = check_range("std", std, 0), check_range("gamma", gamma, 0)
-        self._stage = self._relative if relative else self._absolute
+        self._is_relative = relative
         self._sizes = DeviceScalars(0.0)
 
     @property
     def relative(self) -> bool:
         """Whether `std` is a share of the norm of all gradients."""
-        return self._stage is self._relative
+        return self._is_relative
 
     @property
     def needs_norm(self) -> bool:
         """Whether it reads the norm, as relative noise does."""
         return self.relative
+
+    def stage(self, group: dict[str, Any]) -> Stage:
+        """Returns the stage for absolute or relative noise."""
+        return self._relative if self._is_relative else self._absolute
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns the standard deviation at a step."""
@@ -190,7 +194,7 @@ class GradientNoise(Component):
 
     def prepare(self, work: Work) -> None:
         """Computes the size of relative noise from the norm."""
-        if self._stage is self._relative:
+        if self._is_relative:
             for device, measured in work.measured.items():
                 torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._sizes[device])
 

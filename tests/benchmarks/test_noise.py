@@ -49,7 +49,7 @@ def test_noise_is_verified(what, storage):
         function, message = WRONG[what]
         assert any(
             message in check
-            for check in wrong(case, workload, noise.MultiTensorOptimizer(function, workload, case.both))
+            for check in wrong(case, workload, noise.NoisePasses(function, workload, case.both))
         )
 
 

@@ -99,6 +99,19 @@ def test_copies_go_on_independently(rule, duplicate, Race):
     assert same(other.state_dict(), optimizer.state_dict())
 
 
+def test_copies_draw_relative_noise(Race):
+    race = Race()
+    first = fastreg.SGD(race.ours, lr=0.1, regularizers=[fastreg.GradientNoise(0.1, relative=True)], seed=1)
+    other = copy.deepcopy(first)
+    race.gradients()
+    copied = [p for group in other.param_groups for p in group["params"]]
+    for p, q in zip(race.ours, copied, strict=True):
+        q.grad = p.grad.clone()
+    first.step()
+    other.step()
+    assert all(map(torch.equal, race.ours, copied))
+
+
 @pytest.mark.parametrize("carry", (copy.deepcopy, through_disk))
 def test_exchange_with_torch(rule, carry, Race):
     race = Race()
