@@ -256,8 +256,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 if (value := state.get(buffer.name)) is not None:
                     buffers[buffer.name] = fitted(buffer, p, value)
                 elif buffer.name not in buffers:
-                    dtype = self.buffer_dtype(chain, buffer, p)
-                    buffers[buffer.name] = init_buffer(buffer, weight, stream, dtype, self._components)
+                    dtype, group = self.buffer_dtype(chain, buffer, p), self.param_groups[kind[0]]
+                    buffers[buffer.name] = init_buffer(buffer, weight, stream, dtype, self._components, group)
             new.append(buffers)
         for state, buffers in zip(states, new, strict=True):
             state.update(buffers)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..common.validation import check_choice
 from ..reference import storage as reference_storage
 
 
@@ -28,6 +29,10 @@ class Buffer:
     name: str
     dtype: torch.dtype | Literal["state", "parameter", "compute"] = "state"
     init: Literal["zeros", "parameter"] = "zeros"
+
+    def __post_init__(self) -> None:
+        """Refuses another `init`."""
+        check_choice("init", self.init, ("zeros", "parameter"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +41,19 @@ def buffer_dtype(
 
 
 def init_buffer(
-    buffer: Buffer, parameter: Tensor, index: int, dtype: torch.dtype, components: Iterable[Component]
-) -> Tensor:
-    """Returns a new buffer with its first content; `index` is that of the parameter in the optimizer."""
+    buffer: Buffer, parameter: Tensor, index: int, dtype: torch.dtype, components: Iterable[Component],
+    group: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Returns a new buffer with its first content; `index` is that of the parameter in the optimizer.
+
+    Of the components, the one whose stage or storage has the buffer for the group says what it starts as.
+    """
     value = torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     for component in components:
-        if (initial := component.initial(buffer.name, index, parameter)) is not None:
-            return value.copy_(initial)
+        parts = component.stage(group), component.storage(group, layout.local(parameter).dtype)
+        if any(part is not None and buffer in part.buffers for part in parts):
+            if (initial := component.initial(buffer.name, index, parameter)) is not None:
+                return value.copy_(initial)
     return value.copy_(parameter) if buffer.init == "parameter" else value.zero_()
 
 

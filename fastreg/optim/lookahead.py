@@ -81,7 +81,8 @@ class Lookahead(Wrapper):
             state = holder.state[p]
             if buffer.name not in state:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
-                state[buffer.name] = init_buffer(buffer, p, index, holder.buffer_dtype(chain, buffer, p), ())
+                dtype = holder.buffer_dtype(chain, buffer, p)
+                state[buffer.name] = init_buffer(buffer, p, index, dtype, (), {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, whose slow weights start as its parameters are."""

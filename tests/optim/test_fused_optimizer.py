@@ -442,3 +442,16 @@ def test_components_that_cannot_be_added_or_removed_are_refused():
     for component in (ClipNorm(1.0), *(c for c in before if not isinstance(c, fastreg.SlowWeights))):
         with pytest.raises(ValueError, match=r"must be one of \[SlowWeights.*, got"):
             optimizer.remove_component(component)
+
+
+def test_only_the_component_that_has_a_buffer_says_what_it_starts_as():
+    class Tens(fastreg.L2SP):
+        def initial(self, name, index, parameter):
+            return torch.full_like(parameter, 10.0)
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = fastreg.Adam([weight], betas=(0.5, 0.5), regularizers=[Tens(0.0)])
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert state["l2_sp_start"].tolist() == [10, 10] and state["exp_avg"].tolist() == [0.5, 0.5]
