@@ -1,6 +1,6 @@
 """Regularization for PyTorch, fused into Triton kernels."""
 
-from . import adversarial, layerwise, loops, nn, optim, privacy, schedules
+from . import adversarial, layerwise, loops, losses, nn, optim, privacy, schedules
 from .adversarial import FGM, fgsm, pgd
 from .common.batch_norm import frozen_running_stats, update_bn
 from .losses import l1_penalty, l2_penalty, r_drop, r_drop_loss
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FGM", "DPOptimizer", "NoiseScheduler", "Regularization", "adversarial", "fgsm", "frozen_running_stats",
-    "info", "l1_penalty", "l2_penalty", "layerwise", "loops", "nn", "pgd", "privacy", "r_drop", "r_drop_loss",
-    "schedules", "update_bn", "use_backend",
+    "info", "l1_penalty", "l2_penalty", "layerwise", "loops", "losses", "nn", "optim", "pgd", "privacy",
+    "r_drop", "r_drop_loss", "schedules", "update_bn", "use_backend",
 ]  # fmt: skip
 __all__ += optim.__all__

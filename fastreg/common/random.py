@@ -12,6 +12,7 @@ from enum import IntEnum
 import torch
 
 from ..reference.random import philox
+from .validation import check_int
 
 _instances = itertools.count()
 
@@ -51,6 +52,14 @@ def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
     return unsigned - 2**64 if unsigned >= 2**63 else unsigned
 
 
-def instance_seed() -> int:
-    """Returns a base seed from `torch.initial_seed()` and a counter, without using torch's generator."""
-    return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))
+def base_seed(seed: int | None) -> int:
+    """Returns a base seed; for `None` one from `torch.initial_seed()` and a counter.
+
+    Raises:
+        ValueError: If the seed is not a whole number of at most 64 bits.
+    """
+    if seed is None:
+        return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))
+    seed = check_int("seed", seed, -(2**63))
+    key(seed, Purpose.INSTANCE)  # refuses a seed that does not fit
+    return seed

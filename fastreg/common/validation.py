@@ -3,8 +3,10 @@
 import contextlib
 import math
 import numbers
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
+
+from torch import Tensor
 
 _RANGES = {
     "Invalid learning rate": "must be >= 0",
@@ -95,6 +97,20 @@ def check_int(name: str, value: int, lowest: int = 1) -> int:
     if not real or not math.isfinite(value) or int(value) != value or value < lowest:
         raise ValueError(f"{name} must be a whole number >= {lowest}, got {name}={value!r}")
     return int(value)
+
+
+def check_tensors(name: str, value: Any, example: str) -> list[Tensor]:
+    """Returns the tensors that an iterable holds.
+
+    Raises:
+        TypeError: If it is no iterable, or holds anything else.
+    """
+    tensors: list[Any] = (
+        list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else [None]
+    )
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"{name} must hold tensors, such as {example}, got {value!r:.60}")
+    return tensors
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -50,6 +50,9 @@ class Component:
     def __init_subclass__(cls) -> None:
         """Assumes that methods which have the gradients read them."""
         super().__init_subclass__()
+        renamed = {"numbers": "step_scalars", "scalars": "device_scalars", "words": "rng_keys"}
+        if old := vars(cls).keys() & renamed:
+            raise TypeError(f"{cls.__name__} has methods by old names: { ({o: renamed[o] for o in old}) }")
         bases = [base for base in cls.__bases__ if issubclass(base, Component)]
         for name in ("prepare", "finish"):
             inherited = any(getattr(base, name) is getattr(cls, name) for base in bases)
@@ -126,7 +129,7 @@ class Component:
         return ()
 
     def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
-        """Returns the first content of a buffer; `None` for its default, `Buffer.init`.
+        """Returns the first content of a buffer of this component; `None` for its default, `Buffer.init`.
 
         Args:
             name: The buffer.
@@ -141,7 +144,7 @@ class Component:
         arguments = [
             f"{name}={value!r}"
             for name, parameter in parameters.items()
-            if (value := vars(self).get(name, parameter)) is not parameter
+            if (value := getattr(self, name, parameter)) is not parameter
             and not (parameter.kind is parameter.KEYWORD_ONLY and value == parameter.default)
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"

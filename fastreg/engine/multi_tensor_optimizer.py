@@ -61,8 +61,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             name: [c for c in self._components if getattr(type(c), name) is not getattr(Component, name)]
             for name in ("due", "prepare", "skip", "finish", "rng_keys", "step_scalars")
         }
-        self._seed = random.instance_seed() if seed is None else seed
-        random.key(self._seed, random.Purpose.INSTANCE)  # refuses a seed that does not fit
+        self._seed = random.base_seed(seed)
         self.reset_cache()
 
     def reset_cache(self) -> None:

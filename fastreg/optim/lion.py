@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.validation import check_range
 from ..engine.component import Component
 from .fused_optimizer import FusedOptimizer
 from .rules import Lion as Rule
@@ -49,12 +50,11 @@ class Lion(FusedOptimizer):
     ) -> None:  # fmt: skip
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not 0 <= lr:
-            raise ValueError(f"lr must be >= 0, got {lr=}")
+        if not isinstance(lr, Tensor):
+            check_range("lr", lr, 0, finite=False)
         if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas=}")
-        if not 0 <= weight_decay:
-            raise ValueError(f"weight_decay must be >= 0, got {weight_decay=}")
+        check_range("weight_decay", weight_decay, 0)
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self._init_components(Rule(), decay or "decoupled", regularizers, seed, bf16, state_dtype, nonfinite)

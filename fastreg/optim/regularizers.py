@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..common.validation import check_range
+from ..common.validation import check_choice, check_range, check_tensors
 from ..engine.batch import Batch
 from ..engine.component import Component, Phase
 from ..engine.device_scalars import DeviceScalars
@@ -47,7 +47,8 @@ class ClipNorm(Component):
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
         self.max_norm = check_range("max_norm", max_norm, 0, above=True, finite=False)
-        if float(norm_type) not in (2.0, math.inf):
+        check_choice("error_if_nonfinite", error_if_nonfinite, (False, True))
+        if norm_type not in (2, math.inf, "inf"):
             raise ValueError(f"norm_type must be 2 or math.inf, got {norm_type=}")
         self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
 
@@ -162,6 +163,7 @@ class GradientNoise(Component):
     )  # fmt: skip
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
+        check_choice("relative", relative, (False, True))
         self.std, self.gamma = check_range("std", std, 0), check_range("gamma", gamma, 0)
         self._is_relative = relative
         self._sizes = DeviceScalars(0.0)
@@ -228,7 +230,11 @@ class L2SP(Component):
 
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
         self.strength = check_range("strength", strength, 0)
-        self._towards = None if towards is None else [t.detach() for t in towards]
+        self._towards = (
+            None
+            if towards is None
+            else [t.detach() for t in check_tensors("towards", towards, "model.parameters()")]
+        )
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns the strength of the penalty."""
@@ -240,7 +246,7 @@ class L2SP(Component):
         Raises:
             ValueError: If there is none, or it has another shape.
         """
-        if self._towards is None or name != "l2_sp_start":
+        if self._towards is None:
             return None
         if index >= len(self._towards) or self._towards[index].shape != parameter.shape:
             shape = tuple(self._towards[index].shape) if index < len(self._towards) else "nothing"

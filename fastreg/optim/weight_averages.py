@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_int, check_range
+from ..common.validation import check_choice, check_int, check_range, check_tensors
 from ..engine.component import Component, Phase
 from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
@@ -113,10 +113,14 @@ class _Buffered(Average):
     reads_gradients = False
 
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name=}")
         self.name, self.start, self.every = name, start, check_int("every", every, 1)
         average = Buffer(name, "compute", "parameter")
         self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
-        self.module_buffers = ModuleBuffers(buffers or ())
+        self.module_buffers = ModuleBuffers(
+            () if buffers is None else check_tensors("buffers", buffers, "model.buffers()")
+        )
 
     def due(self, group: dict[str, Any], step: int) -> bool:
         """Returns whether a step updates the average."""

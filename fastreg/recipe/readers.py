@@ -53,7 +53,10 @@ def number(name: str, value: Any) -> float:
 
 def whole(name: str, value: Any) -> int:
     """Returns an integer that is not negative, also from text."""
-    return check_int(name, number(name, value), 0)  # type: ignore[arg-type]
+    read = number(name, value)
+    if read % 1:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return check_int(name, read, 0)  # type: ignore[arg-type]
 
 
 def duration(name: str, value: Any) -> int | float:

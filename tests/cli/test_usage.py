@@ -95,6 +95,7 @@ WRONG_LATER = [
     (["--out", "{short}/below"], "Not a directory"),
     (["--with", "ema=1.5"], "decay must be in [0, 1)"),
     (["--with", "clip=0"], "max_norm must be > 0"),
+    (["--with", "l1=nan"], "strength must be finite and >= 0, got strength=nan"),
     (["--with", "decay=-1"], "weight_decay"),
     (["--with", "clip+clip=2"], "clip.max_norm is given more than once, as 1.0 and 2.0"),
     (["--with", "torch+noise"], "compared as it is, got gradient_noise"),

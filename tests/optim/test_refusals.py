@@ -1,5 +1,6 @@
 """What cannot work is refused at once, with the value, the range and the way out."""
 
+import functools
 import math
 import re
 
@@ -9,7 +10,8 @@ from torch.nn import Parameter
 
 import fastreg
 from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, AdaptiveClip, ClipNorm, ClipValue, GradientNoise, Lion
-from fastreg.engine.stage import Stage
+from fastreg.engine.component import Component
+from fastreg.engine.stage import Buffer, Stage
 from fastreg.optim.fused_optimizer import FusedOptimizer
 from fastreg.optim.rules import Lion as Rule
 
@@ -58,11 +60,15 @@ VALUES = (
     (Lion, {"betas": (1.0, 0.9)}, "betas must be two numbers in [0, 1), got betas=(1.0, 0.9)"),
     (Lion, {"betas": (0.9, math.nan)}, "betas must be two numbers in [0, 1), got betas=(0.9, nan)"),
     (Lion, {"betas": (0.9,)}, "betas must be two numbers in [0, 1), got betas=(0.9,)"),
-    (Lion, {"weight_decay": -0.1}, "weight_decay must be >= 0, got weight_decay=-0.1"),
+    (Lion, {"weight_decay": math.inf}, "weight_decay must be finite and >= 0, got weight_decay=inf"),
+    (Lion, {"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got weight_decay=-0.1"),
     *(
-        (optimizer, {"seed": seed}, f"seed must fit in 64 bits, got seed={seed}")
+        (AdamW, {"seed": seed}, f"seed must be a whole number >= {-(2**63)}, got seed={seed!r}")
+        for seed in (-(2**63) - 1, 2.5, "a", True)
+    ),
+    *(
+        (optimizer, {"seed": 2**64}, f"seed must fit in 64 bits, got seed={2**64}")
         for optimizer in (AdamW, SGD, Lion)
-        for seed in (2**64, -(2**63) - 1)
     ),
 )
 
@@ -86,6 +92,15 @@ PIECES = (
         (lambda value=value: ClipNorm(value), f"max_norm must be > 0, got max_norm={value}")
         for value in (0.0, -1.0, math.nan)
     ),
+    *(
+        (lambda make=make, name=name: make(**{name: "no"}), f"{name} must be one of False, True, got 'no'")
+        for make, name in (
+            (functools.partial(ClipNorm, 1.0), "error_if_nonfinite"),
+            (functools.partial(GradientNoise, 0.1), "relative"),
+        )
+    ),
+    (lambda: Buffer("q", init="ones"), "init must be one of 'zeros', 'parameter', got 'ones'"),
+    (lambda: ClipNorm(1.0, "a"), "norm_type must be 2 or math.inf, got norm_type='a'"),
     (lambda: ClipNorm(1.0, norm_type=1), "norm_type must be 2 or math.inf, got norm_type=1"),
     *(
         (lambda make=make, value=value: make(value), f"{name} must be finite and >= 0, got {name}={value}")
@@ -117,13 +132,28 @@ def test_pieces_show_as_written():
         ClipNorm(1),
         ClipValue(2),
         GradientNoise(0.5, 0.55, True),
+        GradientNoise(0.5, relative=True),
         EMA(0.9, "slow"),
         L1(0.1),
         L2SP(3),
     ):
         again = eval(repr(component), vars(fastreg))
         assert repr(again) == repr(component) and type(again) is type(component)
+    assert repr(GradientNoise(1.0, 2.0, True)) == "GradientNoise(std=1.0, gamma=2.0, relative=True)"
     assert repr(EMA(0.9, "slow")) == "EMA(decay=0.9, name='slow')"
+
+
+def test_arguments_of_another_type():
+    for make, message in (
+        (lambda: EMA(buffers=torch.nn.BatchNorm1d(2)), "buffers must hold tensors, such as model.buffers()"),
+        (lambda: L2SP(0.1, torch.nn.Linear(1, 1)), "towards must hold tensors, such as model.parameters()"),
+        (lambda: L2SP(0.1, torch.ones(2)), "towards must hold tensors, such as model.parameters()"),
+        (lambda: EMA(name=3), "name must be a string, got name=3"),
+        (lambda: Lion([Parameter(torch.ones(2))], lr=True), "lr must be a number, got lr=True"),
+        (lambda: type("Old", (Component,), {"words": None}), "by old names: {'words': 'rng_keys'}"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            make()
 
 
 @pytest.mark.parametrize("thing", (1.0, ClipNorm, "ema", torch.nn.Dropout()))

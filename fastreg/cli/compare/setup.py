@@ -62,7 +62,7 @@ class Setup:
         for name, settings in fields.items():
             section = self.fields.setdefault(name, {})
             for key, value in settings.items():
-                if section.setdefault(key, value) != value:
+                if (other := section.setdefault(key, value)) is not value and other != value:
                     raise ValueError(f"{name}.{key} is given more than once, as {section[key]} and {value}")
 
 
