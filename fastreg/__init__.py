@@ -1,5 +1,8 @@
 """Regularization for PyTorch, fused into Triton kernels."""
 
+import importlib
+from typing import Any
+
 from . import adversarial, layerwise, loops, losses, nn, optim, privacy, schedules
 from .adversarial import FGM, fgsm, pgd
 from .common.batch_norm import frozen_running_stats, update_bn
@@ -19,3 +22,10 @@ __all__ = [
     "r_drop", "r_drop_loss", "schedules", "update_bn", "use_backend",
 ]  # fmt: skip
 __all__ += optim.__all__
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `fastreg.hf`, and transformers with it, when it is first used."""
+    if name == "hf":
+        return importlib.import_module(".hf", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ from .common.unwrap import unwrap_model
 from .common.validation import check_range
 from .layerwise.write_rates import ORIGINAL
 from .optim import Component
+from .optim.fused_optimizer import FusedOptimizer
 from .recipe import Callbacks, Regularization, build
 from .recipe.model_callbacks import DropoutRates
 from .recipe.regularization import Recipe, read_recipe
@@ -265,7 +266,8 @@ def _call(
             f"optimizer must be a class such as fastreg.AdamW, got {type(factory).__name__}; to continue a "
             "training, give its history="
         )
-    if components and "regularizers" not in inspect.signature(factory).parameters:
+    fused = isinstance(factory, type) and issubclass(factory, FusedOptimizer)
+    if components and not fused and "regularizers" not in inspect.signature(factory).parameters:
         names = ", ".join(type(component).__name__ for component in components)
         label = getattr(factory, "__name__", repr(factory))
         raise TypeError(f"{label} takes no regularizers, here {names}: give one of fastreg's optimizers")

@@ -308,7 +308,7 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
     rate: Any
     if callable(rates):
         rate = rates(layer) if _takes_one(rates) else rates(layer, layers)
-    elif isinstance(rates, Sequence):
+    elif isinstance(rates, Sequence) and not isinstance(rates, str):
         if len(rates) != layers:
             raise ValueError(f"got {len(rates)} rates for {layers} layers: give one for each")
         rate = rates[layer]

@@ -212,6 +212,12 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
     assert heavy.isdisjoint(imported)
 
 
+def test_the_trainer_is_imported_when_it_is_used() -> None:
+    pytest.importorskip("transformers")
+    code = "import fastreg, json; print(json.dumps([fastreg.hf.__name__, hasattr(fastreg, 'fh')]))"
+    assert python(code, cwd=ROOT) == ["fastreg.hf", False]
+
+
 def test_fastreg_steps_where_triton_is_missing(tmp_path: Path) -> None:
     """As on macOS and Windows: no finder knows triton, which also `importlib.util.find_spec` then tells."""
     difference = python(

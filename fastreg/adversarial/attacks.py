@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
+import inspect
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from ..common.validation import check_flag, check_int, unknown
 from ..ops._elementwise import draw_seed
 from ..ops.adversarial import Bounds
 from .ball import Ball, Limit, Range
@@ -71,6 +72,7 @@ def fgsm(
     Reference:
         Goodfellow, Shlens, Szegedy 2015, "Explaining and harnessing adversarial examples".
     """
+    check_flag("targeted", targeted)
     ball, losses = Ball(x, epsilon, norm, bounds, steepest), Losses(unwrap_ddp(model_or_loss), y)
     if not x.numel():
         return x.detach().clone()
@@ -193,13 +195,15 @@ def pgd(
         Madry, Makelov, Schmidt, Tsipras, Vladu 2018, "Towards deep learning models resistant to adversarial
         attacks".
     """
-    if unknown := sorted(options.keys() - AttackOptions.__annotations__.keys()):
-        names = ", ".join(AttackOptions.__annotations__)
-        raise TypeError(f"got unknown options {', '.join(unknown)}; there are {names}")
+    for name in sorted(options.keys() - AttackOptions.__annotations__.keys()):
+        known = [*list(inspect.signature(pgd).parameters)[3:-1], *AttackOptions.__annotations__]
+        raise TypeError(unknown("pgd() got unknown option", name, known))
     generator, model = options.get("generator"), model_of(model_or_loss, options.get("model"))
-    for name, count in (("steps", steps), ("restarts", restarts)):
-        if not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {name}={count!r}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    steps, restarts = check_int("steps", steps), check_int("restarts", restarts)
+    for name, flag in (("targeted", targeted), ("random_start", random_start), ("keep_best", keep_best)):
+        check_flag(name, flag)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts need a random start to differ, got {restarts=} and {random_start=}")
     ball = Ball(x, epsilon, norm, bounds, options.get("steepest", False))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_range
+from ..common.validation import check_choice, check_flag, check_range
 from ..ops.adversarial import Bounds, StepInputs, move, norms
 from ..reference.adversarial import threshold
 from ..reference.random import PhiloxPosition, uniform
@@ -63,15 +63,19 @@ class Ball:
     """
 
     def __init__(self, x: Tensor, epsilon: Limit, norm: str, bounds: Range, steepest: bool = False) -> None:
-        if not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(
-                f"x must be of a floating dtype, got {x.dtype}; scale images to [0, 1], and for token ids "
-                "perturb the embeddings: fastreg.FGM(model)"
+                f"x must be a tensor of a floating dtype, got {getattr(x, 'dtype', type(x))}; scale images "
+                "to [0, 1], and for token ids perturb the embeddings: fastreg.FGM(model)"
             )
         if not x.dim():
             raise ValueError("x must be [samples, ...], got a 0-d tensor; use x[None]")
         check_choice("norm", norm, NORMS)
-        self.norm, self.steepest, self.dtype = norm, steepest and norm == "l1", x.dtype
+        self.norm, self.steepest, self.dtype = (
+            norm,
+            check_flag("steepest", steepest) and norm == "l1",
+            x.dtype,
+        )
         self.layout = Layout(x)
         self.clean = self.layout.flatten(x.detach())
         self.epsilon = self.per_sample("epsilon", epsilon)

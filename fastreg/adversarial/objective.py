@@ -104,6 +104,8 @@ def unwrap_ddp(objective: Objective) -> Objective:
 
 def model_of(objective: Objective, model: nn.Module | None) -> nn.Module | None:
     """Returns the model whose modes and buffers are preserved, `None` if it is not known."""
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     return objective if model is None and isinstance(objective, nn.Module) else model
 
 

@@ -21,7 +21,12 @@ def unwrap_model(model: nn.Module, *, peft: bool = False) -> nn.Module:
     Args:
         model: The model, wrapped any number of times.
         peft: Whether to return the base model of a PEFT model, too.
+
+    Raises:
+        TypeError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     while (inside := _inside(model, peft)) is not None and inside is not model:
         model = inside
     return model

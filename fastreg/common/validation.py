@@ -1,6 +1,7 @@
 """Checks arguments, and says the value, the allowed range and the name in every error."""
 
 import contextlib
+import difflib
 import math
 import numbers
 from collections.abc import Collection, Iterable, Iterator
@@ -121,3 +122,23 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Returns a value if it is `True` or `False`.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {name}={value!r}")
+    return value
+
+
+def unknown(start: str, name: Any, known: Iterable[str]) -> str:
+    """Returns a message about an unknown name, with the most similar known one."""
+    known = list(known)
+    similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    return f"{start} {name!r}; " + (f"did you mean {similar[0]!r}? " if similar else "") + (
+        f"There are {', '.join(known)}" if known else "There are none"
+    )  # fmt: skip

@@ -31,12 +31,14 @@ class OptimizerEntry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the constructor with their defaults."""
-        parameters = inspect.signature(self.optimizer).parameters
+        """The options of the constructor with their defaults, those in its `**options` among them."""
+        parameters = dict(inspect.signature(self.optimizer).parameters)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            parameters |= inspect.signature(FusedOptimizer._init_components).parameters
         return {
             name: parameter.default
             for name, parameter in parameters.items()
-            if name != "params" and parameter.kind is not parameter.VAR_KEYWORD
+            if name != "params" and parameter.default is not parameter.empty
         }
 
 

@@ -24,3 +24,8 @@ def __getattr__(name: str) -> Any:
     if name == "PrivacyEngine":
         return importlib.import_module(".opacus", __name__).PrivacyEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Returns the public names, `PrivacyEngine` among them."""
+    return __all__

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..common.validation import check_choice
+from ..common.validation import check_choice, check_int
 from ..ops.ghost import Grams
 from . import clipped_sums, grad_tap
 from .bounds import CLIPPING, Bound, clipping_bounds, sensitivity_of
@@ -80,7 +80,9 @@ class BookKeeping:
     ) -> None:  # fmt: skip
         check_choice("clipping", clipping, CLIPPING)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        check_choice("batch_dim", batch_dim, (0, 1))
+        check_choice("batch_dim", check_int("batch_dim", batch_dim, 0), (0, 1))
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
         self.model, self.max_grad_norm, self.clipping = model, max_grad_norm, clipping
         self.loss_reduction, self.batch_dim = loss_reduction, batch_dim
         self.shared_inputs = tuple(shared_inputs)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common.random import Purpose, key
+from ..common.validation import check_flag, check_int
 from ..engine.component import Component, Phase
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..engine.plan import Operands, Work
@@ -36,14 +37,16 @@ class NoiseKey:
             continues with a new key.
 
     Raises:
-        ValueError: If the seed has more than 64 bits.
+        TypeError: If `reproducible` is neither true nor false.
+        ValueError: If the seed is no whole number, or has more than 64 bits.
     """
 
     def __init__(self, seed: int | None = None, reproducible: bool = False) -> None:
-        self.reproducible = bool(reproducible)
+        self.reproducible = check_flag("reproducible", reproducible)
         if seed is None:
             self.renew()
             return
+        seed = check_int("noise_seed", seed, -(2**63))
         warnings.warn(
             f"noise_seed={seed!r} makes privacy noise predictable: whoever knows the seed can take it off "
             "again; it is for tests and repeated experiments, leave it out for private data",

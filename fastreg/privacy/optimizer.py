@@ -121,10 +121,11 @@ class DPOptimizer(PrivateStep):
             loss_reduction=loss_reduction, materialize_grad=materialize_grad, process_group=process_group,
         )  # fmt: skip
         try:
+            if sample_rate is not None:
+                self.sample_rate = check_range("sample_rate", sample_rate, 0, 1, above=True)
             if accountant is not None:
                 if sample_rate is None:
                     raise ValueError("an accountant needs a sample_rate in (0, 1], got sample_rate=None")
-                self.sample_rate = check_range("sample_rate", sample_rate, 0, 1, above=True)
                 self.accountant = accountant_of(accountant)
             if isinstance(source, GradSampleSource):
                 source.bounds(len(self.params))  # refuses bounds that are out of range, or too many

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_range
+from ..common.validation import check_choice, check_flag, check_range
 from ..engine.component import Phase
 from ..optim.fused_optimizer import FusedOptimizer
 from ..optim.sam import SAM
@@ -54,8 +54,8 @@ class PrivateStep(Wrapper):
             check_range("expected_batch_size", expected_batch_size, 0, above=True)
         super().__init__(base)
         self.loss_reduction, self.expected_batch_size = loss_reduction, expected_batch_size
-        self.noise_multiplier: Any = check_range("noise_multiplier", float(noise_multiplier), 0)
-        self.materialize_grad = bool(materialize_grad)
+        self.noise_multiplier: Any = check_range("noise_multiplier", noise_multiplier, 0)
+        self.materialize_grad = check_flag("materialize_grad", materialize_grad)
         self.step_hook: Callable[[Any], None] | None = None
         self.accountant: Any = None
         self.sample_rate: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,12 @@ from torch import nn
 from .. import optim
 from ..common.module_state import preserve_rng
 from ..common.unwrap import unwrap_model, wrapped_optimizers
+from ..common.validation import unknown
 from ..nn import TransformerWithDropout
 from ..optim.registry import OPTIMIZERS
 from .callbacks import Callback, Callbacks
 from .factories import LayerDecay, WeightDecay
 from .model_callbacks import Adversarial, DropoutRates, Noise, NoisyWeights, SharpnessAware
-from .readers import unknown
 from .sections import ANNEALING, SECTIONS, call, resolve_duration
 
 if TYPE_CHECKING:
@@ -151,8 +150,7 @@ def make_optimizer(
     """Returns the optimizer with components besides the recipe's, in `fastreg.SAM` if the recipe has it."""
     settings: dict[str, Any] = dict(recipe.optimizer)  # type: ignore[arg-type]
     name = settings.pop("name", "adamw")
-    factory = OPTIMIZERS[name].optimizer
-    accepted = inspect.signature(factory).parameters
+    factory, accepted = OPTIMIZERS[name].optimizer, OPTIMIZERS[name].options
     for option in settings:
         if option not in accepted:
             options = [key for key in SECTIONS["optimizer"].keys if key in accepted]

@@ -1,9 +1,8 @@
 """Readers of YAML values: each makes a value of one type, or says what is wrong with it."""
 
-import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NewType
 
 import torch
@@ -30,15 +29,6 @@ def reader_of(annotation: Any) -> Reader | None:
     if isinstance(origin, type) and issubclass(origin, Sequence) and readers:
         return sequence_of(readers[0], 2 if origin is tuple and arguments[-1] is not ... else None)
     return None
-
-
-def unknown(start: str, name: Any, known: Iterable[str]) -> str:
-    """Returns a message about an unknown name, with the most similar known one."""
-    known = list(known)
-    similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"{start} {name!r}; " + (f"did you mean {similar[0]!r}? " if similar else "") + (
-        f"There are {', '.join(known)}" if known else "There are none"
-    )  # fmt: skip
 
 
 def number(name: str, value: Any) -> float:

@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ..common.validation import check_int
+from ..common.validation import check_int, unknown
 from . import build
 from .callbacks import Callbacks
-from .readers import unknown
 from .sections import SECTIONS
 
 Setting = float | str | bool | Mapping[str, Any] | Sequence[Any] | None

@@ -15,10 +15,11 @@ from typing import Any
 from .. import nn as fastreg_nn
 from .. import optim
 from ..adversarial import FGM
+from ..common.validation import unknown
 from ..optim.registry import OPTIMIZERS
 from . import factories
 from .model_callbacks import RDropCallback
-from .readers import Reader, duration, either, flag, one_of, reader_of, unknown
+from .readers import Reader, duration, either, flag, one_of, reader_of
 
 NOT_SETTINGS = frozenset(
     {

@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_choice, check_int
-from ..recipe.readers import unknown
+from ..common.validation import check_choice, check_int, unknown
 from .batches import Loss
 from .history import History
 

@@ -223,6 +223,7 @@ def test_the_table_is_readable(make):
         ({"schedule": 0.1, "roles": "mlp"}, "roles must be among 'hidden', .* got .'mlp',."),
         ({"schedule": {}}, "roles must be among"),
         ({"schedule": 0.1, "roles": "path"}, "has no 'path' dropout .roles it has: 'embedding', 'att"),
+        ({"schedule": "a"}, "rate of layer 0 must be a number in .0, 1., got 'a'"),
         ({"schedule": 0.1, "stacks": "encoder"}, "GPT2LMHeadModel has no 'hidden' dropout"),
     ),
 )  # fmt: skip
@@ -233,6 +234,11 @@ def test_errors_change_nothing(make, options, message):
         set_dropout(model, **options)
     assert [(site.path, site.rate, type(site.owner)) for site in dropout_sites(model)] == before
     assert not hasattr(model.config, "fastreg")
+
+
+def test_sites_of_what_is_no_model():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got 3"):
+        dropout_sites(3)
 
 
 def test_a_schedule_over_steps_is_no_schedule_over_layers(make):

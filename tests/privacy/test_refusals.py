@@ -30,6 +30,9 @@ def base(**options):
         ({"loss_reduction": "none"}, "'mean', 'sum'"),
         ({"clipping": "adaptive"}, "'flat', 'per_layer'"),
         ({"accountant": "rdp"}, "sample_rate"),
+        ({"sample_rate": 2}, "sample_rate must be in"),
+        ({"noise_seed": True}, "noise_seed must be a whole number"),
+        ({"noise_seed": 2.5}, "noise_seed must be a whole number"),
         ({"accountant": "gdp", "sample_rate": 0.1}, "too little"),
     ],
     ids=str,
@@ -39,6 +42,26 @@ def test_values_out_of_range(options, match):
         optimizer = base() if model is None else torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ValueError, match=match):
             DPOptimizer(optimizer, **{"model": model, "expected_batch_size": 8, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"noise_multiplier": True}, {"sample_rate": "a"}, {"reproducible": "no"}, {"materialize_grad": 1},
+     {"model": 3}],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_kind(options):
+    model = network()
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be"):
+        DPOptimizer(
+            fastreg.SGD(model.parameters(), 0.1), **{"model": model, "expected_batch_size": 8} | options
+        )
+    with pytest.raises(ValueError, match="batch_dim must be a whole number"):
+        DPOptimizer(fastreg.SGD(model.parameters(), 0.1), model=model, expected_batch_size=8, batch_dim=True)
+
+
+def test_dir_has_what_is_imported_later():
+    assert "PrivacyEngine" in dir(fastreg.privacy)
 
 
 def test_clipping_a_batch_is_not_private():

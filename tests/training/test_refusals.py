@@ -52,6 +52,16 @@ def test_wrong_arguments(options, error, message, loader, mlp):
         train_with_weight_decay(mlp(), loader(64, 64), lr=1e-2, **options, **quiet)
 
 
+def test_an_optimizer_may_take_regularizers_in_its_options(loader, mlp):
+    class Shorter(fastreg.SGD):
+        def __init__(self, params, lr=0.1, **options):
+            super().__init__(params, lr, **options)
+
+    options = {"lr": 1e-2, "optimizer": Shorter, "regularizers": [fastreg.EMA(0.9)], "max_steps": 1, **quiet}
+    history = train_with_weight_decay(mlp(), loader(64, 64), **options)
+    assert any(isinstance(component, fastreg.EMA) for component in history.optimizer.components)
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
