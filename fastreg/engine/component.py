@@ -48,7 +48,7 @@ class Component:
     """
 
     def __init_subclass__(cls) -> None:
-        """Assumes that methods which have the gradients read them."""
+        """Refuses former names of methods, and assumes that methods which have the gradients read them."""
         super().__init_subclass__()
         renamed = {"numbers": "step_scalars", "scalars": "device_scalars", "words": "rng_keys"}
         if old := vars(cls).keys() & renamed:

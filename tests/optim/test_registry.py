@@ -72,3 +72,7 @@ def test_the_readme_names_every_regularizer(name):
 
 def test_old_names_are_aliases():
     assert fastreg.Piece is fastreg.Component and "Piece" in fastreg.__all__
+
+
+def test_packages_are_among_the_public_names():
+    assert {"losses", "optim", "privacy"} <= set(fastreg.__all__)
