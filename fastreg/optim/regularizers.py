@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..common.validation import check_choice, check_range, check_tensors
+from ..common.validation import check_flag, check_range, check_tensors
 from ..engine.batch import Batch
 from ..engine.component import Component, Phase
 from ..engine.device_scalars import DeviceScalars
@@ -47,10 +47,10 @@ class ClipNorm(Component):
 
     def __init__(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> None:
         self.max_norm = check_range("max_norm", max_norm, 0, above=True, finite=False)
-        check_choice("error_if_nonfinite", error_if_nonfinite, (False, True))
         if norm_type not in (2, math.inf, "inf"):
             raise ValueError(f"norm_type must be 2 or math.inf, got {norm_type=}")
-        self.norm_type, self.error_if_nonfinite = float(norm_type), bool(error_if_nonfinite)
+        self.norm_type = float(norm_type)
+        self.error_if_nonfinite = check_flag("error_if_nonfinite", error_if_nonfinite)
 
 
 class ClipValue(Component):
@@ -163,9 +163,8 @@ class GradientNoise(Component):
     )  # fmt: skip
 
     def __init__(self, std: float, gamma: float = 0.0, relative: bool = False) -> None:
-        check_choice("relative", relative, (False, True))
         self.std, self.gamma = check_range("std", std, 0), check_range("gamma", gamma, 0)
-        self._is_relative = relative
+        self._is_relative = check_flag("relative", relative)
         self._sizes = DeviceScalars(0.0)
 
     @property
