@@ -215,7 +215,7 @@ def _by_backward(value, x):
 
 
 def test_double_backward(x):
-    x = x.double().requires_grad_()
+    x = x[:6, :5].double().requires_grad_()
     torch.manual_seed(3)
     assert torch.autograd.gradgradcheck(lambda x: drop(x, 3, 0.5).square(), x)
     y = drop(x, 3, 0.5)

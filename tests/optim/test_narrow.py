@@ -152,6 +152,7 @@ def test_replicas_round_alike_and_steps_differently():
 
 
 @pytest.mark.slow(backend="compiled", make=(fastreg.SGD, fastreg.Lion))
+@pytest.mark.slow(backend="compiled", state_dtype=(torch.float32, torch.float64))
 @pytest.mark.parametrize("make", (fastreg.AdamW, fastreg.SGD, fastreg.Lion))
 @pytest.mark.parametrize("state_dtype", (torch.float32, torch.bfloat16, torch.float64))
 def test_dtype_of_the_state(make, state_dtype, backend):
@@ -198,6 +199,7 @@ def test_gradients_narrower_than_weights(backend):
 
 
 @pytest.mark.slow(backend="compiled", dtype=torch.float16)
+@pytest.mark.slow(backend="compiled", mode=("remainder", "nearest"))
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which runs the interpreter
 @pytest.mark.parametrize("mode", ("stochastic", "remainder", "nearest"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
