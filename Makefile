@@ -8,7 +8,7 @@ help:
 	@echo 'make demo     compare training with and without fastreg'
 	@echo 'make test     run the tests, in the Triton interpreter and ahead of time (no GPU needed)'
 	@echo 'make test-all run the tests that take long, which make test leaves out'
-	@echo 'make check    lint, formatting and types'
+	@echo 'make check    lint, formatting, types, names and sentences'
 	@echo 'make bench    time fastreg against torch and other libraries, in about twenty minutes'
 	@echo 'make audit    read the machine code of every kernel for all targets'
 	@echo 'make results  measure and audit anew what the READMEs tell; make render only writes them'

@@ -29,7 +29,7 @@ class Ledger:
         path: The file.
         about: What else it tells, such as the machine, besides the version of the kernels.
         again: Whether to do all of it anew.
-        every: Seconds between two writes at least, for many small rows.
+        interval: Seconds between two writes at least, for many small rows.
     """
 
     def __init__(self, path: Path, about: Row, again: bool = False, interval: float = 0.0) -> None:

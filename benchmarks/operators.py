@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from fastreg.ops import _elementwise as elementwise
-from fastreg.ops import adversarial as adversarial
+from fastreg.ops import adversarial as adversarial_ops
 from fastreg.ops import dropout as dropout_ops
 from fastreg.ops import noise as noise_ops
 from fastreg.reference import adversarial as reference
@@ -107,7 +107,7 @@ def adversarial_entries(target: Architecture) -> list[Entry]:
             dtype, pointer, noise = STORAGES[storage][0], f"*{storage}", kind in reference.NOISES
             itemsize, wide = dtype.itemsize, "*fp32" if behind else pointer
             chosen = launch_parameters(f"adversarial_{'norm' if name in SIZES else 'step'}", target)
-            constants: dict[str, Any] = adversarial.constants(kind, chosen, target.lanes)
+            constants: dict[str, Any] = adversarial_ops.constants(kind, chosen, target.lanes)
             seed, gradient, clean = ("*i64", None, None) if noise else (None, pointer, None)
             if kind == "none":
                 gradient = None

@@ -110,7 +110,7 @@ def fill(
 
     Args:
         target: Such as "sm_90".
-        place: The folder of the cache.
+        cache: The folder of the cache.
         work: What to compile.
         jobs: Processes.
         report: Called after each item with the number of kernels that it needs.

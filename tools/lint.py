@@ -20,8 +20,8 @@ AMBIGUOUS = ("place", "own", "found", "held", "every", "given", "former", "told"
 FEWEST_WORDS = 5
 MOST_LINES = {"fastreg": 400, "kernels": 400, "benchmarks": 450, "tests": 500, "tools": 400}
 MOST_PARAMETERS, MOST_KERNEL_PARAMETERS = 12, 16
-TORCH_COMPATIBLE = ("Adam", "AdamW", "SGD", "Lion", "SAM", "DPOptimizer")
-"""Constructors with torch's own parameters, or those of Opacus, to which ours are added."""
+TORCH_COMPATIBLE = ("Adam", "AdamW", "SGD", "Lion", "DPOptimizer")
+"""Constructors with many parameters that torch's or Opacus' have, too."""
 
 Complaint = tuple[int, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef

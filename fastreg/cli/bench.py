@@ -17,7 +17,7 @@ as JSON. The full run takes about twenty minutes, --quick about five."""
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `bench` to the command line."""
     parser = commands.add_parser(
-        "bench", help="time the optimizer step against torch and other libraries",
+        "bench", help="time fastreg against torch and other libraries",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds")

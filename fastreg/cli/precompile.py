@@ -1,4 +1,4 @@
-"""Implements `fastreg precompile`, which compiles kernels into Triton's cache without a GPU."""
+"""Runs `fastreg precompile`: compiles kernels into Triton's cache without a GPU."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ All kernels take about a minute on two cores and 19 MB for each target; --only t
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Adds the subcommand `precompile` to the command line."""
     parser = commands.add_parser(
         "precompile", help="compile kernels ahead of time, without a GPU",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,

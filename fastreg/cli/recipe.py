@@ -1,4 +1,4 @@
-"""`fastreg recipe`: a commented recipe to start from."""
+"""Runs `fastreg recipe`: prints a commented recipe to start from."""
 
 import argparse
 from typing import Any
@@ -16,7 +16,7 @@ ON = {
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the subcommand to the parser."""
+    """Adds the subcommand `recipe` to the command line."""
     parser = commands.add_parser(
         "recipe", help="print a commented recipe in YAML, for compare --recipe",
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 def stacks(model: nn.Module, share: float = 0.1) -> list[list[Block]]:
     """Returns the stacks of a model: for each, names and modules of its blocks in order.
 
-    The stages of a hierarchical model make one stack.  Lists with less than a tenth of the parameters of the
+    The stages of a hierarchical model make one stack.  Lists with less than `share` of the parameters of the
     largest stack, such as small heads, are left out.
 
     Args:

@@ -51,10 +51,10 @@ class Audit:
 
     def __str__(self) -> str:
         lines = [("path", "role", "layer", "rate", "uses")]
-        for k in self.sites:
-            layer, uses = ("-" if x is None else str(x) for x in (k.layer, k.uses))
-            rate = f"{k.rate:g}" if isinstance(k.rate, (int, float)) else "many"
-            lines.append((k.path, k.role, layer, rate, uses))
+        for site in self.sites:
+            layer, uses = ("-" if x is None else str(x) for x in (site.layer, site.uses))
+            rate = f"{site.rate:g}" if isinstance(site.rate, (int, float)) else "many"
+            lines.append((site.path, site.role, layer, rate, uses))
         lines += [(path, "in the code", "-", f"{rate:g}", "1") for rate, path in self.unknown]
         return aligned(lines) + (f"\nroles by name: {self.reason}" if self.reason else "")
 

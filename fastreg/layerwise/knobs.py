@@ -1,4 +1,4 @@
-"""Keeps the former names of `sites` importable, for one release."""
+"""Keeps the old names `Knob` and `knobs` importable, for one release."""
 
 from .sites import DropoutSite as Knob
 from .sites import dropout_sites as knobs

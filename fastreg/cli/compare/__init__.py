@@ -1,4 +1,4 @@
-"""`fastreg compare`: trains a language model with several regularizers side by side.
+"""Runs `fastreg compare`: trains a language model with several regularizers side by side.
 
 command      the command line: reads the arguments, trains all, writes the results
 contenders   the table of contenders; a new one is a row

@@ -1,4 +1,4 @@
-"""The command line of `fastreg compare`: reads arguments, trains all contenders, writes the results."""
+"""Runs the command line of `fastreg compare`: reads arguments, trains all contenders, writes the results."""
 
 from __future__ import annotations
 
