@@ -58,6 +58,7 @@ def test_what_is_launched_is_named_as_an_entry_point():
     """By `kernels.name`, or as an elementwise operator: no kernel escapes the audit by another name."""
     source = "".join(file.read_text() for file in Path(fastreg.__file__).parent.rglob("*.py"))
     launched = set(re.findall(r"\bkernels\.(\w+_kernel)\b", source))
+    launched |= set(re.findall(r"launch\w*\(\s*kernels\.(\w+)", source))
     launched |= {f"{name}_kernel" for name in re.findall(r'Elementwise\(\s*"(\w+)"', source)}
     assert launched == entry_points().keys()
     assert re.findall(r"\w+\[\(?\w+,?\)?\]\(\*arguments", source) == ["kernel[(programs,)](*arguments"]

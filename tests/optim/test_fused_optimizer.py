@@ -21,7 +21,7 @@ SCHEDULERS = {
 
 @pytest.fixture(params=("adamw", "momentum", "lion"))
 def rule(request, rules):
-    """A rule of each kind: all of them meet their oracles in `tests/kernels/test_rules.py`."""
+    """A rule of each kind; all rules step as their oracles do in `tests/kernels/test_rules.py`."""
     return rules[request.param]
 
 
@@ -152,7 +152,14 @@ def test_freezing(rule, Race):
     race.check()
 
 
+REPEATED = ("adamw-defaults", "amsgrad", "sgd")
+"""Rules whose groups differ as those of other rules do."""
+
+
+@pytest.mark.slow(backend="compiled", rule=REPEATED)
+@pytest.mark.parametrize("rule", ("adamw", "adam", "momentum", "nesterov", "lion", *REPEATED), indirect=True)
 def test_groups(rule, backend, Race):
+    """Some differ in amsgrad, maximize or nesterov, so that one step has several rules."""
     race = Race()
     ours, theirs = (
         make([{"params": [p], **option} for p, option in zip(parameters, rule.groups, strict=True)])

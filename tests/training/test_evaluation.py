@@ -151,3 +151,19 @@ def test_loops_validate_with_averages(name):
     with innermost(history.optimizer).averaged():
         assert history.validation == [pytest.approx(loss(), abs=1e-6)]
     assert abs(history.validation[0] - loss()) > 1e-5
+
+
+def test_validation_is_the_mean_over_samples_in_evaluation_mode(mlp, loader, digits):
+    """After each epoch, with the averages, over batches of different sizes."""
+    net = mlp(0.5)
+    history = train_with_weight_decay(
+        net, loader(), lr=0.05, epochs=2, validation=loader(50, 130), regularizers=[fastreg.EMA(0.9)],
+        progress=False,
+    )  # fmt: skip
+    net.eval()
+    x, y = digits[:130]
+    with torch.no_grad(), history.optimizer.averaged():
+        expected = nn.functional.cross_entropy(net(x), y).item()
+    assert len(history.validation) == 2 and history.validation[-1] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        assert abs(nn.functional.cross_entropy(net(x), y).item() - expected) > 1e-4
