@@ -30,7 +30,7 @@ from fastreg.runtime.launch_parameters import Architecture
 
 from . import device_tests, precompile, recording, tune
 
-PLACE = Path("/tmp/fastreg-triton")
+CACHE = Path("/tmp/fastreg-triton")
 """Where the cache is made and used: Triton writes absolute paths into it.  What is in it is run."""
 FILE = Path("benchmarks/results/.carry/triton.tar.gz")
 
@@ -59,14 +59,14 @@ def tests(jobs: int, target: str) -> None:
         sys.executable, "-m", "pytest", "-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider",
         "-p", "fastreg_benchmarks.compile_only", "-n", str(jobs), "--rootdir", str(device_tests.ROOT), *files,
     ]  # fmt: skip
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE), "FASTREG_TARGET": target}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(CACHE), "FASTREG_TARGET": target}
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
 
 
 def settings(target: str) -> None:
     """Compile every setting of the stage that tunes, as its trials launch them."""
     code = f"from fastreg_benchmarks import pack; pack.tried({target!r})"
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(PLACE), "TRITON_STORE_BINARY_ONLY": "1"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(CACHE), "TRITON_STORE_BINARY_ONLY": "1"}
     environment.pop("TRITON_INTERPRET", None)
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
@@ -92,22 +92,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recording.nvidia_target(options.target)
-        claim(PLACE)
+        claim(CACHE)
     except ValueError as error:
         parser.error(f"--target: {error}")
     except PermissionError as error:
         parser.exit(2, f"{error}\n")
     start, jobs = time.monotonic(), os.cpu_count() or 1
     print(f"for Python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
-    filled = precompile.fill(options.target, PLACE, precompile.items(), jobs, driver="recording")
+    filled = precompile.fill(options.target, CACHE, precompile.items(), jobs, driver="recording")
     print(f"all that is shipped: {filled.kernels} kernels", *filled.failed.values())
     settings(options.target)
     tests(jobs, options.target)
-    precompile.strip(PLACE, set(precompile.hashes(PLACE)))
+    precompile.strip(CACHE, set(precompile.hashes(CACHE)))
     options.file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(options.file, "w:gz") as packed:
-        packed.add(PLACE, PLACE.name)
-    kernels, size = len(precompile.hashes(PLACE)), options.file.stat().st_size
+        packed.add(CACHE, CACHE.name)
+    kernels, size = len(precompile.hashes(CACHE)), options.file.stat().st_size
     print(f"{options.file}: {kernels} kernels, {size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
     return 1 if filled.failed else 0
 

@@ -16,7 +16,7 @@ MANY = ", ".join(f"a{i}" for i in range(13))
 
 def complaints(tmp_path, source, package="fastreg", head=MODULE):
     file = tmp_path / package / "module.py"
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(head + source)
     return [text for _, text in lint.check(file)]
 
@@ -50,6 +50,11 @@ def complaints(tmp_path, source, package="fastreg", head=MODULE):
 )
 def test_what_is_complained_about(tmp_path, source, expected):
     assert complaints(tmp_path, source) == [expected]
+
+
+def test_a_checkout_may_be_called_as_a_package_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(lint, "REPOSITORY", tmp_path / "fastreg")
+    assert complaints(tmp_path / "fastreg", "def f(): pass\n", "tests", head="") == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 ROOTS = ("fastreg", "kernels", "benchmarks", "tests", "tools")
 DOCUMENTED = ("fastreg", "kernels")
 AMBIGUOUS = ("place", "own", "found", "held", "every", "given", "former", "told")
@@ -50,7 +51,9 @@ def check(file: Path) -> list[Complaint]:
 
 
 def _root(file: Path) -> str:
-    return next((part for part in file.parts if part in ROOTS), "fastreg")
+    file = file.resolve()
+    parts = file.relative_to(REPOSITORY).parts if file.is_relative_to(REPOSITORY) else file.parts
+    return next((part for part in parts if part in ROOTS), "fastreg")
 
 
 def length(source: str, most: int) -> Iterator[Complaint]:

@@ -16,7 +16,7 @@ from fastreg.ops import adversarial as adversarial_ops
 
 EPSILON = 8 / 255
 NORMS = {"linf": math.inf, "l2": 2, "l1": 1}
-EVERY = pytest.mark.parametrize("norm", NORMS)
+ALL_NORMS = pytest.mark.parametrize("norm", NORMS)
 
 
 class Logistic(nn.Module):
@@ -82,7 +82,7 @@ def test_targeted_goes_the_other_way(logistic, points):
     assert torch.equal(towards, fgsm(logistic, x, y, 0.1, bounds=None))
 
 
-@EVERY
+@ALL_NORMS
 def test_pgd_of_a_linear_model_ends_where_fgsm_does(logistic, points, norm):
     """In the L1 ball with the one coordinate that gains most."""
     x, y = points
@@ -91,7 +91,7 @@ def test_pgd_of_a_linear_model_ends_where_fgsm_does(logistic, points, norm):
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-5)
 
 
-@EVERY
+@ALL_NORMS
 def test_pgd_of_one_step_is_fgsm(model, x, y, norm):
     one = pgd(model, x, y, EPSILON, EPSILON, 1, norm, random_start=False)
     whole = fgsm(model, x, y, EPSILON, norm)
@@ -193,7 +193,7 @@ def test_never_outside(norm, dtype, shape, epsilon, steps, alpha, seed, start, s
             assert (away <= epsilon * (1 + 8 * eps) + 2 * eps * x[0].numel()).all()
 
 
-@EVERY
+@ALL_NORMS
 def test_random_starts_fill_the_ball(norm):
     """Uniformly: P(distance <= r ε) = r ** n."""
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_bounds_of_each_channel(model, x, y):
     assert torch.equal(bounded, torch.maximum(free, mixed).clamp(max=1))
 
 
-@EVERY
+@ALL_NORMS
 def test_epsilon_of_each_sample(model, x, y, norm):
     epsilon = torch.tensor([0.0, 0.01, 0.02, 0.03, 0.04, 0.05])
     adversarial = fgsm(model, x, y, epsilon, norm, None)
@@ -255,7 +255,7 @@ def test_gradients_that_are_not_numbers_or_zero():
     x = torch.full((3, 4), 0.5)
     g = torch.tensor([[math.nan, 1.0, -2.0, 0.0], [0.0] * 4, [math.inf, 3.0, 4.0, 0.0]])
 
-    class Given(torch.autograd.Function):
+    class FixedGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.sum(1)
@@ -265,7 +265,7 @@ def test_gradients_that_are_not_numbers_or_zero():
             return g
 
     def loss(x, y):
-        return Given.apply(x)
+        return FixedGradient.apply(x)
 
     sign = torch.tensor([[0.0, 1, -1, 0], [0.0] * 4, [1.0, 1, 1, 0]])
     assert torch.equal(fgsm(loss, x, None, 0.1), x + 0.1 * sign)
@@ -346,7 +346,7 @@ def test_inputs_of_every_kind(model, x, y, backend):
             assert fgsm(model, x, y, EPSILON).dtype == x.dtype
 
 
-@EVERY
+@ALL_NORMS
 def test_backends_agree(model, x, y, norm):
     results = []
     for backend in ("reference", "triton"):

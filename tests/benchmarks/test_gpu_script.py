@@ -436,7 +436,7 @@ def test_launchers_of_others_are_not_run(tmp_path, monkeypatch, capsys, make):
     run = unpacking(folder)
     assert run.returncode == 2 and f"{folder} is not a folder that you alone can write to" in run.stderr
     assert "remove it" in run.stderr and not list(folder.iterdir())
-    monkeypatch.setattr(pack, "PLACE", folder)
+    monkeypatch.setattr(pack, "CACHE", folder)
     with pytest.raises(SystemExit, match="2"):
         pack.main([])
     error = capsys.readouterr().err
@@ -470,7 +470,7 @@ def unpacking(folder):
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_75", "h100"])
 def test_targets_without_launchers_are_refused(target, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(pack, "PLACE", tmp_path / "place")
+    monkeypatch.setattr(pack, "CACHE", tmp_path / "place")
     with pytest.raises(SystemExit, match="2"):
         pack.main(["--target", target])
     error = " ".join(capsys.readouterr().err.split())

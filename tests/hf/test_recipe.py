@@ -182,13 +182,13 @@ def test_r_drop_counts_how_far_both_passes_are_apart(runs, tools) -> None:
 
 
 def test_r_drop_reaches_a_loss_that_is_overridden(runs, tools) -> None:
-    class Own(FastregTrainer):
+    class Overridden(FastregTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             return (loss, outputs) if return_outputs else loss
 
     options = {"recipe": {"r_drop": 2.0}, "arguments": {"max_steps": 2, "eval_strategy": "steps"}}
-    plain, overridden = runs.train(**options), runs.train(Own, **options)
+    plain, overridden = runs.train(**options), runs.train(Overridden, **options)
     for what in ("loss", "eval_loss"):
         assert tools.logged(overridden, what) == tools.logged(plain, what)
 
@@ -197,12 +197,12 @@ def test_r_drop_reaches_a_loss_that_is_overridden(runs, tools) -> None:
 
 
 def test_a_loss_that_leaves_r_drop_out_is_refused(runs) -> None:
-    class Own(FastregTrainer):
+    class Overridden(FastregTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             return model(**inputs).loss
 
-    with pytest.raises(RuntimeError, match="which Own.compute_loss has not called"):
-        runs.train(Own, recipe={"r_drop": 1.0})
+    with pytest.raises(RuntimeError, match="which Overridden.compute_loss has not called"):
+        runs.train(Overridden, recipe={"r_drop": 1.0})
 
 
 @pytest.mark.parametrize("kind", ["optimizers", "optimizer_cls_and_kwargs", "scheduler"])

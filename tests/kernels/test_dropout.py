@@ -56,13 +56,13 @@ def compare(kind, a, b, bias, drop_thresholds, activation, dtype, inner=1):
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
 )
-EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)
+ALL_ACTIVATIONS = pytest.mark.parametrize("activation", ACTIVATIONS)
 WIDTHS = pytest.mark.parametrize("columns", COLUMNS)
 REAL = pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "identity"])
 
 
 @DTYPES
-@EVERY
+@ALL_ACTIVATIONS
 @WIDTHS
 def test_forward(activation, dtype, columns):
     x, residual = draw((13, columns), dtype, 0), draw((13, columns), dtype, 1)

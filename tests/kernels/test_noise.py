@@ -14,7 +14,7 @@ SEED = torch.tensor(2**40 + 3)
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
 )
-EVERY = pytest.mark.parametrize("kind", KINDS)
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +54,13 @@ def rows(count, seed=1):
 
 
 @DTYPES
-@EVERY
+@ALL_KINDS
 def test_one_scale(kind, dtype, same):
     compare(draw(4501, dtype), torch.tensor(0.3), kind, same=same)
 
 
 @DTYPES
-@EVERY
+@ALL_KINDS
 @pytest.mark.parametrize("inner", [768, 771], ids=["in groups", "odd"])
 def test_a_scale_for_each_row(inner, kind, dtype, same):
     compare(draw((5, inner), dtype), rows(5), kind, inner, same)
@@ -101,7 +101,7 @@ def test_starts_amid_an_allocation(skip, dtype, same):
 
 
 @DTYPES
-@EVERY
+@ALL_KINDS
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_scale_of_0_leaves_every_bit(kind, dtype, backend):
     """Infinities and the signs of zeros, too."""

@@ -110,7 +110,7 @@ def test_unused_sites_are_reported(make):
     assert unused == "model.decoder.dropout"
 
 
-class Own(nn.Module):
+class FixedRate(nn.Module):
     """Drops at a rate that is written in its code."""
 
     def forward(self, x):
@@ -118,7 +118,7 @@ class Own(nn.Module):
 
 
 def test_rates_in_the_code_are_reported():
-    audited = audit(nn.Sequential(nn.Dropout(0.1), Own()), torch.ones(2, 2))
+    audited = audit(nn.Sequential(nn.Dropout(0.1), FixedRate()), torch.ones(2, 2))
     assert audited.unknown == ((0.25, "1"),)
     assert "in the code" in str(audited)
 

@@ -249,7 +249,7 @@ def test_a_classifier_with_its_own_loss(number):
 @pytest.mark.parametrize("kind", ["mapping", "tuple", "object"])
 @pytest.mark.parametrize("passes", ["together", "apart"])
 def test_models_that_return_their_loss_and_logits_in_other_ways(kind, passes):
-    class Own(nn.Linear):
+    class WithLoss(nn.Linear):
         def forward(self, x, labels):
             logits = super().forward(x)
             loss = F.cross_entropy(logits, labels)
@@ -257,7 +257,7 @@ def test_models_that_return_their_loss_and_logits_in_other_ways(kind, passes):
                 return loss, logits
             return {"loss": loss, "logits": logits} if kind == "mapping" else RDrop(loss, logits, *[None] * 3)
 
-    net, x, y = Own(6, 4), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    net, x, y = WithLoss(6, 4), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
     result = fastreg.r_drop(net, {"x": x, "labels": y}, passes=passes)
     logits = F.linear(x, net.weight, net.bias)
     assert torch.allclose(result.logits, logits) and torch.allclose(result.loss, F.cross_entropy(logits, y))
