@@ -140,7 +140,7 @@ def fill(
             raise
     strip(cache, needed - before)
     if not failed:
-        kernel_cache.note(cache, target, needed)
+        kernel_cache.add(cache, target, needed)
     return Filled(len(needed), len(needed - before), time.perf_counter() - start, failed)
 
 

@@ -124,6 +124,17 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_name(name: str) -> str:
+    """Returns the name of an average if it is a string.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name=}")
+    return name
+
+
 def check_flag(name: str, value: bool) -> bool:
     """Returns a value if it is `True` or `False`.
 

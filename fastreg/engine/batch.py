@@ -36,7 +36,7 @@ class Batch:
         copies: Pairs of a tensor and the one of `parameters` to copy into it after the step.
         skip: float64 `[1]` on the device; not 0: the step does nothing.
         table: The kernel arguments on the device, kept from step to step.
-        memory: `memory` of parameters and buffers, where that is known.
+        memory: What `table.memory` returns for parameters and buffers; `None` where they may move.
         uploaded: Whether the table holds the arguments of this step.
         shards: Which processes hold the other parts of the parameters, if they are sharded.
     """
@@ -98,9 +98,6 @@ class NormSpec(NamedTuple):
         if self.kind == "momentum":
             return 1 + next(i for i, stage in enumerate(chain.stages) if stage.momentum)
         return self.stages
-
-
-GRADIENT = NormSpec()
 
 
 def flat(tensor: Tensor) -> Tensor:

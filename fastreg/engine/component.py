@@ -48,7 +48,7 @@ class Component:
     """
 
     def __init_subclass__(cls) -> None:
-        """Refuses former names of methods, and assumes that methods which have the gradients read them."""
+        """Refuses methods by their old names, and sets `reads_gradients` of new `prepare` or `finish`."""
         super().__init_subclass__()
         renamed = {"numbers": "step_scalars", "scalars": "device_scalars", "words": "rng_keys"}
         if old := vars(cls).keys() & renamed:

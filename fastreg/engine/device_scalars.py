@@ -9,7 +9,9 @@ from ..reference.step import scalar_dtype
 
 
 class DeviceScalars(dict[torch.device, Tensor]):
-    """Float64 scalars on each device that they are asked for on; copies and pickles start anew.
+    """Scalars with the same first values on every device, made when a device is first used.
+
+    Copies and pickles start anew.
 
     Args:
         initial: What they are at first: one for a 0-d tensor, several for `[n]`.

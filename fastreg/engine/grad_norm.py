@@ -17,7 +17,7 @@ from ..reference.step import scalar_dtype
 from .batch import Batch, NormSpec
 from .component import Component, Phase
 from .device_scalars import DeviceScalars
-from .grad_scaler import Scaling
+from .grad_scaler import UNSCALED
 from .launch import combine, measure
 from .layout import Shards
 from .plan import Work
@@ -30,7 +30,7 @@ class GradNorm(Component):
     Attributes:
         nonfinite: What to do about gradients that are not finite, `"propagate"`, `"skip"` or `"raise"`.
         clip: The `ClipNorm` of the optimizer, if it has one.
-        needed: Whether another component reads the norm.
+        needed_by_others: Whether another component reads the norm.
         scaling: How the gradients of this step are scaled.
         stages_before: How many stages come before: gradients are measured as these leave them.
     """
@@ -40,9 +40,9 @@ class GradNorm(Component):
     _stage = Stage("regularizers.scale", reference.scale, device_scalars=("factor",))
 
     def __init__(self) -> None:
-        self.nonfinite, self.needed = "propagate", False
+        self.nonfinite, self.needed_by_others = "propagate", False
         self.clip: Any = None
-        self.scaling = Scaling()
+        self.scaling = UNSCALED
         self.stages_before = 0
         self._results = DeviceScalars(*[0.0] * 5)
         self._limits = DeviceScalars(math.inf, 1.0)
@@ -64,7 +64,7 @@ class GradNorm(Component):
         """Measures one norm over everything, if any component needs it."""
         devices, record = work.devices, self.scaling.record
         guards = self.nonfinite != "propagate"
-        if self.clip or self.needed or guards or record is not None:
+        if self.clip or self.needed_by_others or guards or record is not None:
             largest = bool(self.clip) and self.clip.norm_type == math.inf
             spec = NormSpec(self.stages_before, "largest" if largest else "l2")
             result = measure_norm(work, self._limit, spec)
@@ -101,7 +101,7 @@ class GradNorm(Component):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are scaled by nothing."""
-        return {**vars(self), "scaling": Scaling()}
+        return {**vars(self), "scaling": UNSCALED}
 
 
 def measure_norm(work: Work, limit: Callable[[torch.device], Tensor], spec: NormSpec) -> Tensor:

@@ -41,7 +41,7 @@ class Operands(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Whatever a step does to a parameter only at times.
+    """Which periodic stages a step runs for a parameter, and where it reads the weight.
 
     Args:
         due: For each periodic component of the optimizer, whether its stage takes part.
@@ -120,7 +120,7 @@ def sort_into_batches(
     states: list[dict[str, Any]], streams: Sequence[int],
     kinds: Sequence[tuple[int, torch.dtype, Variant]], chains: dict[Any, Chain], capturable: list[bool],
 ) -> list[PlannedBatch]:  # fmt: skip
-    """Returns the batches of a step, one for each device, dtypes, chain and sharding.
+    """Returns the batches of a step, one for each device, dtypes, chain, sharding, variant and step counter.
 
     Args:
         parameters: The parameters.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..common.random import Purpose, key
+from ..common.validation import check_choice
 from ..reference import storage as reference
 from .component import Component, Phase
 from .stage import Buffer, Storage
@@ -41,8 +42,7 @@ class Rounding(Component):
     )  # fmt: skip
 
     def __init__(self, bf16: str, purpose: Purpose = Purpose.STOCHASTIC_ROUNDING) -> None:
-        if bf16 not in MODES:
-            raise ValueError(f"bf16 must be one of {', '.join(map(repr, MODES))}, got {bf16!r}")
+        check_choice("bf16", bf16, MODES)
         self.bf16, self._purpose = bf16, purpose
 
     def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:

@@ -55,20 +55,20 @@ class Table:
         known = batch.memory or memory(batch.parameters, batch.buffers)
         device_scalars = [(s.data_ptr(), s.element_size() if s.dim() else 0) for s in batch.device_scalars]
         integers = batch.firsts, batch.streams, batch.rows, batch.unit_layouts, batch.rng_keys
-        key = known, integers, device_scalars
-        if key == self.key:  # at once for lists that are the same ones
+        current = known, integers, device_scalars
+        if current == self.key:  # at once for lists that are the same ones
             if captured:
                 keep(self.rows, *self.units, *self._work.values())
             return
         if captured:
             self._reset()
-        self.key, self._stream, self._captured = key, here, captured
+        self.key, self._stream, self._captured = current, here, captured
         addresses, sizes, *buffers = known
         n = len(addresses)
         columns = [
             addresses, sizes, batch.firsts, batch.streams, batch.rows, *buffers,
             *([start + i * stride for i in range(n)] for start, stride in device_scalars),
-            *([word] * n for word in batch.rng_keys),
+            *([key] * n for key in batch.rng_keys),
         ]  # fmt: skip
         if batch.chain.units:
             self._unit_counts = counts = [units.count for units in batch.unit_layouts]
@@ -124,7 +124,7 @@ def upload_changes(batch: Batch) -> Table:
     else:
         first = len(integers)
         integers += [*batch.steps, *[0] * (len(batch.steps) % 2)]
-        compute = torch.float64 if batch.dtypes[0] == torch.float64 else torch.float32
+        compute = compute_dtype(batch.dtypes[0])
         step_scalars = array(_CODES[compute], chained.from_iterable(batch.step_scalars))
         host = torch.frombuffer(bytearray(array("q", integers)) + step_scalars.tobytes(), dtype=torch.uint8)
         data = upload(host, batch.device)

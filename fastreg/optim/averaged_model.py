@@ -79,8 +79,8 @@ class AveragedModel(swa_utils.AveragedModel):
     A drop-in for `torch.optim.swa_utils.AveragedModel`: an update with equal weights, or with
     `fastreg.get_ema_multi_avg_fn`, is one pass over memory.  Averages of bfloat16 and float16 weights are
     kept in float32, so that they do not stall; `.module` keeps the dtypes of the model and has them rounded.
-     The state dict has the float32 averages under `averages`; without them, as saved by torch,
-    averages start from `module`.  Parameters and buffers that are not floating point are copied.
+    The state dict has the float32 averages under `averages`; without them, as saved by torch, averages start
+    from `module`.  Parameters and buffers that are not floating point are copied.
 
     A model sharded by FSDP2 (`fully_shard`) cannot be copied.  `.module` is then the model itself, averages
     are kept as shards, and a call runs the model with averages instead of its weights, without gradients;
@@ -256,7 +256,7 @@ class AveragedModel(swa_utils.AveragedModel):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and pickles keep: they make the pass anew."""
+        """Returns what copies and pickles keep; the update of averages is built again."""
         return {**self.__dict__, "_key": None, "_entries": [], "_update": None}
 
     # Sharded models -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 
 from typing import Any
 
+from ..common.validation import check_choice
 from ..engine.component import Component, Phase
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
@@ -35,8 +36,7 @@ class Decay(Component):
         kind = group.get("decay", self.kind)
         if kind is None:
             return "decoupled" if group.get("decoupled_weight_decay") else "l2"
-        if kind not in KINDS:
-            raise ValueError(f"decay must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        check_choice("decay", kind, KINDS)
         return kind
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.validation import check_choice
 from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.component import Component, Phase
@@ -68,8 +69,7 @@ class FusedOptimizer(AveragingOptimizer):
             raise TypeError(f"state_dtype must be a torch.dtype such as torch.bfloat16, got {state_dtype!r}")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
+        check_choice("nonfinite", nonfinite, NONFINITE)
         self._decay_kind = decay_kind
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._grad_norm = GradNorm()
@@ -96,7 +96,8 @@ class FusedOptimizer(AveragingOptimizer):
             raise ValueError(f"{needed[0]!r} needs the L2 norm, but {clip!r} measures another")
         *first, descend = built_in
         self._set_components((*first, *regularizers, descend), seed)
-        self._regularizers, self._grad_norm.clip, self._grad_norm.needed = regularizers, clip, bool(needed)
+        self._regularizers, self._grad_norm.clip = regularizers, clip
+        self._grad_norm.needed_by_others = bool(needed)
         self._grad_norm.nonfinite = "raise" if clip and clip.error_if_nonfinite else self._nonfinite
 
     def _replace_regularizers(self, regularizers: tuple[Component, ...]) -> None:

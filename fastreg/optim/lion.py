@@ -49,10 +49,10 @@ class Lion(FusedOptimizer):
         state_dtype: torch.dtype | None = None, nonfinite: str = "propagate", seed: int | None = None,
     ) -> None:  # fmt: skip
         if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
+            raise ValueError(f"Tensor lr must be 1-element, got {lr=}")
         if not isinstance(lr, Tensor):
             check_range("lr", lr, 0, finite=False)
-        if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas=}")
         check_range("weight_decay", weight_decay, 0)
         if fused and foreach:

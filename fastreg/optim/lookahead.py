@@ -168,10 +168,11 @@ class _Sync(AveragingOptimizer):
         operands = operands._replace(gradients=operands.parameters).only(due[i] for i in operands.groups)
         if operands.parameters:
             self._run_step(operands)
-            self._take_back(operands)
+            self._pull_back_moments(operands)
 
     @torch.no_grad()
-    def _take_back(self, operands: Operands) -> None:
+    def _pull_back_moments(self, operands: Operands) -> None:
+        """Resets first moments, or pulls them back to those of the slow weights."""
         if self.component.pullback_momentum == "none":
             return
         for p, group in zip(operands.parameters, operands.groups, strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..common.validation import check_choice, check_int, check_range
+from ..common.validation import check_choice, check_flag, check_int, check_range
 from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.state import BACKUP
@@ -96,12 +96,12 @@ class SAM(Wrapper):
         check_choice("closure", closure, CLOSURES)
         check_choice("rounding", rounding, ROUNDINGS)
         self._options = {
-            "rho": check_range("rho", rho, 0), "adaptive": bool(adaptive), "eta": check_range("eta", eta, 0),
-            "perturbed": False, "sam_step": 0,
+            "rho": check_range("rho", rho, 0), "adaptive": check_flag("adaptive", adaptive),
+            "eta": check_range("eta", eta, 0), "perturbed": False, "sam_step": 0,
         }  # fmt: skip
         self.interval = check_int("interval", interval, 1)
         self.start_step = check_int("start_step", start_step, 0)
-        self.closure, self.sync_perturbation = closure, bool(sync_perturbation)
+        self.closure, self.sync_perturbation = closure, check_flag("sync_perturbation", sync_perturbation)
         super().__init__(base_optimizer(params, **kwargs))
         self._complete()
         for group in self.param_groups:
@@ -206,7 +206,7 @@ class SAM(Wrapper):
     def abandon(self) -> None:
         """Gives up a step: restores perturbed weights, and drops the gradients that `accumulate` has kept."""
         self.restore()
-        self._accumulated = {}
+        self._accumulated, self._bad = {}, None
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -336,7 +336,7 @@ class SAM(Wrapper):
         for p in stepped:
             base.state[p][BACKUP.name] = self._pass.state[p][BACKUP.name]
         try:
-            base.step(grad_scaler=scaling if scaling != amp.Scaling() else None)
+            base.step(grad_scaler=scaling if scaling != amp.UNSCALED else None)
         finally:
             for p in stepped:
                 base.state[p].pop(BACKUP.name, None)
@@ -394,3 +394,4 @@ class SAM(Wrapper):
 def _check(group: dict[str, Any]) -> None:
     for name in ("rho", "eta"):
         check_range(name, group[name], 0)
+    check_flag("adaptive", group["adaptive"])

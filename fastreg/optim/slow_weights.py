@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_int, check_range
+from ..common.validation import check_choice, check_int, check_name, check_range
 from ..engine.component import Phase
 from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
@@ -42,7 +42,7 @@ class SlowWeights(Average):
     ) -> None:
         check_choice("pullback_momentum", pullback_momentum, ("none", "reset", "pullback"))
         self.k, self.alpha = check_int("k", k, 1), check_range("alpha", alpha, 0, 1)
-        self.pullback_momentum, self.name = pullback_momentum, name
+        self.pullback_momentum, self.name = pullback_momentum, check_name(name)
         slow, moment = Buffer(name, "compute", "parameter"), Buffer("slow_momentum", "compute")
         self.slow_buffer = slow
         self._stage = (

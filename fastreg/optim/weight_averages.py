@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_int, check_range, check_tensors
+from ..common.validation import check_choice, check_int, check_name, check_range, check_tensors
 from ..engine.component import Component, Phase
 from ..engine.plan import Work
 from ..engine.stage import Buffer, Stage
@@ -113,9 +113,7 @@ class _Buffered(Average):
     reads_gradients = False
 
     def __init__(self, name: str, start: int, every: int, buffers: Iterable[Tensor] | None) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {name=}")
-        self.name, self.start, self.every = name, start, check_int("every", every, 1)
+        self.name, self.start, self.every = check_name(name), start, check_int("every", every, 1)
         average = Buffer(name, "compute", "parameter")
         self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
         self.module_buffers = ModuleBuffers(
@@ -205,9 +203,7 @@ class EMA(_Buffered):
         super().__init__(name, check_int("start", start, 0), every, buffers)
         check_choice("warmup", warmup, (None, "ratio", "power"))
         self.decay, self.warmup = check_range("decay", decay, 0, 1, below=True), warmup
-        if not 0 <= min_decay <= decay:
-            raise ValueError(f"min_decay must be in [0, decay], got {min_decay=}, {decay=}")
-        self.min_decay = float(min_decay)
+        self.min_decay = check_range("min_decay", min_decay, 0, decay)
         self.gamma = check_range("gamma", gamma, 0, above=True)
         self.power = check_range("power", power, 0, above=True)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.random import Purpose, key
-from ..common.validation import check_range
+from ..common.validation import check_flag, check_range
 from ..engine import layout
 from ..engine.component import Component, Phase
 from ..engine.stage import Stage
@@ -96,10 +96,11 @@ class WeightNoise:
         self, params: Any, std: float, relative: bool = False, rounding: str = "stochastic", *,
         seed: int | None = None,
     ) -> None:  # fmt: skip
-        defaults = {"std": check_range("std", std, 0), "relative": bool(relative)}
+        defaults = {"std": check_range("std", std, 0), "relative": check_flag("relative", relative)}
         self._pass = PerturbByNoise(params, defaults, rounding, seed)
         for group in self.param_groups:
             check_range("std", group["std"], 0)
+            check_flag("relative", group["relative"])
         for p in self._pass.parameters:
             if not (p.is_floating_point() or p.is_complex()):
                 raise TypeError(f"weights must be of a floating dtype, got {p.dtype}")

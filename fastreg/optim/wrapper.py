@@ -33,8 +33,6 @@ class Wrapper(torch.optim.Optimizer):
             inner = inner.base_optimizer
         return inner if isinstance(inner, FusedOptimizer) else None
 
-    engine = fused_optimizer  # the name of former releases
-
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the base optimizer."""

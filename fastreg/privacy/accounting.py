@@ -7,12 +7,12 @@ Gaussian mechanism. Results name the accountant.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import math
 import warnings
 from typing import Any
 
 from ..common.validation import check_choice, check_int, check_range
+from ..common.versions import installed_version
 
 ACCOUNTANTS = {"opacus": ("rdp", "prv"), "dp_accounting": ("rdp", "pld")}
 """The accountants of each library."""
@@ -172,7 +172,7 @@ def _check(delta: float, sample_rate: float, accountant: str, backend: str) -> s
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
+    if not isinstance(delta, (int, float)) or not 0 < delta < 1:
         raise ValueError(
             f"delta must be in (0, 1), such as less than one by the number of samples, got {delta=}"
         )
@@ -198,10 +198,7 @@ def _library(backend: str) -> None:
 
 
 def _source(package: str, mechanism: str) -> str:
-    try:
-        version = importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
+    version = installed_version(package.replace("_", "-"))
     return " ".join(filter(None, (package, version, mechanism.upper())))
 
 

@@ -1,4 +1,4 @@
-"""Intercepts layers and autograd: passes inputs of layers and gradients of their outputs to the engine."""
+"""Intercepts layers and autograd: passes inputs of layers and gradients of their outputs to `BookKeeping`."""
 
 import dataclasses
 import sys
@@ -16,14 +16,14 @@ class PatchedForward:
     """Replaces the `forward` method of a layer; copies and pickles of the model get the original one.
 
     Args:
-        engine: The `BookKeeping` that runs the layer.
+        bookkeeping: The `BookKeeping` that runs the layer.
         name: Name of the layer.
         layer: How the layer runs.
         shared: Whether all samples share its input, which then has no batch dimension; `None` if unknown.
     """
 
-    def __init__(self, engine: Any, name: str, layer: CoveredLayer, shared: bool | None) -> None:
-        self.engine, self.name, self.layer, self.shared = engine, name, layer, shared
+    def __init__(self, bookkeeping: Any, name: str, layer: CoveredLayer, shared: bool | None) -> None:
+        self.bookkeeping, self.name, self.layer, self.shared = bookkeeping, name, layer, shared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer, with a tap on its output if gradients are recorded."""
@@ -37,7 +37,7 @@ class PatchedForward:
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise TypeError(f"{self.name!r} must be called with one tensor, got {len(inputs)} arguments")
-        run = self.engine.run
+        run = self.bookkeeping.run
         if sys.modules.get("torch._dynamo") and torch._C._dynamo.eval_frame.get_eval_frame_callback():
             run = torch.compiler.disable(run)
         return run(self, inputs[0])
@@ -81,7 +81,7 @@ class PatchedForward:
 class LayerUse(NamedTuple):
     """One call of a covered layer in a forward pass."""
 
-    engine: Any
+    bookkeeping: Any
     layer: CoveredLayer
     needed: list[str]
     """Names of its trainable parameters."""
@@ -92,7 +92,7 @@ class LayerUse(NamedTuple):
 
 
 class GradTap(torch.autograd.Function):
-    """Passes a tensor through and its gradient to the engine; parameters are inputs without a gradient."""
+    """Passes a tensor through and its gradient to `BookKeeping`; parameters are inputs without a gradient."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, use: LayerUse, count: int, *tensors: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class GradTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """Returns the same gradient, after the engine got it if a parameter's gradient is requested."""
+        """Returns the same gradient, after `BookKeeping` got it if a parameter's gradient is requested."""
         use = ctx.use
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -119,7 +119,7 @@ class GradTap(torch.autograd.Function):
                 "torch.autograd.grad cannot ask for gradients that are clipped: call backward()"
             ) from error
         if wanted := [name for name, wants in zip(use.needed, requested, strict=True) if wants]:
-            use.engine.record(use, ctx.saved_tensors, grad, wanted)
+            use.bookkeeping.record(use, ctx.saved_tensors, grad, wanted)
         return grad, None, None, *[None] * (ctx.count + len(use.needed))
 
 

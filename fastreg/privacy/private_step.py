@@ -65,8 +65,8 @@ class PrivateStep(Wrapper):
         self._source = source
         self._mechanism = Mechanism(source, noise, process_group)
         self._guard: Any = None
-        if self.engine is not None:
-            self.engine.add_component(self._mechanism.component)
+        if self.fused_optimizer is not None:
+            self.fused_optimizer.add_component(self._mechanism.component)
         else:
             inner: Any = base
             while isinstance(inner, Wrapper):
@@ -75,8 +75,8 @@ class PrivateStep(Wrapper):
 
     def detach(self) -> torch.optim.Optimizer:
         """Restores the optimizer and returns it."""
-        if self.engine is not None:
-            self.engine.remove_component(self._mechanism.component)
+        if self.fused_optimizer is not None:
+            self.fused_optimizer.remove_component(self._mechanism.component)
         if self._guard is not None:
             self._guard.remove()
         return self.base_optimizer
@@ -248,7 +248,7 @@ class PrivateStep(Wrapper):
         with torch.no_grad():
             sums = mechanism.all_reduce(sums)
         try:
-            if self.engine is None or materialize or self.materialize_grad:
+            if self.fused_optimizer is None or materialize or self.materialize_grad:
                 indices = {p: i for i, p in enumerate(everything)}
                 streams = [indices[p] for p in parameters]
                 with mechanism.written(streams, parameters, sums, sigma * sensitivity, share):

@@ -44,12 +44,12 @@ def read(cache: Path | None = None) -> list[Cached]:
     return [Cached(target, len(hashes), version == identity()) for target, (hashes, version) in known.items()]
 
 
-def note(cache: Path, target: str, hashes: set[str]) -> None:
+def add(cache: Path, target: str, hashes: set[str]) -> None:
     """Adds kernels that were compiled for a target to the list of a cache."""
     known = _known(cache / FILE)
     before, version = known.get(target, (set(), ""))
     known[target] = (hashes | before if version == identity() else hashes), identity()
-    rows = {name: {"version": version, "kernels": sorted(keys)} for name, (keys, version) in known.items()}
+    rows = {name: {"version": saved, "kernels": sorted(keys)} for name, (keys, saved) in known.items()}
     new = cache / f".{FILE}.{os.getpid()}"
     new.write_text(json.dumps(rows, indent=1) + "\n")
     new.replace(cache / FILE)

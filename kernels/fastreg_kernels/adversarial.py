@@ -77,14 +77,14 @@ def direction(sample, s, offsets, inside, KIND: tl.constexpr, COMPUTE: tl.conste
 
 
 @triton.jit
-def within(y, low, high):
+def clamp(y, low, high):
     return tl.clamp(y, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def projected(y, clean, radius, keep, BALL: tl.constexpr):
     if BALL == "linf":
-        return within(y, clean - radius, clean + radius)
+        return clamp(y, clean - radius, clean + radius)
     elif BALL == "l2":
         return tl.where(keep < 1, clean + keep * (y - clean), y)
     elif BALL == "l1":
@@ -140,8 +140,8 @@ def step_block(
         index = (offsets - sample.first).to(tl.int32)
         low = bound(bounds.lower, bounds, index, inside, COMPUTE)
         high = bound(bounds.upper, bounds, index, inside, COMPUTE)
-        stored = within(stored, low, high)
-        y = within(y, low, high)
+        stored = clamp(stored, low, high)
+        y = clamp(y, low, high)
     tl.store(sample.out + offsets, stored.to(narrow), mask=inside)
     if sample.master is not None:
         tl.store(sample.master + offsets, y, mask=inside)

@@ -46,7 +46,7 @@ def load_mask(seed, thresholds, inner, CHANNELS: tl.constexpr, COMPUTE: tl.const
 
 
 @triton.jit
-def within(base, start, tile, like, INDEX: tl.constexpr):
+def positions_in_period(base, start, tile, like, INDEX: tl.constexpr):
     """Positions of the elements of a tile behind the start of a period; 64 bits only once."""
     return base.to(INDEX) + (tile.first - start).to(INDEX) + tl.arange(0, like.shape[0])
 
@@ -55,7 +55,7 @@ def within(base, start, tile, like, INDEX: tl.constexpr):
 def drop(y, mask, start, tile, CHANNELS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
     if CHANNELS:
         base = start % (mask.inner * CHANNELS)
-        index = within(base, start, tile, y, INDEX)
+        index = positions_in_period(base, start, tile, y, INDEX)
         if mask.inner == 1:  # neighbours are in neighbouring channels
             channel = index % CHANNELS
             if CHANNELS % 8 == 0:
@@ -78,7 +78,7 @@ def drop(y, mask, start, tile, CHANNELS: tl.constexpr, INDEX: tl.constexpr, COMP
 def biased(x, bias, start, tile, inside, COLUMNS: tl.constexpr, COMPUTE: tl.constexpr):
     h = tl.load(x + tile.offsets, mask=inside, other=0).to(COMPUTE)
     if bias is not None:
-        column = within(start % COLUMNS, start, tile, h, tl.int32) % COLUMNS
+        column = positions_in_period(start % COLUMNS, start, tile, h, tl.int32) % COLUMNS
         if COLUMNS % 8 == 0:
             column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
         h += tl.load(bias + column, mask=inside, other=0).to(COMPUTE)

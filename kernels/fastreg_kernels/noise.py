@@ -6,7 +6,7 @@ The scale of the noise is read from memory, one for all or one for each row: a n
 import triton
 import triton.language as tl
 
-from .dropout import within
+from .dropout import positions_in_period
 from .random import PhiloxPosition, bits16, interleave, join4, normal
 from .tiles import for_each_tile
 
@@ -51,7 +51,7 @@ def row_scales(
             scale = tl.where(before, scale, spread(following, like, VECTOR))
         return scale.to(COMPUTE)
     else:
-        row = first_row + within(base, start, tile, like, INDEX) // inner.to(INDEX)
+        row = first_row + positions_in_period(base, start, tile, like, INDEX) // inner.to(INDEX)
         return tl.load(scales + row, mask=tile.inside, other=0).to(COMPUTE)
 
 

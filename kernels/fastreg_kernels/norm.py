@@ -66,9 +66,9 @@ def norm_kernel(
     gradient = tl.load(gradients + tensor)
     first = tl.load(header + FIRST)
     stream = tl.load(header + STREAM).to(tl.uint32)
-    number_row = tl.load(header + ROW)
-    step = tl.load(steps + number_row).to(tl.uint32)
-    row = load_row(header, step_scalars + number_row * STEP_SCALARS, stages, storage, COMPUTE)
+    scalar_row = tl.load(header + ROW)
+    step = tl.load(steps + scalar_row).to(tl.uint32)
+    row = load_row(header, step_scalars + scalar_row * STEP_SCALARS, stages, storage, COMPUTE)
     stop = tl.minimum(tl.load(header + COUNT), start + block)
     aligned = gradient % 16 == 0
     if len(stages) > 0:

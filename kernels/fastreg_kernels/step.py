@@ -1,8 +1,8 @@
 """Runs the fused optimizer step: one pass over memory, assembled from stages, one launch for many tensors.
 
-The template below owns every load and store.  The stages (`rules`,
-`regularizers`) define the maths in between, the `storage` how a weight is stored: both are device functions
-in plain tuples that are unrolled at compile time, so adding one edits nothing here.
+The template below owns every load and store.  The stages (`rules`, `regularizers`) define the maths in
+between, the `storage` how a weight is stored: both are device functions in plain tuples that are unrolled at
+compile time, so adding one edits nothing here.
 
 Per parameter and step it moves the bytes of the weight (read + write), the gradient (read) and each
 state buffer (read + write), once: AdamW fp32 28 bytes in 29 instructions on sm_90, clip + AdamW + EMA 36
@@ -29,12 +29,12 @@ HEADER = tl.constexpr(5)
 class Stage(NamedTuple):
     """One stage of the chain, as the kernel sees it."""
 
-    fn: Any  # device function (p, u, at, *state, *units, *scalars, *keys, *numbers) -> (p, u, new state)
+    fn: Any  # device function (p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)
     state: tuple  # table columns: addresses of its buffers
     dtypes: tuple  # and what these hold
     device_scalars: tuple  # table columns: addresses of float64 device scalars
     rng_keys: tuple  # table columns: integers handed over as they are (keys)
-    step_scalars: tuple  # columns of the number row
+    step_scalars: tuple  # columns of the row of step scalars
     units: tuple  # table columns: addresses of vectors with an element for each unit
     layout: tuple  # table columns: how far units lie apart and how many there are; () without units
     momentum: Any  # constexpr: see `Stage.momentum` of fastreg
@@ -74,7 +74,7 @@ def at_address(address, dtype: tl.constexpr, offsets, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_rng_keys(base, columns):
+def load_columns(base, columns):
     out = ()
     for i in tl.static_range(len(columns)):
         out = out + (tl.load(base + columns[i]),)
@@ -203,17 +203,17 @@ def load_row(row, step_scalars, stages, storage, COMPUTE: tl.constexpr):
     units = ()
     layouts = ()
     for i in tl.static_range(len(stages)):
-        state = state + (load_rng_keys(row, stages[i].state),)
-        units = units + (load_rng_keys(row, stages[i].units),)
-        layouts = layouts + (load_rng_keys(row, stages[i].layout),)
+        state = state + (load_columns(row, stages[i].state),)
+        units = units + (load_columns(row, stages[i].units),)
+        layouts = layouts + (load_columns(row, stages[i].layout),)
         arguments = arguments + (
             load_device_scalars(row, stages[i].device_scalars, COMPUTE)
-            + load_rng_keys(row, stages[i].rng_keys)
-            + load_rng_keys(step_scalars, stages[i].step_scalars),
+            + load_columns(row, stages[i].rng_keys)
+            + load_columns(step_scalars, stages[i].step_scalars),
         )
-    sources = load_rng_keys(row, storage.sources)
-    targets = load_rng_keys(row, storage.targets)
-    return Row(sources, targets, load_rng_keys(row, storage.rng_keys), state, arguments, units, layouts)
+    sources = load_columns(row, storage.sources)
+    targets = load_columns(row, storage.targets)
+    return Row(sources, targets, load_columns(row, storage.rng_keys), state, arguments, units, layouts)
 
 
 # `stages` and `storage` stay un-annotated: as tl.constexpr, Triton's disk cache would not notice that a
@@ -226,12 +226,12 @@ def step_kernel(
 ):  # fmt: skip
     """One program updates one block of one tensor.
 
-    table      int64[tensors, COLUMNS]   addresses, sizes and integers, see the columns above
-    gradients  int64[tensors]            addresses
-    steps      int64[rows]               step count, for random numbers
-    step_scalars  COMPUTE[rows, STEP_SCALARS]  computed by the host for this step
-    work       int32[programs, 2]        (tensor, block)
-    skip       float64[1] or None        not 0: nothing is read or written
+    table         int64[tensors, COLUMNS]        addresses, sizes and integers, see the columns above
+    gradients     int64[tensors]                 addresses
+    steps         int64[rows]                    step count, for random numbers
+    step_scalars  COMPUTE[rows, STEP_SCALARS]    computed by the host for this step
+    work          int32[programs, 2]             (tensor, block)
+    skip          float64[1] or None             not 0: nothing is read or written
     """
     if skip is not None:
         if tl.load(skip) != 0:
@@ -243,9 +243,9 @@ def step_kernel(
     first = tl.load(header + FIRST)
     gradient = tl.load(gradients + tensor)
     stream = tl.load(header + STREAM).to(tl.uint32)
-    number_row = tl.load(header + ROW)
-    step = tl.load(steps + number_row).to(tl.uint32)
-    row = load_row(header, step_scalars + number_row * STEP_SCALARS, stages, storage, COMPUTE)
+    scalar_row = tl.load(header + ROW)
+    step = tl.load(steps + scalar_row).to(tl.uint32)
+    row = load_row(header, step_scalars + scalar_row * STEP_SCALARS, stages, storage, COMPUTE)
     aligned = (gradient | any_of(row.targets) | any_state(row)) % 16 == 0
     if RANDOM:
         aligned = aligned & (first % 8 == 0)

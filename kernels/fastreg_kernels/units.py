@@ -9,19 +9,20 @@ from .step import COUNT, PARAMETER, at_address
 @triton.jit
 def unit_squares_kernel(
     table, gradients, work, out,
-    P: tl.constexpr, G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, PLACE: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, COMPUTE: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program sums one unit: out[program] = (Σ p², Σ g²).
 
     work       int32[programs, 2]        (tensor, unit)
     out        COMPUTE[programs, 2]
+    LAYOUT     column of the stride of units; the next one holds their number
     """
     pid = tl.program_id(0)
     tensor = tl.load(work + 2 * pid)
     unit = tl.load(work + 2 * pid + 1).to(tl.int64)
     row = table + tensor.to(tl.int64) * COLUMNS
-    stride, count = tl.load(row + PLACE), tl.load(row + PLACE + 1)
+    stride, count = tl.load(row + LAYOUT), tl.load(row + LAYOUT + 1)
     length = tl.load(row + COUNT) // count
     # A unit is a run of `stride` elements, again and again if its dimension is not the slowest in memory.
     first = unit * stride

@@ -84,7 +84,7 @@ def test_what_is_cached_adds_up(tmp_path, monkeypatch):
     (cached,) = kernel_cache.read(tmp_path)
     assert cached.kernels == len(precompile.hashes(tmp_path)) and cached.current
     monkeypatch.setattr(kernel_cache, "identity", lambda: "another")
-    kernel_cache.note(tmp_path, "sm_90", {"1", "2"})
+    kernel_cache.add(tmp_path, "sm_90", {"1", "2"})
     assert kernel_cache.read(tmp_path) == [kernel_cache.Cached("sm_90", 2, True)]
 
 

@@ -8,7 +8,22 @@ import torch
 from torch.nn import Parameter
 
 import fastreg
-from fastreg import EMA, L1, L2SP, SGD, Adam, AdamW, AdaptiveClip, ClipNorm, ClipValue, GradientNoise, Lion
+from fastreg import (
+    EMA,
+    L1,
+    L2SP,
+    SAM,
+    SGD,
+    Adam,
+    AdamW,
+    AdaptiveClip,
+    ClipNorm,
+    ClipValue,
+    GradientNoise,
+    Lion,
+    SlowWeights,
+    WeightNoise,
+)
 from fastreg.engine.component import Component
 from fastreg.engine.stage import Buffer, Stage
 from fastreg.optim.fused_optimizer import FusedOptimizer
@@ -144,6 +159,15 @@ def test_arguments_of_another_type():
         (lambda: GradientNoise(0.1, relative="no"), "relative must be True or False, got relative='no'"),
         (lambda: EMA(name=3), "name must be a string, got name=3"),
         (lambda: Lion([Parameter(torch.ones(2))], lr=True), "lr must be a number, got lr=True"),
+        (lambda: SlowWeights(name=3), "name must be a string, got name=3"),
+        *(
+            (
+                lambda flag=flag: SAM([Parameter(torch.ones(2))], SGD, lr=0.1, **{flag: "no"}),
+                f"{flag} must be",
+            )
+            for flag in ("adaptive", "sync_perturbation")
+        ),
+        (lambda: WeightNoise([Parameter(torch.ones(2))], 0.1, "no"), "relative must be True or False"),
         (lambda: type("Old", (Component,), {"words": None}), "by old names: {'words': 'rng_keys'}"),
     ):
         with pytest.raises(TypeError, match=re.escape(message)):

@@ -138,6 +138,21 @@ def snapshot(optimizer, params):
     }
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_an_abandoned_overflow_skips_no_later_step(name):
+    make, options = SCALED[name]
+    params, loss = problem(torch.float32)
+    optimizer = SAM(params, make, rho=0.5, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    scaler.scale(loss()).backward()
+    params[0].grad[2, 1] = math.inf
+    optimizer.first_step(zero_grad=True)
+    optimizer.abandon()
+    before = values(params)
+    scaled_cycle(optimizer, scaler, params, loss)
+    assert scaler.get_scale() == 2.0**8 and not equal(values(params), before)
+
+
 @pytest.mark.parametrize("bad", (None, 1, 2))
 @pytest.mark.parametrize("name", SCALED)
 def test_under_a_scaler(name, bad):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...reference import norm as reference_norm
 from ...reference import units as reference_units
-from ..batch import GRADIENT, Batch, NormSpec, flat
+from ..batch import Batch, NormSpec, flat
 from . import eager, triton
 
 
@@ -21,7 +21,7 @@ def run(batch: Batch) -> None:
         original.copy_(dense)
 
 
-def measure(batches: Sequence[Batch], limits: Tensor, spec: NormSpec = GRADIENT) -> Tensor:
+def measure(batches: Sequence[Batch], limits: Tensor, spec: NormSpec = NormSpec()) -> Tensor:  # noqa: B008
     """Returns `reference.norm.Measured` over batches of one device: `[5]`, float64, on that device.
 
     Args:

@@ -22,7 +22,7 @@ Fused = Callable[[list[Tensor], Tensor, Tensor, Tensor], Any]
 
 @functools.cache
 def compiled_step(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], step_scalars: torch.dtype, device: torch.device,
+    chain: Chain, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device,
     threads: int,
 ) -> Fused:  # fmt: skip
     """Returns `reference.step` compiled, called as `(tensors, device_scalars, integers, step_scalars)`.
@@ -33,16 +33,16 @@ def compiled_step(
     Args:
         chain: The chain to compile.
         dtypes: The dtypes of the tensors.
-        step_scalars: The dtype of device scalars and step scalars.
+        compute: The dtype of device scalars and step scalars.
         device: The device of all of them.
         threads: `torch.get_num_threads()`, which Inductor builds in.
     """
-    return _compile(functools.partial(step, chain), chain, dtypes, step_scalars, device)
+    return _compile(functools.partial(step, chain), chain, dtypes, compute, device)
 
 
 @functools.cache
 def compiled_norm(
-    chain: Chain, stages: int, kind: str, dtypes: tuple[torch.dtype, ...], step_scalars: torch.dtype,
+    chain: Chain, stages: int, kind: str, dtypes: tuple[torch.dtype, ...], compute: torch.dtype,
     device: torch.device, threads: int,
 ) -> Fused:  # fmt: skip
     """Returns a function for Σ u², Σ |u| or max |u| after some stages, in double, called as `compiled_step`.
@@ -52,7 +52,7 @@ def compiled_norm(
         stages: How many of its stages run.
         kind: The norm, see `NormSpec`.
         dtypes: The dtypes of the tensors; this and the rest as for `compiled_step`.
-        step_scalars: The dtype of device scalars and step scalars.
+        compute: The dtype of device scalars and step scalars.
         device: The device of all of them.
         threads: `torch.get_num_threads()`.
     """
@@ -64,11 +64,11 @@ def compiled_norm(
             return u.abs().amax().double()
         return (u.double().abs() if kind == "absolute" else u.double().square()).sum()
 
-    return _compile(norm, chain, dtypes, step_scalars, device)
+    return _compile(norm, chain, dtypes, compute, device)
 
 
 def _compile(
-    body: Callable[..., Any], chain: Chain, dtypes: tuple[torch.dtype, ...], step_scalars: torch.dtype,
+    body: Callable[..., Any], chain: Chain, dtypes: tuple[torch.dtype, ...], compute: torch.dtype,
     device: torch.device,
 ) -> Fused:  # fmt: skip
     """Compiles a function of the arguments of `reference.step` after the chain."""
@@ -76,8 +76,8 @@ def _compile(
     def fused(tensors: list[Tensor], device_scalars: Tensor, integers: Tensor, step_scalars: Tensor) -> Any:
         parameter, gradient, *others = tensors
         buffers, units = others[:count], others[count:]
-        first, stream, step, *rng_keys = integers.unbind()
-        at = PhiloxPosition(first, 0, stream, step)
+        first, stream, step_count, *rng_keys = integers.unbind()
+        at = PhiloxPosition(first, 0, stream, step_count)
         return body(
             parameter, gradient, buffers, units, device_scalars.unbind(), rng_keys, step_scalars.unbind(), at
         )
@@ -85,10 +85,8 @@ def _compile(
     count = len(chain.buffers)
     examples = (
         [torch.empty(LENGTH, dtype=dtype, device=device) for dtype in dtypes],
-        torch.zeros(
-            sum(len(stage.device_scalars) for stage in chain.stages), dtype=step_scalars, device=device
-        ),
+        torch.zeros(sum(len(stage.device_scalars) for stage in chain.stages), dtype=compute, device=device),
         torch.zeros(3 + sum(len(link.rng_keys) for link in chain.links), dtype=torch.int64, device=device),
-        torch.zeros(sum(stage.step_scalars for stage in chain.stages), dtype=step_scalars, device=device),
+        torch.zeros(sum(stage.step_scalars for stage in chain.stages), dtype=compute, device=device),
     )
     return compile_ahead(fused, examples)

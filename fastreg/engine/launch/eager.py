@@ -18,7 +18,7 @@ from .compiled import compiled_norm, compiled_step
 
 
 class _Slice(NamedTuple):
-    """A run of elements of one parameter, and the arguments of the reference for it."""
+    """Consecutive elements of one parameter, and the arguments of the reference for it."""
 
     tensors: list[Tensor]  # parameter, gradient, buffers, units
     device_scalars: Tensor
@@ -49,17 +49,17 @@ def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
         parts = reference_norm.partial_norms([u], spec.kind, batch.device)
         return parts.amax() if spec.kind == "largest" else parts.sum()
 
-    runs = list(_slices(batch, True))
-    norms = _run_slices(batch, runs, compiled_norm, (chain, stages, spec.kind), plain)
+    slices = list(_slices(batch, True))
+    norms = _run_slices(batch, slices, compiled_norm, (chain, stages, spec.kind), plain)
     scalar = scalar_dtype(batch.device)
     return torch.stack(norms).to(scalar) if norms else torch.zeros(1, dtype=scalar, device=batch.device)
 
 
 def _run_slices(
-    batch: Batch, runs: list[_Slice], compiled: Callable[..., Any], arguments: tuple[Any, ...],
+    batch: Batch, slices: list[_Slice], compiled: Callable[..., Any], arguments: tuple[Any, ...],
     plain: Callable[..., Any],
 ) -> list[Any]:  # fmt: skip
-    """Returns the result of each run, compiled if the backend is and the run can be."""
+    """Returns the result of each slice, compiled if the backend is and the slice can be."""
     chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
     fused = None
     if batch.backend == "compiled":
@@ -69,16 +69,16 @@ def _run_slices(
         except Exception as error:
             backend.cannot_compile(error)
             batch.backend = "reference"
-    if fused is not None and runs:
+    if fused is not None and slices:
         integers = torch.tensor(
-            [[run.first, run.stream, run.step, *batch.rng_keys] for run in runs], device=batch.device
+            [[part.first, part.stream, part.step, *batch.rng_keys] for part in slices], device=batch.device
         ).unbind()
     results = []
-    for i, run in enumerate(runs):
-        if fused is not None and run.tensors[0].numel() > 1 and not (chain.random and run.first % 8):
-            results.append(fused(run.tensors, run.device_scalars, integers[i], run.step_scalars))
+    for i, part in enumerate(slices):
+        if fused is not None and part.tensors[0].numel() > 1 and not (chain.random and part.first % 8):
+            results.append(fused(part.tensors, part.device_scalars, integers[i], part.step_scalars))
         else:
-            results.append(plain(*_arguments(batch, run)))
+            results.append(plain(*_arguments(batch, part)))
     return results
 
 
@@ -99,7 +99,7 @@ def _slices(batch: Batch, chunked: bool) -> Iterator[_Slice]:
                 part = values.split(counts)[i]
                 tensors.append(reference_units.spread(part, batch.unit_layouts[i], tensors[0].numel()))
         row, elements = batch.rows[i], parameter.numel()
-        for start, stop in _runs(elements, first) if chunked else [(0, elements)]:
+        for start, stop in _slice_bounds(elements, first) if chunked else [(0, elements)]:
             if stop > start:
                 yield _Slice(
                     tensors if stop - start == elements else [t[start:stop] for t in tensors],
@@ -107,17 +107,17 @@ def _slices(batch: Batch, chunked: bool) -> Iterator[_Slice]:
                 )  # fmt: skip
 
 
-def _arguments(batch: Batch, run: _Slice) -> tuple[Any, ...]:
+def _arguments(batch: Batch, part: _Slice) -> tuple[Any, ...]:
     """Returns the arguments of `reference.step` after the chain."""
-    parameter, gradient, *others = run.tensors
+    parameter, gradient, *others = part.tensors
     buffers = len(batch.buffers)
-    at = PhiloxPosition(run.first - run.first % 8, run.first % 8, run.stream, run.step)
-    scalars = run.device_scalars.unbind(), run.rng_keys, run.step_scalars.unbind()
+    at = PhiloxPosition(part.first - part.first % 8, part.first % 8, part.stream, part.step)
+    scalars = part.device_scalars.unbind(), part.rng_keys, part.step_scalars.unbind()
     return parameter, gradient, others[:buffers], others[buffers:], *scalars, at
 
 
-def _runs(count: int, first: int) -> Iterable[tuple[int, int]]:
-    """Yields runs of at most `CHUNK` elements, all but the first of which start at a global multiple of 8."""
+def _slice_bounds(count: int, first: int) -> Iterable[tuple[int, int]]:
+    """Yields slices of at most `CHUNK` elements; all but the first start at a global multiple of 8."""
     head = min(-first % 8, count)
     if head:
         yield 0, head

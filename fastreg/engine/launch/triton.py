@@ -143,7 +143,7 @@ def unit_constants(
         "G": triton_dtype(dtypes[1]),
         "COMPUTE": triton_dtype(compute_dtype(dtypes[0])),
         "COLUMNS": _columns(chain),
-        "PLACE": _columns(chain) - 2,
+        "LAYOUT": _columns(chain) - 2,
         "CHUNK": chosen.chunk(lanes),
     }
 
@@ -155,13 +155,13 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
     tl = importlib.import_module("triton.language")
     header = kernels.HEADER.value
     buffer_columns = range(header, header + len(chain.buffers))
-    scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
-    key_columns = iter(
+    device_scalar_columns = iter(range(buffer_columns.stop, _columns(chain)))
+    rng_key_columns = iter(
         range(buffer_columns.stop + sum(len(s.device_scalars) for s in chain.stages), _columns(chain))
     )
     layout_columns = tuple(range(_columns(chain) - 2, _columns(chain)))
     unit_columns = iter(range(_columns(chain) - 2 - len(chain.units), _columns(chain)))
-    number_columns = iter(range(sum(stage.step_scalars for stage in chain.stages)))
+    step_scalar_columns = iter(range(sum(stage.step_scalars for stage in chain.stages)))
     buffers = iter(zip(buffer_columns, dtypes[2:], strict=True))
 
     def constant(dtype: torch.dtype) -> Any:
@@ -177,9 +177,9 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
                 _device_function(stage.kernel),
                 tuple(column for column, _ in stage_buffers),
                 tuple(constant(dtype) for _, dtype in stage_buffers),
-                tuple(islice(scalar_columns, len(stage.device_scalars))),
-                tuple(islice(key_columns, len(stage.rng_keys))),
-                tuple(islice(number_columns, stage.step_scalars)),
+                tuple(islice(device_scalar_columns, len(stage.device_scalars))),
+                tuple(islice(rng_key_columns, len(stage.rng_keys))),
+                tuple(islice(step_scalar_columns, stage.step_scalars)),
                 tuple(islice(unit_columns, len(stage.units))),
                 layout_columns if stage.units else (),
                 tl.constexpr(stage.momentum),
@@ -195,7 +195,7 @@ def device_chain(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[A
         tuple(constant(dtype) for _, dtype in sources),
         tuple(column for column, _ in targets),
         tuple(constant(dtype) for _, dtype in targets),
-        tuple(islice(key_columns, len(storage.rng_keys))),
+        tuple(islice(rng_key_columns, len(storage.rng_keys))),
     )
 
 
