@@ -143,7 +143,7 @@ class _Rule(Component):
         """Returns the stage of the rule, marked."""
         stage = self._rule.stage(group)
         if stage is None or stage.reference not in _RULES:
-            raise ValueError(f"MSAM knows SGD(momentum=0.9), Adam and AdamW, got {self._optimizer}")
+            raise ValueError(f"MSAM needs momentum: SGD(momentum=0.9), Adam or AdamW; got {self._optimizer}")
         if group.get("decay", self._decay_kind) == "cautious":
             raise ValueError("MSAM does not go with decay='cautious'; use 'decoupled'")
         return replace(stage, device_scalars=("prev_perturbation",), momentum=True)

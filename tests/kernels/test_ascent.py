@@ -55,7 +55,11 @@ CHAINS = {
         [0.1, 0.99, 0.01, 0.2, 1.5, 1e-8],
     ),
 }  # fmt: skip
-LAYOUTS = [(torch.float32, 0), (torch.float32, 1), (torch.float64, 0), (torch.bfloat16, 0)]
+LAYOUTS = [
+    (torch.float32, 0), (torch.float32, 1), (torch.float64, 0), (torch.bfloat16, 0),
+    pytest.param(torch.float64, 1, marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, 1, marks=pytest.mark.slow),
+]  # fmt: skip
 """Dtypes, and elements by which tensors are misaligned."""
 
 
@@ -163,8 +167,9 @@ def test_norm_of_scaled_gradients(backend, dtype, largest, offset):
     assert abs(norm(made, NormSpec(1, "largest" if largest else "l2")) - exact) <= allowed(dtype, exact)
 
 
+@pytest.mark.slow(name=("sgd_nesterov_msam", "adam_amsgrad_msam"), backend="compiled")
 @pytest.mark.parametrize("dtype, offset", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", ["sgd_momentum_msam", "adam_msam"])
+@pytest.mark.parametrize("name", [name for name in CHAINS if name.endswith("_msam")])
 def test_norm_of_the_momentum_to_come(backend, name, dtype, offset):
     """That of the buffer after the step, in compute precision."""
     made = batch(name, dtype, offset=offset)

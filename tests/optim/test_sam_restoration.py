@@ -27,6 +27,7 @@ def base(request):
     "name, kind",
     [
         ("fastreg", "float32"), ("torch", "float32"), ("fastreg", "remainder"),
+        pytest.param("fastreg momentum", "float32", marks=pytest.mark.slow),
         pytest.param("torch momentum", "stochastic", marks=pytest.mark.slow),
         pytest.param("fastreg", "stochastic", marks=pytest.mark.slow),
     ],
@@ -50,11 +51,8 @@ def test_1000_cycles_without_a_step_leave_every_bit(name, kind):
     assert equal(values(params), expected) and [p.data_ptr() for p in params] == addresses
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [((), (0,)), ((0,), ()), ((0,), (0,)), ((0,), (1,)), ((0, 1, 2), ()), ((), (0, 1, 2))],
-    ids=str,
-)
+@pytest.mark.parametrize("first", ((), (0,), (0, 1, 2)), ids=str)
+@pytest.mark.parametrize("second", ((), (0,), (1,), (0, 1, 2)), ids=str)
 def test_gradients_that_are_missing(base, first, second):
     """In either pass: who has none in the first is not perturbed, who has none in the second is restored."""
     make, options = base
@@ -74,7 +72,7 @@ def test_gradients_that_are_missing(base, first, second):
         assert equal(values(ours), values(theirs))
 
 
-@pytest.mark.parametrize("bad", (-math.inf, math.nan, 0.0), ids=str)
+@pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan, 0.0), ids=str)
 @pytest.mark.parametrize(
     "name, backend",
     [("fastreg", "reference"), ("fastreg", "compiled"), ("fastreg", "triton"), ("torch", "reference")],

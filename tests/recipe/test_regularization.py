@@ -102,7 +102,7 @@ WRONG = [
     ({"sam": {"rho": -1}}, "rho must be finite and >= 0"),
     ({"sam": {"interval": 1.5}}, "sam.interval must be a whole number, got 1.5"),
     ({"sam": True, "msam": True}, "sam and msam both perturb the weights"),
-    ({"msam": 0.3, "optimizer": "lion"}, "AdamW, got Lion"),
+    ({"msam": 0.3, "optimizer": "lion"}, "MSAM needs momentum: SGD(momentum=0.9), Adam or AdamW; got Lion"),
     ({"msam": 0.3, "weight_decay": {"kind": "cautious"}}, "MSAM does not go with decay='cautious'"),
     ({"ema": 1.0}, "ema: decay must be in [0, 1)"),
     ({"ema": [{"decay": 0.9}, {"decay": 0.99}]}, "each average needs a name of its own, got 'ema'"),
