@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .common.unwrap import unwrap_model
-from .common.validation import check_range
+from .common.validation import check_range, check_rate
 from .layerwise.write_rates import ORIGINAL
 from .optim import Component
 from .optim.fused_optimizer import FusedOptimizer
@@ -173,7 +173,12 @@ def fine_tune_with_adaptive_regularization(
         bias for transfer learning with convolutional networks"; Howard & Ruder 2018, "Universal language
         model fine-tuning for text classification".
     """
-    first, last = dropout
+    if not isinstance(dropout, Sequence) or len(dropout) != 2:
+        raise ValueError(
+            "dropout must be two rates, of the first and the last layer, such as (0.05, 0.15), "
+            f"got {dropout!r}"
+        )
+    first, last = (check_rate("dropout", rate) for rate in dropout)
     checked = _FineTuningSettings.from_options(settings)
     planned = checked.steps(dataloader)
     if planned is None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .common.validation import check_choice, check_int, check_rate
+from .common.validation import check_choice, check_int, check_range, check_rate
 
 LayerRates = float | Sequence[float] | Callable[..., float]
 """A rate for all layers, one for each, or a function of (layer, number of layers) or of the layer."""
@@ -36,11 +36,11 @@ class Schedule:
     """Base of the rates that are functions of the step, `schedule(step)`."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):
             if name in _RATES:
-                check_rate(name, value)
+                object.__setattr__(self, name, check_rate(name, value))
             elif name in ("steps", "cutoff"):
-                check_int(name, value)
+                object.__setattr__(self, name, check_int(name, value))
             elif name == "kind":
                 check_choice(name, value, ("constant", "linear"))
 
@@ -55,11 +55,9 @@ class Schedule:
         """Returns the rate at a step; step 0 is the first.
 
         Raises:
-            ValueError: For a negative step.
+            ValueError: If the step is negative or no whole number.
         """
-        if step < 0:
-            raise ValueError(f"step must be >= 0, got {step=}")
-        return self._rate(step)
+        return self._rate(check_int("step", step, 0))
 
     def _rate(self, step: int) -> float:
         raise NotImplementedError
@@ -86,7 +84,12 @@ class Constant(Schedule):
 class _Ramp(Schedule):
     start: float
     end: float = 0.0
-    steps: int = 0
+    steps: int = None  # type: ignore[assignment]  # has no default, but follows `end`, which has one
+
+    def __post_init__(self) -> None:
+        if self.steps is None:
+            raise ValueError(f"{type(self).__name__} needs steps=, the step from which the rate is `end`")
+        super().__post_init__()
 
     def _rate(self, step: int) -> float:
         if step >= self.steps:
@@ -108,10 +111,10 @@ class Linear(_Ramp):
     Args:
         start: Rate at step 0, in [0, 1].
         end: Rate from step `steps` on, in [0, 1].
-        steps: T > 0.
+        steps: T >= 1; must be given.
 
     Raises:
-        ValueError: For values out of range.
+        ValueError: For values out of range, and without `steps`.
 
     Reference:
         Rennie et al. 2014, "Annealed dropout training of deep networks".
@@ -128,7 +131,7 @@ class Cosine(_Ramp):
     Args:
         start: Rate at step 0, in [0, 1].
         end: Rate from step `steps` on, in [0, 1].
-        steps: T > 0.
+        steps: T >= 1; must be given.
 
     Raises:
         ValueError: For values out of range.
@@ -210,13 +213,15 @@ class Piecewise(Schedule):
     kind: str = "constant"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "points", tuple((step, rate) for step, rate in self.points))
+        points = tuple(
+            (check_int("step of a point", step, 0), check_rate(f"rate at step {step}", rate))
+            for step, rate in self.points
+        )
+        object.__setattr__(self, "points", points)
         super().__post_init__()
-        steps = [step for step, _ in self.points]
-        if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"points must be (step, rate) with growing steps >= 0, got {self.points}")
-        for step, rate in self.points:
-            check_rate(f"rate at step {step}", rate)
+        steps = [step for step, _ in points]
+        if not steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"points must be (step, rate) with growing steps >= 0, got {points}")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -253,6 +258,7 @@ class LinearLayers:
 
     def __post_init__(self) -> None:
         check_rate("base", self.base)
+        check_range("increase", self.increase, -1, 1)
 
     def __call__(self, layer: int, layers: int) -> float:
         """Returns the rate of a layer."""

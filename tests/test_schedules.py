@@ -88,7 +88,7 @@ def test_schedules_are_pure_bounded_and_picklable(schedule):
     assert eval(repr(schedule)) == schedule
     with pytest.raises(AttributeError):
         schedule.rate = 0.0
-    with pytest.raises(ValueError, match="step must be >= 0, got step=-1"):
+    with pytest.raises(ValueError, match="step must be a whole number >= 0, got step=-1"):
         schedule(-1)
 
 
@@ -115,32 +115,41 @@ def test_what_a_rate_over_layers_may_be():
 @pytest.mark.parametrize(
     ("make", "message"),
     (
-        (lambda: Constant(1.5), r"rate must be a number in \[0, 1\], got 1.5"),
-        (lambda: Constant(float("nan")), r"rate must be a number in \[0, 1\], got nan"),
-        (lambda: Constant(True), r"rate must be a number in \[0, 1\], got True"),
-        (lambda: Linear(-0.1, steps=5), r"start must be a number in \[0, 1\], got -0.1"),
-        (lambda: Linear(0.1, 2, steps=5), r"end must be a number in \[0, 1\], got 2"),
-        (lambda: Linear(0.1), "steps must be a whole number >= 1, got steps=0"),
+        (lambda: Constant(1.5), r"rate must be in \[0, 1\], got rate=1.5"),
+        (lambda: Constant(float("nan")), r"rate must be in \[0, 1\], got rate=nan"),
+        (lambda: Constant(True), r"rate must be a number, got rate=True"),
+        (lambda: Linear(-0.1, steps=5), r"start must be in \[0, 1\], got start=-0.1"),
+        (lambda: Linear(0.1, 2, steps=5), r"end must be in \[0, 1\], got end=2"),
+        (lambda: Linear(0.1), "Linear needs steps=, the step from which the rate is `end`"),
         (lambda: Cosine(0.1, steps=-1), "steps must be a whole number >= 1, got steps=-1"),
         (lambda: Early(0.1, 0), "cutoff must be a whole number >= 1, got cutoff=0"),
         (lambda: Early(0.1, 5, "cosine"), "kind must be one of 'constant', 'linear', got 'cosine'"),
-        (lambda: Late("0.1", 5), r"rate must be a number in \[0, 1\], got '0.1'"),
+        (lambda: Late("0.1", 5), r"rate must be a number, got rate='0.1'"),
         (lambda: Piecewise(()), "points must be .step, rate. with growing steps >= 0"),
         (lambda: Piecewise(((1, 0.1), (1, 0.2))), "growing steps"),
-        (lambda: Piecewise(((-1, 0.1),)), "steps >= 0"),
-        (lambda: Piecewise(((3, 1.1),)), r"rate at step 3 must be a number in \[0, 1\], got 1.1"),
-        (lambda: LinearLayers(1.1), r"base must be a number in \[0, 1\], got 1.1"),
+        (lambda: Piecewise(((-1, 0.1),)), "step of a point must be a whole number >= 0, got -1"),
+        (lambda: Piecewise(((1.5, 0.1),)), "step of a point must be a whole number >= 0, got 1.5"),
+        (lambda: Constant(0.1)("a"), "step must be a whole number >= 0, got step='a'"),
+        (lambda: Piecewise(((3, 1.1),)), r"rate at step 3 must be in \[0, 1\], got 1.1"),
+        (lambda: LinearLayers(1.1), r"base must be in \[0, 1\], got base=1.1"),
+        (lambda: LinearLayers(0.1, 2), r"increase must be in \[-1, 1\], got increase=2"),
         (lambda: LinearLayers(0.1, 0.1)(0, 11), "give 1.1 at layer 10; .* between -0.01 and 0.09"),
         (lambda: LinearLayers(0.1, -0.1)(0, 3), "give -0.1 at layer 2"),
-        (lambda: DropPathLayers(2), r"rate must be a number in \[0, 1\], got 2"),
+        (lambda: DropPathLayers(2), r"rate must be in \[0, 1\], got rate=2"),
         (lambda: layer_rate([0.1, 0.2], 0, 3), "got 2 rates for 3 layers: give one for each"),
-        (lambda: layer_rate(lambda i: 1 + i, 1, 3), r"rate of layer 1 must be a number in \[0, 1\], got 2"),
-        (lambda: layer_rate(7, 0, 3), r"rate must be a number in \[0, 1\], got 7"),
+        (lambda: layer_rate(lambda i: 1 + i, 1, 3), r"rate of layer 1 must be in \[0, 1\], got 2"),
+        (lambda: layer_rate(7, 0, 3), r"rate must be in \[0, 1\], got rate=7"),
     ),
 )  # fmt: skip
 def test_errors_show_value_and_range(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_numbers_are_kept_as_floats_and_ints():
+    schedule = Linear(np.float32(0.5), steps=3.0)
+    assert type(schedule.start) is float and type(schedule.steps) is int
+    assert schedule == Linear(0.5, 0, 3)
 
 
 def test_a_function_of_the_step_is_none_of_the_layer():

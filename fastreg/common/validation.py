@@ -39,6 +39,10 @@ def complete_torch_errors(**arguments: Any) -> Iterator[None]:
         raise
 
 
+def _got(name: str, value: Any) -> str:
+    return f"got {value!r}" if " " in name else f"got {name}={value!r}"
+
+
 def check_range(
     name: str, value: float, lowest: float, highest: float = math.inf, *, above: bool = False,
     below: bool = False, finite: bool = True,
@@ -59,7 +63,7 @@ def check_range(
         ValueError: If the value is NaN or not in the range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {name}={value!r}")
+        raise TypeError(f"{name} must be a number, {_got(name, value)}")
     inside = (value > lowest if above else value >= lowest) and (
         value < highest if below else value <= highest
     )
@@ -68,19 +72,13 @@ def check_range(
             wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
         else:
             wanted = f"in {'(' if above else '['}{lowest:g}, {highest:g}{')' if below else ']'}"
-        raise ValueError(f"{name} must be {wanted}, got {name}={value!r}")
+        raise ValueError(f"{name} must be {wanted}, {_got(name, value)}")
     return float(value)
 
 
 def check_rate(name: str, value: float) -> float:
-    """Returns a value as a float if it is a number in [0, 1].
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
-    return float(value)
+    """Returns a value as a float if it is a number in [0, 1]; raises as `check_range` does."""
+    return check_range(name, value, 0, 1)
 
 
 def check_int(name: str, value: int, lowest: int = 1) -> int:
@@ -96,7 +94,7 @@ def check_int(name: str, value: int, lowest: int = 1) -> int:
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or int(value) != value or value < lowest:
-        raise ValueError(f"{name} must be a whole number >= {lowest}, got {name}={value!r}")
+        raise ValueError(f"{name} must be a whole number >= {lowest}, {_got(name, value)}")
     return int(value)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..common.unwrap import unwrap_model
-from ..common.validation import check_rate
+from ..common.validation import check_int, check_rate
 from ..schedules import Constant, LayerRates, Schedule
 from .audit import audit
 from .set_rates import Rates, by_role, choose, rate_of
@@ -61,9 +61,8 @@ class DropoutScheduler:
         roles: str | Sequence[str] = ("hidden",), *, layers: Rates | None = None, inject: bool = False,
         stacks: str | Sequence[str] | None = None, levels: int | None = 7, inputs: Any = None,
     ) -> None:  # fmt: skip
-        if levels is not None and levels < 2:
-            raise ValueError(f"levels must be >= 2, or None for as many as the schedule has, got {levels=}")
-        self.model, self.levels = unwrap_model(model), levels
+        self.model = unwrap_model(model)
+        self.levels = None if levels is None else check_int("levels", levels, 2)
         self.schedules: dict[str, Callable[[int], float]] = {
             role: times if callable(times) else Constant(times)
             for role, times in by_role(schedule, roles).items()
@@ -84,9 +83,9 @@ class DropoutScheduler:
             step: The step, >= 0.
 
         Raises:
-            ValueError: If a rate is not in [0, 1].
+            ValueError: If the step is no whole number, or a rate is not in [0, 1].
         """
-        step = self.last_step + 1 if step is None else step
+        step = self.last_step + 1 if step is None else check_int("step", step, 0)
         rates = self._rates(step)
         changed = [site for site in self._sites if site.rate != rates[site.path]]
         if changed:

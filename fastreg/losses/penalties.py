@@ -91,7 +91,8 @@ def _listed(params: Any, name: str) -> Iterator[Tensor]:
         yield tensor
     if empty:
         what = "parameters that require gradients" if isinstance(params, nn.Module) else "tensors"
-        raise ValueError(f"{name} got no {what}; an iterator may be used up: give it a list")
+        hint = "; an iterator may be used up: give it a list" if isinstance(params, Iterator) else ""
+        raise ValueError(f"{name} got no {what}{hint}")
 
 
 def _scaled(tensors: list[Tensor], absolute: bool, strength: float | Tensor) -> Tensor:

@@ -65,14 +65,14 @@ class AdaptiveDropout(_DropoutBase):
 
     importance: Tensor
     seeds: Tensor
-    levels: Tensor
+    thresholds: Tensor
 
     def __init__(
         self, features: int, p: float = 0.1, importance: str = "activation", momentum: float = 0.99,
         strength: float = 1.0, dim: int = -1, max_rate: float = 0.9,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_int("features", features)
+        features = check_int("features", features)
         check_choice("importance", importance, IMPORTANCES)
         check_range("momentum", momentum, 0, 1, below=True)
         check_range("strength", strength, 0, 1)
@@ -81,7 +81,7 @@ class AdaptiveDropout(_DropoutBase):
         self.momentum, self.strength, self.max_rate = momentum, strength, max_rate
         self.register_buffer("importance", torch.zeros(features, dtype=torch.float32))
         self.register_buffer("seeds", torch.zeros(RECENT, dtype=torch.int64), persistent=False)
-        self.register_buffer("levels", torch.zeros(RECENT, features, dtype=torch.int32), persistent=False)
+        self.register_buffer("thresholds", torch.zeros(RECENT, features, dtype=torch.int32), persistent=False)
         self.p = p
 
     @property
@@ -96,11 +96,11 @@ class AdaptiveDropout(_DropoutBase):
     @property
     def rates(self) -> Tensor:
         """The rate of each neuron in the next pass: `[features]`."""
-        return self._next_levels().double() / DROP_LEVELS
+        return self._next_thresholds().double() / DROP_LEVELS
 
     def reset_parameters(self) -> None:
         """Resets the importances to zero."""
-        for buffer in (self.importance, self.seeds, self.levels):
+        for buffer in (self.importance, self.seeds, self.thresholds):
             buffer.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -115,24 +115,24 @@ class AdaptiveDropout(_DropoutBase):
             raise ValueError(
                 f"expected {self.features} features in dimension {self.dim}, got shape {tuple(input.shape)}"
             )
-        seed, levels = draw_seed(input.device), self._next_levels()
+        seed, thresholds = draw_seed(input.device), self._next_thresholds()
         measuring = torch.compiler.is_compiling() or not transformed()
         if measuring:
             repeated = self.seeds == seed
             recomputed = repeated.any()
-            levels = torch.where(
-                recomputed, (self.levels * repeated[:, None]).sum(0, dtype=torch.int32), levels
+            thresholds = torch.where(
+                recomputed, (self.thresholds * repeated[:, None]).sum(0, dtype=torch.int32), thresholds
             )
-        output = drop(input, levels, dim=self.dim, seed=seed)
+        output = drop(input, thresholds, dim=self.dim, seed=seed)
         if measuring:
-            self._remember(recomputed, seed, levels)
+            self._remember(recomputed, seed, thresholds)
             if self.kind == "activation":
                 self._measure(input.detach(), recomputed)
             else:
                 output = _watch(output, input.detach(), self._measure)
         return output
 
-    def _next_levels(self) -> Tensor:
+    def _next_thresholds(self) -> Tensor:
         """Returns thresholds by rank: int32, `[features]`."""
         ordered = self.importance.sort().values
         below = torch.searchsorted(ordered, self.importance)
@@ -144,11 +144,12 @@ class AdaptiveDropout(_DropoutBase):
         return (target + reach * ((above - below).double() / max(self.features - 1, 1))).round().int()
 
     @torch.no_grad()
-    def _remember(self, recomputed: Tensor, seed: Tensor, levels: Tensor) -> None:
-        """Keeps seed and levels in place of the oldest, unless the pass is a recomputation."""
+    def _remember(self, recomputed: Tensor, seed: Tensor, thresholds: Tensor) -> None:
+        """Keeps seed and thresholds in place of the oldest, unless the pass is a recomputation."""
         seeds = torch.cat((seed[None], self.seeds[:-1]))
         self.seeds.copy_(torch.where(recomputed, self.seeds, seeds))
-        self.levels.copy_(torch.where(recomputed, self.levels, torch.cat((levels[None], self.levels[:-1]))))
+        thresholds = torch.cat((thresholds[None], self.thresholds[:-1]))
+        self.thresholds.copy_(torch.where(recomputed, self.thresholds, thresholds))
 
     @torch.no_grad()
     def _measure(self, values: Tensor, recomputed: Tensor | None = None) -> None:

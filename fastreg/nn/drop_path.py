@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.validation import check_range
+from ..common.validation import check_flag, check_range
 from ..ops.dropout import drop_samples
 from .dropout import _DropoutBase
 
@@ -33,7 +33,7 @@ class DropPath(_DropoutBase):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
         self.drop_prob = drop_prob
-        self.scale_by_keep = scale_by_keep
+        self.scale_by_keep = check_flag("scale_by_keep", scale_by_keep)
 
     @property
     def drop_prob(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.validation import check_flag
 from ..ops.dropout import drop
 from . import rates
 from .rates import Rate
@@ -79,7 +80,7 @@ class Dropout(_DropoutBase, nn.Dropout):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.p = p
-        self.inplace, self.dim, self.noise_shape = inplace, dim, noise_shape
+        self.inplace, self.dim, self.noise_shape = check_flag("inplace", inplace), dim, noise_shape
 
     def forward(self, input: Tensor) -> Tensor:
         """Drops elements of the input while training."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_range
+from ..common.validation import check_choice, check_int, check_range
 from ..ops import dropout as dropout_ops
 from ..ops.noise import add_noise
 from ..reference.activations import ACTIVATIONS
@@ -51,7 +51,7 @@ def dropout(
     Reference:
         Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
     """
-    rates.check_rates(p)
+    p = rates.check_rates(p)
     if not training:
         if return_mask:
             shape = input.shape if noise_shape is None else noise_shape
@@ -84,7 +84,7 @@ def bias_act_dropout_add(
         TypeError: If x is not of a floating dtype.
         ValueError: For shapes that do not fit, an unknown activation, and rates out of range.
     """
-    rates.check_rates(p)
+    p = rates.check_rates(p)
     check_choice("activation", activation, ACTIVATIONS)
     drop_thresholds = rates.drop_thresholds(p, x.device) if training else None
     return dropout_ops.fused_drop(x, bias, residual, drop_thresholds, activation)
@@ -298,8 +298,9 @@ def check_special_tokens(special_tokens: Sequence[int], vocab_size: int) -> list
     Raises:
         ValueError: If one is not, or if all tokens are special.
     """
-    special = sorted({int(token) for token in special_tokens if token is not None})
-    if special and not 0 <= special[0] <= special[-1] < vocab_size:
+    check_int("vocab_size", vocab_size)
+    special = sorted({check_int("special_tokens", t, 0) for t in special_tokens if t is not None})
+    if special and special[-1] >= vocab_size:
         raise ValueError(f"special_tokens must be in [0, {vocab_size - 1}], got {special}")
     if len(special) >= vocab_size:
         raise ValueError(

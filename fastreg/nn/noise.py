@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_choice, check_range
+from ..common.validation import check_choice, check_int, check_range
 from ..ops.noise import add_noise
 from . import functional
 from .dropout import _DropoutBase
@@ -156,7 +156,7 @@ class TokenNoise(_DropoutBase):
 
     def __init__(self, rate: float, vocab_size: int, special_tokens: Sequence[int] = ()) -> None:
         super().__init__()
-        self.rate, self.vocab_size = rate, int(vocab_size)
+        self.rate, self.vocab_size = rate, check_int("vocab_size", vocab_size)
         self.special_tokens = tuple(functional.check_special_tokens(special_tokens, self.vocab_size))
         special = torch.tensor(self.special_tokens, dtype=torch.int64)
         self.register_buffer("special", special, persistent=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..common.validation import check_int
 from .noise import TokenNoise, _NoiseBase
 
 LEVEL_NAMES = ("std", "alpha", "rate")
@@ -60,9 +61,9 @@ class NoiseScheduler:
             step: The step, >= 0.
 
         Raises:
-            ValueError: If the factor is negative or not finite.
+            ValueError: If the step is no whole number, or the factor is negative or not finite.
         """
-        step = self.last_step + 1 if step is None else step
+        step = self.last_step + 1 if step is None else check_int("step", step, 0)
         factor = self.factor(step)
         if not 0 <= factor < math.inf:
             raise ValueError(f"factor at step {step} must be finite and >= 0, got {factor!r}")

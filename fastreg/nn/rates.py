@@ -1,10 +1,12 @@
 """Converts rates to thresholds for 16 random bits, in tensors, so that a new rate needs no compilation."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..common.validation import check_rate
 from ..reference.dropout import DROP_LEVELS
 
 Rate = float | Sequence[float] | Tensor
@@ -20,10 +22,8 @@ def check_rates(p: Rate, name: str = "p") -> Rate:
         TypeError: If it is neither a number nor a list or tensor.
         ValueError: If it is out of range, or has more than one dimension.
     """
-    if isinstance(p, (int, float)):
-        if not 0 <= p <= 1:
-            raise ValueError(f"{name} must be a rate in [0, 1], got {p!r}")
-        return p
+    if isinstance(p, numbers.Real):
+        return check_rate(name, p)  # type: ignore[arg-type]
     if not isinstance(p, (Tensor, Sequence)) or isinstance(p, str):
         raise TypeError(f"{name} must be a rate in [0, 1], or a list or tensor of rates, got {p!r}")
     rates = torch.as_tensor(p)
@@ -41,8 +41,8 @@ def drop_thresholds(p: Rate, device: torch.device | None = None) -> Tensor:
     if isinstance(p, (int, float)):
         return torch.full((), drop_threshold(p), dtype=torch.int32, device=device)
     rates = torch.as_tensor(p, dtype=torch.float64, device=device)
-    levels = (rates * DROP_LEVELS).round().clamp(1, DROP_LEVELS - 1)
-    return torch.where(rates <= 0, 0, torch.where(rates >= 1, DROP_LEVELS, levels)).to(torch.int32)
+    thresholds = (rates * DROP_LEVELS).round().clamp(1, DROP_LEVELS - 1)
+    return torch.where(rates <= 0, 0, torch.where(rates >= 1, DROP_LEVELS, thresholds)).to(torch.int32)
 
 
 def drop_threshold(p: float) -> int:

@@ -116,9 +116,10 @@ def test_constants_and_copies(make, run):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"levels": 1}, "levels must be >= 2, or None for as many as the schedule has, got levels=1"),
-        ({"schedule": 1.5}, r"rate must be a number in \[0, 1\], got 1.5"),
-        ({"schedule": lambda step: 3.0}, r"rate at step 0 must be a number in \[0, 1\], got 3.0"),
+        ({"levels": 1}, "levels must be a whole number >= 2, got levels=1"),
+        ({"levels": 2.5}, "levels must be a whole number >= 2, got levels=2.5"),
+        ({"schedule": 1.5}, r"rate must be in \[0, 1\], got rate=1.5"),
+        ({"schedule": lambda step: 3.0}, r"rate at step 0 must be in \[0, 1\], got 3.0"),
         ({"layers": [0.1, 0.2]}, "got 2 rates for 3 layers"),
         ({"roles": "path"}, "has no 'path' dropout"),
         ({"roles": "nose"}, "roles must be among"),
@@ -135,8 +136,10 @@ def test_errors_change_nothing(make, run, options, message):
 def test_a_wrong_step_changes_nothing(make):
     model = make("gpt2")
     scheduler = DropoutScheduler(model, lambda step: 0.5 + 0.3 * step)
-    with pytest.raises(ValueError, match="rate at step 2 must be a number"):
+    with pytest.raises(ValueError, match="rate at step 2 must be in"):
         scheduler.step(2)
+    with pytest.raises(ValueError, match="step must be a whole number >= 0, got step=1.5"):
+        scheduler.step(1.5)
     assert rates(model) == [0.5] * 3 and scheduler.last_step == 0
 
 

@@ -217,20 +217,20 @@ def test_the_table_is_readable(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"schedule": 1.5}, r"rate must be a number in \[0, 1\], got 1.5"),
+        ({"schedule": 1.5}, r"rate must be in \[0, 1\], got rate=1.5"),
         ({"schedule": LinearLayers(0.9, 0.1)}, "give 1.1 at layer 2; with 3 layers use an increase between"),
         ({"schedule": [0.1, 0.2]}, "got 2 rates for 3 layers"),
         ({"schedule": 0.1, "roles": "mlp"}, "roles must be among 'hidden', .* got .'mlp',."),
         ({"schedule": {}}, "roles must be among"),
         ({"schedule": 0.1, "roles": "path"}, "has no 'path' dropout .roles it has: 'embedding', 'att"),
-        ({"schedule": "a"}, "rate of layer 0 must be a number in .0, 1., got 'a'"),
+        ({"schedule": "a"}, "rate of layer 0 must be a number, got 'a'"),
         ({"schedule": 0.1, "stacks": "encoder"}, "GPT2LMHeadModel has no 'hidden' dropout"),
     ),
 )  # fmt: skip
 def test_errors_change_nothing(make, options, message):
     model = make("gpt2")
     before = [(site.path, site.rate, type(site.owner)) for site in dropout_sites(model)]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         set_dropout(model, **options)
     assert [(site.path, site.rate, type(site.owner)) for site in dropout_sites(model)] == before
     assert not hasattr(model.config, "fastreg")
@@ -290,5 +290,5 @@ def test_assert_dropout_lists_what_differs(make):
         assert_dropout(make("llama"), 0.1)
     with pytest.raises(AssertionError, match="transformer.h.0.attn.resid_dropout: not there"):
         assert_dropout(make("llama"), table)
-    with pytest.raises(ValueError, match=r"in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got rate=2"):
         assert_dropout(model, 2)

@@ -136,7 +136,8 @@ def test_one_launch_for_each_direction(penalty, monkeypatch):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ([], ValueError, "no tensors"),
+        ([], ValueError, "no tensors$"),
+        (iter([]), ValueError, "no tensors; an iterator may be used up: give it a list"),
         (nn.ReLU(), ValueError, "require gradients"),
         ({"a": torch.zeros(1)}, TypeError, "dict"),
         (3, TypeError, "int"),

@@ -371,4 +371,5 @@ def test_refusals():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             AdaptiveDropout(**{"features": 8, **options})
+    assert AdaptiveDropout(3.0)(torch.ones(2, 3)).shape == (2, 3)
     assert "features=8, p=0.25, importance='activation'" in repr(trained())

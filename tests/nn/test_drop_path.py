@@ -35,6 +35,8 @@ def test_module():
     for bad in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"drop_prob must be in \[0, 1\]"):
             module.drop_prob = bad
+    with pytest.raises(TypeError, match="scale_by_keep must be True or False, got scale_by_keep=3"):
+        DropPath(0.1, 3)
 
 
 def test_annealing_compiles_once():

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,6 +217,11 @@ def test_refusals(x):
     for bad in ("0.1", None):
         with pytest.raises(TypeError, match="p must be a rate in .*, or a list or tensor of rates, got"):
             Dropout(bad)
+    with pytest.raises(TypeError, match="p must be a number, got p=True"):
+        Dropout(True)
+    with pytest.raises(TypeError, match="inplace must be True or False, got inplace=3"):
+        Dropout(inplace=3)
+    assert Dropout(np.float32(0.5)).p == 0.5
 
 
 def test_a_module_that_is_called_twice_keeps_both_masks(x):

@@ -233,7 +233,7 @@ def test_refusals():
         bias_act_dropout(x, bias[:3])
     with pytest.raises(ValueError, match="residual must have the shape of x"):
         dropout_add(x, residual[0])
-    with pytest.raises(ValueError, match=r"p must be a rate in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"p must be in \[0, 1\], got p=1.5"):
         dropout_add(x, residual, 1.5)
 
 

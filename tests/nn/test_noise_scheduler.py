@@ -50,6 +50,8 @@ def test_schedules_refuse():
     with pytest.raises(ValueError, match="factor at step 1 must be finite and >= 0, got -1"):
         NoiseScheduler(module, lambda step: 1 - 2 * step).step()
     assert module.std == 0.4
+    with pytest.raises(ValueError, match="step must be a whole number >= 0, got step=1.5"):
+        NoiseScheduler(module, lambda step: step + 1).step(1.5)
     tokens = TokenNoise(0.4, 10)
     with pytest.raises(ValueError, match=r"rate at step 3 must be in \[0, 1\]"):
         NoiseScheduler([module, tokens], lambda step: 1 + step).step(3)

@@ -75,7 +75,7 @@ def test_a_drop_in(dims):
     module.train().p = 0.0
     assert module(x) is x
     for bad in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=r"p must be a rate in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"p must be in \[0, 1\], got p="):
             ours(bad)
 
 

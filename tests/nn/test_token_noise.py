@@ -58,6 +58,11 @@ def test_noise_on_tokens_refuses():
         TokenNoise(0.1, 10)(torch.rand(3))
     with pytest.raises(ValueError, match=r"special_tokens must be in \[0, 9\], got \[3, 10\]"):
         TokenNoise(0.1, 10, [10, 3])
+    with pytest.raises(ValueError, match="special_tokens must be a whole number >= 0"):
+        TokenNoise(0.1, 10, [1.5])
+    for make in (TokenNoise, lambda *args: functional.token_noise(torch.zeros(1), *args)):
+        with pytest.raises(ValueError, match="vocab_size must be a whole number >= 1, got vocab_size=10.7"):
+            make(0.1, 10.7)
     with pytest.raises(ValueError, match="vocab_size must be larger"):
         TokenNoise(0.1, 2, [0, 1])
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\]"):

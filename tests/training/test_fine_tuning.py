@@ -78,6 +78,8 @@ def test_what_fine_tuning_refuses(loader, mlp, gpt2, language):
     with pytest.raises(ValueError, match="no length"):
         fine_tune_with_adaptive_regularization(gpt2(), iter(language(2)), **quiet)
     net = gpt2()
+    with pytest.raises(ValueError, match=r"dropout must be two rates, .* such as \(0.05, 0.15\), got 0.1"):
+        fine_tune_with_adaptive_regularization(net, language(2), dropout=0.1, **quiet)
     fastreg.layerwise.set_dropout(net, 0.2)
     with pytest.raises(ValueError, match="set by fastreg.layerwise"):
         fine_tune_with_adaptive_regularization(net, language(2), **quiet)
