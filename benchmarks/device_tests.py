@@ -20,8 +20,10 @@ FILES = (
     "tests/kernels/test_storage.py", "tests/kernels/test_random.py", "tests/kernels/test_per_sample.py",
     "tests/kernels/test_ghost.py", "tests/kernels/test_penalty.py", "tests/kernels/test_units.py",
     "tests/kernels/test_ascent.py", "tests/kernels/test_dropout.py", "tests/kernels/test_noise.py",
-    "tests/kernels/test_adversarial.py", "tests/ops/test_dropout.py", "tests/nn/test_dropout.py",
-    "tests/nn/test_fused.py", "tests/nn/test_noise.py", "tests/common/test_random.py",
+    "tests/kernels/test_adversarial.py", "tests/ops/test_dropout.py", "tests/ops/test_noise.py",
+    "tests/nn/test_dropout.py", "tests/nn/test_fused.py", "tests/nn/test_noise.py",
+    "tests/nn/test_attached.py", "tests/nn/test_noise_scheduler.py", "tests/nn/test_token_noise.py",
+    "tests/common/test_random.py",
 )  # fmt: skip
 DRY = ("tests/optim/test_gpu.py", "tests/kernels/test_norm.py", "tests/nn/test_drop_path.py")
 PASSED = "FASTREG_PASSED"

@@ -13,7 +13,7 @@ from .. import optim, schedules
 from ..common.validation import check_rate
 from ..layerwise.set_rates import by_role
 from .model_callbacks import find_branches
-from .readers import Duration
+from .readers import Duration, check_setting
 
 
 class WeightDecay(NamedTuple):
@@ -95,7 +95,7 @@ def dropout(
         rates = [check_rate("rate", value) for value in layers]
     elif rate is not None or not rate_itself:
         rates = check_rate("rate", 0.1 if rate is None else rate)
-    by_role(0.0, roles)  # refuses unknown roles
+    check_setting("roles", by_role, 0.0, roles)  # refuses unknown roles
     arguments: dict[str, Any] = {"layers": rates, "roles": roles, "inject": inject}
     if annealing is not None:
         arguments |= {"schedule": annealing} | ({} if levels is None else {"levels": levels})
@@ -116,9 +116,9 @@ def clip(
     """
     components: list[optim.Component] = []
     if value is not None:
-        components.append(optim.ClipValue(value))
+        components.append(check_setting("value", optim.ClipValue, value))
     if adaptive is not None:
-        components.append(optim.AdaptiveClip(adaptive))
+        components.append(check_setting("adaptive", optim.AdaptiveClip, adaptive))
     if not components or max_norm is not None or norm_type is not None:
         norm_type = 2.0 if norm_type is None else norm_type
         components.append(optim.ClipNorm(1.0 if max_norm is None else max_norm, norm_type))

@@ -16,6 +16,22 @@ Duration = NewType("Duration", float)
 """Steps as an integer, or a share of the run as a float up to 1."""
 
 
+class SettingError(ValueError):
+    """An error that begins with the name of the setting that it is about."""
+
+
+def check_setting(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function with the value of a setting.
+
+    Raises:
+        SettingError: Where the function raises ValueError.
+    """
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise SettingError(f"{name}: {error}") from None
+
+
 def reader_of(annotation: Any) -> Reader | None:
     """Returns the reader of an annotated type; `None` for types that YAML cannot hold."""
     if annotation in _READERS:

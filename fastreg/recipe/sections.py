@@ -19,7 +19,7 @@ from ..common.validation import unknown
 from ..optim.registry import OPTIMIZERS
 from . import factories
 from .model_callbacks import RDropCallback
-from .readers import Reader, duration, either, flag, one_of, reader_of
+from .readers import Reader, SettingError, duration, either, flag, one_of, reader_of
 
 NOT_SETTINGS = frozenset(
     {
@@ -161,9 +161,11 @@ class Section:
 
 
 def call(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function; errors begin with the name of the section."""
+    """Calls a function; errors begin with the name of the section, and of the setting where it is known."""
     try:
         return function(*args, **kwargs)
+    except SettingError as error:
+        raise ValueError(f"{where}.{error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     except TypeError as error:

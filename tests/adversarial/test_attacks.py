@@ -118,6 +118,14 @@ def test_steps_match_their_definitions(model, x, y):
     assert torch.equal(adversarial, x + EPSILON * one.view_as(x))
 
 
+def test_steps_may_be_a_whole_float(model, x, y):
+    attacked = []
+    for steps in (3, 3.0):
+        torch.manual_seed(0)
+        attacked.append(pgd(model, x, y, 0.1, steps=steps))
+    assert torch.equal(*attacked) and not torch.equal(attacked[0], x)
+
+
 def tutorial(image, epsilon, data_grad):
     return torch.clamp(image + epsilon * data_grad.sign(), 0, 1)
 

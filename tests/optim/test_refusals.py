@@ -77,7 +77,8 @@ VALUES = (
     (Lion, {"weight_decay": math.inf}, "weight_decay must be finite and >= 0, got weight_decay=inf"),
     (Lion, {"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got weight_decay=-0.1"),
     *(
-        (AdamW, {"seed": seed}, f"seed must be a whole number >= {-(2**63)}, got seed={seed!r}")
+        (optimizer, {"seed": seed}, f"seed must be a whole number >= {-(2**63)}, got seed={seed!r}")
+        for optimizer in (AdamW, SGD, Lion)
         for seed in (-(2**63) - 1, 2.5, "a", True)
     ),
     *(

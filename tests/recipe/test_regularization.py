@@ -65,7 +65,8 @@ WRONG = [
     ({"dropout": [{"rate": 0.1}, {"rat": 0.1}]}, "dropout[1]: unknown setting 'rat'"),
     ({"clip": -1}, "clip: max_norm must be > 0, got max_norm=-1.0"),
     ({"clip": {"max_nrm": None}}, "clip: unknown setting 'max_nrm'"),
-    ({"clip": {"value": -1}}, "clip: clip_value must be finite and >= 0"),
+    ({"clip": {"value": -1}}, "clip.value: clip_value must be finite and >= 0"),
+    ({"clip": {"adaptive": 0}}, "clip.adaptive: clipping must be finite and > 0"),
     ({"clip": "much"}, "clip must be a number, got 'much'"),
     ({"clip": {"norm_type": 3}}, "clip: norm_type must be 2 or math.inf"),
     ({"clip": [1, 2]}, "clip must be a number, got [1, 2]"),
@@ -82,7 +83,7 @@ WRONG = [
     ({"dropout": {"layers": "linear", "rate": 0.1}}, "either a rate or layers: 'linear'"),
     ({"dropout": {"layers": "lin"}}, "dropout.layers must be one of 'linear', 'path', got 'lin'; or "),
     ({"dropout": {"base": 0.1}}, "base goes with layers: linear"),
-    ({"dropout": {"roles": "hiden"}}, "dropout: roles must be among 'hidden'"),
+    ({"dropout": {"roles": "hiden"}}, "dropout.roles: roles must be among 'hidden'"),
     (
         {"dropout": {"annealing": {"start": 2}}},
         "dropout.annealing: start must be in [0, 1], got start=2.0",

@@ -24,6 +24,7 @@ quiet = {"progress": False}
         ({"epochs": True}, ValueError, "epochs must be a whole number >= 1, got epochs=True"),
         ({"epochs": None}, ValueError, "epochs= or max_steps="),
         ({"max_steps": 0}, ValueError, "max_steps must be"),
+        ({"accumulate": 0}, ValueError, "accumulate must be a whole number >= 1, got accumulate=0"),
         ({"accumulate": 2.5}, ValueError, "accumulate must be a whole number >= 1, got accumulate=2.5"),
         ({"accumulate": None}, ValueError, "accumulate must be"),
         ({"warmup": -1}, ValueError, "warmup must be a whole number >= 0"),
