@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..common.batches import map_first_tensor
 from ..nn import Dropout
 from .sites import INJECTED
 
@@ -51,11 +52,4 @@ def detach(module: nn.Module) -> None:
 def _drop(module: nn.Module, args: Any, output: Any) -> Any:
     dropout = module._modules[INJECTED]
     assert dropout is not None
-    if isinstance(output, Tensor):
-        return dropout(output)
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return (dropout(output[0]), *output[1:])
-    raise TypeError(
-        f"cannot drop from the output of {type(module).__name__}: it is a {type(output).__name__}, not a "
-        "tensor or a tuple that starts with one"
-    )
+    return map_first_tensor(module, output, dropout)

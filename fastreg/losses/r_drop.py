@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..common.batches import get_output
+from ..common.batches import get_output, map_items
 from ..common.unwrap import unwrap_model
 from ..common.validation import check_choice, check_range
 
@@ -125,7 +125,8 @@ def r_drop(
         logits, logits2, cross_entropy = first[0], second[0], (first[1] + second[1]) * 0.5
     else:
         items = None if num_items_in_batch is None else 2 * num_items_in_batch
-        both, cross_entropy = _pass(model, _doubled(batch, len(labels)), loss_fn, items)
+        twice = map_items(batch, functools.partial(_doubled, len(labels)))
+        both, cross_entropy = _pass(model, twice, loss_fn, items)
         logits, logits2 = both.split(len(both) // 2)
     _check(logits, logits2, alpha)
     if labels.shape != logits.shape[:-1]:
@@ -231,12 +232,8 @@ def _labels(batch: Any) -> Tensor:
     return labels
 
 
-def _doubled(value: Any, size: int) -> Any:
-    """Returns a batch with each tensor repeated; tensors without a batch dimension stay."""
-    if isinstance(value, Mapping):
-        return {key: _doubled(item, size) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_doubled(item, size) for item in value)
+def _doubled(size: int, value: Any) -> Any:
+    """Returns a tensor repeated; one without a batch dimension, and anything else, stays."""
     if not isinstance(value, Tensor) or not value.dim() or (len(value) == 1 != size):
         return value
     if len(value) != size:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.batches import map_first_tensor
 from ..common.unwrap import unwrap_model
 from .noise import ActivationNoise
 
@@ -77,17 +78,7 @@ class NoiseHook:
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Adds noise to the output of a module."""
-        if not module.training:
-            return output
-        if isinstance(output, Tensor):
-            return self._add(output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            make = getattr(type(output), "_make", type(output))
-            return make([self._add(output[0]), *output[1:]])
-        raise TypeError(
-            f"noise needs a module whose output is a tensor or starts with one, {type(module).__name__} has "
-            f"returned {type(output).__name__}; attach it to a module within"
-        )
+        return map_first_tensor(module, output, self._add) if module.training else output
 
     def _add(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.noise.level.device != x.device:

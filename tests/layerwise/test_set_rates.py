@@ -1,6 +1,7 @@
 """Rates are what was asked for, in every family, by what really runs; what cannot be is an error."""
 
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 import fastreg.nn
 from fastreg.layerwise import assert_dropout, audit, dropout_sites, set_dropout
+from fastreg.layerwise.inject import attach
 from fastreg.schedules import DropPathLayers, Linear, LinearLayers
 
 DECODERS = ("llama", "qwen2", "mistral", "gemma", "gemma2", "mixtral")
@@ -126,6 +128,27 @@ def test_injection_drops_the_output_and_scales_it(make):
     kept = dropped != 0
     assert torch.equal(dropped[kept], 2 * plain[kept])
     assert 60 < kept.sum() < 196  # of 256, at 5 standard deviations about half
+
+
+class Both(NamedTuple):
+    first: torch.Tensor
+    second: str
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: [x, "text"], lambda x: Both(x, "text")])
+def test_injection_keeps_the_kind_of_an_output(make):
+    class Returns(nn.Linear):
+        def forward(self, x):
+            return make(super().forward(x))
+
+    module, x = Returns(8, 8), torch.randn(20, 8)
+    attach(module, 0.5)
+    output, expected = module(x), make(nn.functional.linear(x, module.weight, module.bias))
+    assert type(output) is type(expected)
+    dropped, plain = (o if isinstance(o, torch.Tensor) else o[0] for o in (output, expected))
+    kept = dropped != 0
+    assert 40 < kept.sum() < 120 and torch.equal(dropped[kept], 2 * plain[kept])  # of 160, at p = 0.5
+    assert isinstance(output, torch.Tensor) or output[1] == "text"
 
 
 def test_injection_only_where_there_is_none(make):

@@ -2,6 +2,7 @@
 
 import math
 import types
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -211,6 +212,25 @@ def test_what_all_samples_share_passes_once(number):
     net, batch = gpt2(0.0), language_batch()
     result = fastreg.r_drop(net, {**batch, "position_ids": torch.arange(8)[None]})
     assert number(result.loss) == pytest.approx(number(net(**batch).loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("passes", ["together", "apart"])
+def test_batches_in_named_tuples(passes):
+    class Batch(NamedTuple):
+        inputs: Any
+        labels: torch.Tensor
+
+    class Inputs(NamedTuple):
+        x: torch.Tensor
+        scale: float
+
+    class Scaled(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs.x * inputs.scale)
+
+    net, x, y = Scaled(6, 4), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    result = fastreg.r_drop(net, Batch(Inputs(x, 2.0), y), passes=passes)
+    torch.testing.assert_close(result.loss, F.cross_entropy(F.linear(2 * x, net.weight, net.bias), y))
 
 
 @pytest.mark.parametrize(

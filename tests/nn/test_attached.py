@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ def test_attached_noise_is_on_the_output():
     assert torch.equal(model(x), clean)
 
 
+class Both(NamedTuple):
+    first: torch.Tensor
+    second: str
+
+
+@pytest.mark.parametrize("make", [lambda x: [x, "text"], lambda x: Both(x, "text")], ids=("list", "named"))
+def test_outputs_keep_their_kind(make):
+    class Returns(nn.Module):
+        def forward(self, x):
+            return make(x)
+
+    model = nn.Sequential(Returns())
+    attach_activation_noise(model, "0", 0.3)
+    output = model(x := torch.ones(30))
+    assert type(output) is type(make(x)) and output[1] == "text" and (output[0] != x).all()
+
+
 @pytest.mark.parametrize("pattern", ["pair", "layers.1"])
 def test_attached_noise_compiles_once(pattern, counting):
     graphs, compiler = counting
@@ -109,7 +127,7 @@ def test_attaching_refuses():
 
     model = nn.Sequential(ReturnsDict())
     attach_activation_noise(model, "0", 0.1)
-    with pytest.raises(TypeError, match="ReturnsDict has returned dict"):
+    with pytest.raises(TypeError, match="output of ReturnsDict must be a tensor.* got dict; choose a module"):
         model(torch.ones(3))
 
 
