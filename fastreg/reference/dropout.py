@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .random import PhiloxPosition, reaches16
+from .step import compute_dtype
 
 ROUNDS = 7
 """Rounds of Philox: the fewest that its authors found to pass all tests of randomness."""
@@ -63,8 +64,8 @@ def dropout_backward(
 
 
 def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns x + bias in the precision of the arithmetic, see `reference.step.compute_dtype`."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    """Returns x + bias in the precision of the arithmetic."""
+    compute = compute_dtype(dtype)
     return x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
 
 
