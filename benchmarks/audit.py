@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from fastreg.cli import document
+from fastreg.layerwise.table import aligned
 from fastreg_kernels import step as step_kernels
 
 from . import kernels, sass
@@ -107,12 +108,12 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
     for position, name in enumerate(entry.kernel.arg_names):
         value = values[name]
         types[name] = value if isinstance(value, str) else leaves(value, (position,))
-    aligned = [
+    plain = [
         (i,)
         for i, (name, value) in enumerate(types.items())
         if isinstance(value, str) and (value[0] == "*" or name in entry.multiples)
     ]
-    return types, constants, {path: [["tt.divisibility", 16]] for path in (*aligned, *pointers)}
+    return types, constants, {path: [["tt.divisibility", 16]] for path in (*plain, *pointers)}
 
 
 def compile_entry(entry: Entry, target: str) -> Any:
@@ -212,9 +213,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as aligned text."""
-    lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return aligned([list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -60,7 +60,4 @@ Row, Table = DropoutRow, DropoutTable  # aliases for one release
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Formats lines of cells as plain text, in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
