@@ -12,8 +12,11 @@ from fastreg.nn import BiasActDropout, BiasActDropoutAdd, BiasDropoutAdd, Dropou
 from fastreg.nn.functional import bias_act_dropout, bias_act_dropout_add, bias_dropout_add, dropout_add
 from fastreg.reference.activations import ACTIVATIONS
 
-FUNCTIONS = {name: activation.function for name, activation in ACTIVATIONS.items()}
-FUNCTIONS["gelu_tanh"] = lambda x: nn.functional.gelu(x, approximate="tanh")
+TORCH = {
+    "identity": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+}  # fmt: skip
+FUNCTIONS = {name: TORCH.get(name, activation.function) for name, activation in ACTIVATIONS.items()}
 FORMS = [(True, True), (True, False), (False, True), (False, False)]  # bias, residual
 
 
