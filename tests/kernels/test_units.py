@@ -76,7 +76,7 @@ def test_after_clipping_the_norm(backend, close):
 
 @pytest.mark.slow(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_many_steps_beside_other_pieces(backend, close):
+def test_many_steps_beside_other_components(backend, close):
     results = []
     for ours in (True, False):
         params = [Parameter(w) for w in draw(0)]

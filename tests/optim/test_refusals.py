@@ -130,12 +130,12 @@ PIECES = (
 
 
 @pytest.mark.parametrize("make, message", PIECES)
-def test_pieces(make, message):
+def test_components(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
 
-def test_pieces_show_as_written():
+def test_components_show_as_written():
     for component in (
         ClipNorm(1),
         ClipValue(2),
@@ -217,7 +217,7 @@ def test_what_torch_refuses(rule):
         rule([weight, weight])
 
 
-def test_two_pieces_that_store_weights():
+def test_two_components_that_store_weights():
     class Stored(fastreg.Component):
         phase = fastreg.Phase.AVERAGE
 

@@ -200,7 +200,7 @@ def test_momentum_saved_as_none(Race):
     race.check()
 
 
-def test_missing_pieces_start_when_loaded(Race):
+def test_missing_components_start_when_loaded(Race):
     """A checkpoint from before the average: it starts as the weights are then."""
     race = Race([(6,)])
     old = fastreg.AdamW(race.ours)
