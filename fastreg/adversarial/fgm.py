@@ -32,10 +32,10 @@ class FGM:
 
     Args:
         model: The model, which may be wrapped. Its `get_input_embeddings()` is perturbed by default.
-        epsilon: ε ≥ 0, the distance in units of the weights; may be set between attacks.
+        epsilon: ε ≥ 0, the distance in units of the weights. May be set between attacks.
         modules: Modules to perturb instead, or a pattern searched in the names of parameters (`re.search`),
             such as `"word_embeddings"`. Each parameter is moved by its own norm.
-        rounding: Rounding of perturbed 16-bit weights, `"stochastic"` or `"nearest"`: see `SAM`.
+        rounding: Rounding of perturbed 16-bit weights, `"stochastic"` or `"nearest"`. See `SAM`.
 
     Raises:
         ValueError: If epsilon is out of range, or there are no parameters to perturb.

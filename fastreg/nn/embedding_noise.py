@@ -213,7 +213,7 @@ def attach_embedding_noise(
     Args:
         model: A model of transformers, or any with `get_input_embeddings()`, wrapped (see `unwrap_model`) or
             not; or an `nn.Embedding`, whose `padding_idx` is the padding of `length="true"`.
-        alpha: Size of the noise, see `EmbeddingNoise`.
+        alpha: Size of the noise, ≥ 0. See `EmbeddingNoise`.
         std: Standard deviation of Gaussian noise instead.
         length: `"padded"` or `"true"`.
         generator: See `EmbeddingNoise`.

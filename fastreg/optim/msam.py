@@ -40,8 +40,8 @@ class MSAM(Average):
     gradient at a step keeps its perturbation.
 
     Args:
-        rho: Radius ρ of the perturbation over all parameters; ≥ 0, may be changed between steps.  Larger than
-            SAM's, 3 in the paper's experiments, since momentum is rarely aligned with the gradient.
+        rho: Radius ρ of the perturbation over all parameters; ≥ 0.  May be changed between steps.  Larger
+            than SAM's, 3 in the paper's experiments, since momentum is rarely aligned with the gradient.
 
     Raises:
         ValueError: If rho is negative or not finite.

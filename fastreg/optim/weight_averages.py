@@ -231,7 +231,7 @@ class SWA(_Buffered):
     It is kept like an `EMA`.  Until it starts, `averaged()` and `eval()` leave a parameter as it is.
 
     Args:
-        start: The step, counted for each parameter, whose weight is the first; ≥ 1.
+        start: The step whose weight is the first. It is counted for each parameter; ≥ 1.
         every: Steps between weights; ≥ 1.
         name: Key of the average, to tell several apart.
         buffers: As for `EMA`; for BatchNorm, `fastreg.update_bn` measures them anew instead.

@@ -79,7 +79,7 @@ class WeightNoise:
         std: Standard deviation, in units of the weights or as a share of each; ≥ 0.  A key of the groups.
         relative: Whether the noise of each weight is of `std · |w|`, a relative error, which does not depend
             on the scale of the weights and leaves zeros alone.
-        rounding: Of perturbed 16-bit weights, `"stochastic"` or `"nearest"`, see `SAM`.
+        rounding: Of perturbed 16-bit weights, `"stochastic"` or `"nearest"`. See `SAM`.
         seed: Of the noise; by default from `torch.initial_seed()`.  Replicas of a model (DDP) may have
             different seeds, and then average over their noise.
 

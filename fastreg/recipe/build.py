@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,19 +23,19 @@ from .sections import ANNEALING, SECTIONS, call, resolve_duration
 if TYPE_CHECKING:
     from .regularization import Regularization
 
-COMPONENTS = (
-    "clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp",
-)  # fmt: skip
+COMPONENTS = ("clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp")
 """Sections that go into the optimizer's pass; of several averages, the first is evaluated."""
 
-EFFECTS: dict[str, Any] = {
+EFFECTS: dict[str, Callable[[Any, Any], Callback]] = {
     "embedding_noise": functools.partial(Noise, "embedding_noise"),
     "activation_noise": functools.partial(Noise, "activation_noise"),
     "token_noise": functools.partial(Noise, "token_noise"),
-    "r_drop": None, "weight_noise": NoisyWeights, "adversarial": Adversarial,
-}  # fmt: skip
-"""Sections that act on the model and on passes, from the inside out, and the callbacks around what they make;
-SAM's two passes are around all."""
+    "r_drop": lambda callback, factor: callback,
+    "weight_noise": functools.partial(NoisyWeights, "weight_noise"),
+    "adversarial": lambda attack, factor: Adversarial(attack),
+}
+"""Sections that act on the model and on passes, from the inside out, and the callbacks around what they make
+and its annealing; SAM's two passes are around all."""
 
 MANY_STEPS = 1_000_000
 """The length of the run for which a recipe is checked; shares of it are whole numbers of steps."""
@@ -54,23 +54,17 @@ def make_callbacks(
 ) -> Callbacks:
     """Returns the callbacks of a recipe; a model is left as it was where an error is raised.
 
-    Args:
-        recipe: The recipe.
-        model: The model.
-        optimizer: The optimizer; SAM in it makes two passes, whether the recipe or somebody else made it.
-        steps: Optimizer steps of the whole run.
-        seed: Base of the random numbers of weight noise.
+    SAM in the optimizer makes two passes, whether the recipe made it or not.
     """
     model = unwrap_model(model)
     rates = dropout_rates(recipe, steps)
-    factors = {name: _factor(recipe, name, steps) for name in EFFECTS}
     callbacks = Callbacks()
     try:
         if rates:
             callbacks.append(call("dropout", DropoutRates, model, rates))
         for name in EFFECTS:
             if (settings := vars(recipe)[name]) is not None:
-                callbacks.append(_effect(name, settings, factors[name], model, steps, seed))
+                callbacks.append(_effect(name, settings, model, steps, seed))
         layers = wrapped_optimizers(optimizer)
         if (sam := next((layer for layer in layers if isinstance(layer, optim.SAM)), None)) is not None:
             callbacks.append(SharpnessAware(sam, model))
@@ -117,24 +111,15 @@ def _stand_in() -> nn.Module:
         return _StandIn(16, 4, 1, 2, max_length=4)
 
 
-def _factor(recipe: Regularization, name: str, steps: int | None) -> Any:
-    """Returns how the level of a section changes with the step; `None` where it does not."""
-    settings = vars(recipe)[name] or {}
-    if "annealing" not in settings:
-        return None
-    return ANNEALING.make(f"{name}.annealing", settings["annealing"], steps)
-
-
 def _effect(
-    name: str, settings: dict[str, Any], factor: Any, model: nn.Module, steps: int | None, seed: int | None
+    name: str, settings: dict[str, Any], model: nn.Module, steps: int | None, seed: int | None
 ) -> Callback:
-    section, wrap = SECTIONS[name], EFFECTS[name]
     arguments = {key: item for key, item in settings.items() if key not in ("annealing", "method")}
-    if name == "weight_noise":
-        effect = section.make(name, arguments, steps, model.parameters(), seed=seed)
-    else:
-        effect = section.make(name, arguments, steps, model)
-    return effect if wrap is None else wrap(effect) if factor is None else wrap(effect, factor)
+    factor = None
+    if "annealing" in settings:
+        factor = ANNEALING.make(f"{name}.annealing", settings["annealing"], steps)
+    inputs, more = (model.parameters(), {"seed": seed}) if name == "weight_noise" else (model, {})
+    return EFFECTS[name](SECTIONS[name].make(name, arguments, steps, inputs, **more), factor)
 
 
 def dropout_rates(recipe: Regularization, steps: int | None) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ class Callbacks(list[Callback]):
             callback.step(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint needs, by the names of callbacks."""
+        """Returns the state of each callback, by its name."""
         return {callback.name: callback.state_dict() for callback in self}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -143,13 +143,7 @@ class Callbacks(list[Callback]):
     ) -> Tensor:
         """Makes a whole step: all passes over the batch, the optimizer's step, and cleared gradients.
 
-        Args:
-            loss: Evaluates the model on the batch, with gradients; called once for each pass.
-            optimizer: The optimizer.
-            watch: Entered around all that the optimizer does; for timing.
-
-        Returns:
-            The loss at the weights themselves, without a graph.
+        Arguments and result are those of `gradients`; `watch` is entered around all the optimizer does.
         """
         watch = _IDLE if watch is None else watch
         value = self.gradients(loss, watch=watch)
@@ -162,16 +156,11 @@ class Callbacks(list[Callback]):
 class Passes(Callback):
     """Base of callbacks that make passes of their own, and notice when these are left out."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self._made = name, False
-        self._last: int | None = None
+    _made = False
+    _last: int | None = None
 
     def step(self, step: int | None = None) -> None:
-        """Checks that the passes of this step have been made.
-
-        Raises:
-            RuntimeError: If the passes of this step have not been made.
-        """
+        """Raises `RuntimeError` if the passes of this step have not been made."""
         began = step is not None and self._last in (None, step)  # before the first step of this process
         if not self._made and not began:
             raise RuntimeError(
@@ -180,3 +169,4 @@ class Passes(Callback):
                 "loss.backward()"
             )
         self._made, self._last = False, (self._last or 0) + 1 if step is None else step
+        super().step(step)

@@ -26,9 +26,8 @@ Times = Callable[[int], float]
 class DropoutRates(Callback):
     """Dropout rates that are set once, or that change with the step.
 
-    Args:
-        model: The model, which stays as it was where an error is raised.
-        sections: Arguments of `layerwise.DropoutScheduler`, or of `set_dropout` where there is no schedule.
+    Sections are arguments of `layerwise.DropoutScheduler`, or of `set_dropout` where there is no schedule.
+    The model stays as it was where an error is raised.
     """
 
     name = "dropout"
@@ -68,13 +67,7 @@ class DropoutRates(Callback):
 
 
 class Noise(Callback):
-    """Noise that is attached to a model, whose level may change with the step.
-
-    Args:
-        name: See `Callback`.
-        attached: The attached noise.
-        factor: Factor of its level.
-    """
+    """Noise that is attached to a model, whose level may change by a factor with the step."""
 
     def __init__(self, name: str, attached: Any, factor: Times | None = None) -> None:
         self.name, self._attached = name, attached
@@ -118,16 +111,7 @@ def find_branches(model: nn.Module) -> re.Pattern[str]:
 
 
 class NoisyWeights(Passes, Noise):
-    """Noise on the weights in every pass.
-
-    Args:
-        noise: A `fastreg.WeightNoise`.
-        factor: Factor of its standard deviation, as a function of the step.
-    """
-
-    def __init__(self, noise: Any, factor: Times | None = None) -> None:
-        Passes.__init__(self, "weight_noise")
-        Noise.__init__(self, self.name, noise, factor)
+    """A `fastreg.WeightNoise` that is added in every pass."""
 
     def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
         """Adds noise for the length of a pass."""
@@ -140,33 +124,25 @@ class NoisyWeights(Passes, Noise):
             with watch:
                 self._attached.restore()
 
-    def step(self, step: int | None = None) -> None:
-        """Sets the level of the next step."""
-        Passes.step(self, step)
-        Noise.step(self, step)
-
     def state_dict(self) -> dict[str, Any]:
         """Returns seed and count of the noise, and the step of the schedule."""
-        return {"noise": self._attached.state_dict(), "levels": Noise.state_dict(self)}
+        return {"noise": self._attached.state_dict(), "levels": super().state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues the noise that was saved."""
         self._attached.load_state_dict(state_dict["noise"])
-        Noise.load_state_dict(self, state_dict["levels"])
+        super().load_state_dict(state_dict["levels"])
 
     def remove(self) -> None:
         """Does nothing, since weights have noise in passes only."""
 
 
 class Adversarial(Passes):
-    """A second pass with embeddings moved to raise the loss, whose gradients are added.
+    """A second pass with embeddings moved by `fastreg.FGM`, whose gradients are added."""
 
-    Args:
-        attack: A `fastreg.adversarial.FGM`.
-    """
+    name = "adversarial"
 
     def __init__(self, attack: Any) -> None:
-        super().__init__("adversarial")
         self._attack = attack
 
     def make_passes(self, gradients: Gradients, watch: Watch) -> Tensor:
@@ -179,12 +155,7 @@ class Adversarial(Passes):
 
 
 class SharpnessAware(Callback):
-    """A second pass where `fastreg.SAM` has moved the weights.
-
-    Args:
-        optimizer: A `fastreg.SAM`.
-        model: Its model, of which BatchNorm sees the first pass only.
-    """
+    """A second pass where `fastreg.SAM` has moved the weights; BatchNorm sees the first pass only."""
 
     name = "sam"
 
@@ -216,8 +187,9 @@ class RDropCallback(Passes):
         alpha: Weight of the divergence, >= 0; 1 to 5 in the paper.
     """
 
+    name = "r_drop"
+
     def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
-        super().__init__("r_drop")
         self._alpha, self._compared = check_range("alpha", alpha, 0), False
         self._calls: list[tuple[Any, ...]] | None = None  # logits, counted positions, items
         self._hook = unwrap_model(model).register_forward_hook(self._record, with_kwargs=True)

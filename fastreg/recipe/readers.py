@@ -21,11 +21,7 @@ class SettingError(ValueError):
 
 
 def check_setting(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function with the value of a setting.
-
-    Raises:
-        SettingError: Where the function raises ValueError.
-    """
+    """Calls a function with the value of a setting; its `ValueError` becomes a `SettingError`."""
     try:
         return function(*args)
     except ValueError as error:
@@ -109,12 +105,7 @@ def one_of(*choices: Any) -> Reader:
 
 
 def sequence_of(read_item: Reader, length: int | None = None) -> Reader:
-    """Returns a reader of lists whose items another one reads.
-
-    Args:
-        read_item: Reads an item.
-        length: How many items there must be; any number by default.
-    """
+    """Returns a reader of lists of some length, any by default, whose items another reader reads."""
 
     def read(name: str, value: Any) -> list[Any]:
         if isinstance(value, str) or not isinstance(value, Sequence) or length not in (None, len(value)):

@@ -30,54 +30,31 @@ NOT_SETTINGS = frozenset(
 )  # fmt: skip
 """Parameters that are no data, or that other sections and `apply` set."""
 
-RENAMED: dict[str, str] = {}
-"""Settings by the names that they had before."""
-
 
 @dataclass(frozen=True)
 class Key:
-    """One setting of a section.
-
-    Args:
-        read: Makes a value of what a recipe says.
-        example: The default, as YAML holds it.
-        text: What it means.
-    """
+    """One setting of a section, with its help."""
 
     read: Reader
-    example: Any
+    example: Any  # the default, as YAML holds it
     text: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """One regularizer, as a recipe has it: on, with settings, or off.
-
-    Args:
-        text: What it does.
-        factory: Makes it; its parameters are the settings, the first of which a bare value stands for.
-        others: Further callables whose parameters are settings.
-        many: Whether a recipe may have a list of it.
-        first: Settings before those of the factory.
-        last: Settings that the factory lacks, or that take other values than it.
-        annealed: Whether the level may change with the step.
-        omitted: Parameters that are no settings.
-        printed: Defaults that depend on other settings: what they are where nothing else is set.
-        durations: Settings in steps, which may be shares of the run.
-        needs_model: Settings that only a model can check.
-    """
+    """One regularizer, as a recipe has it: on, with settings, or off."""
 
     text: str
-    factory: Callable[..., Any]
-    others: Sequence[Callable[..., Any]] = ()
-    many: bool = False
-    first: dict[str, Key] = field(default_factory=dict)
-    last: dict[str, Key] = field(default_factory=dict)
-    annealed: bool = False
-    omitted: Sequence[str] = ()
-    printed: Mapping[str, Any] = field(default_factory=dict)
-    durations: Sequence[str] = ()
-    needs_model: Sequence[str] = ()
+    factory: Callable[..., Any]  # its parameters are the settings, the first of which a bare value stands for
+    others: Sequence[Callable[..., Any]] = ()  # further callables whose parameters are settings
+    many: bool = False  # whether a recipe may have a list of it
+    first: dict[str, Key] = field(default_factory=dict)  # settings before those of the factory
+    last: dict[str, Key] = field(default_factory=dict)  # settings that it lacks, or that take other values
+    annealed: bool = False  # whether the level may change with the step
+    omitted: Sequence[str] = ()  # parameters that are no settings
+    printed: Mapping[str, Any] = field(default_factory=dict)  # defaults that depend on other settings
+    durations: Sequence[str] = ()  # settings in steps, which may be shares of the run
+    needs_model: Sequence[str] = ()  # settings that only a model can check
 
     @functools.cached_property
     def keys(self) -> dict[str, Key]:
@@ -88,11 +65,12 @@ class Section:
             for name, parameter in inspect.signature(factory).parameters.items():
                 if name in NOT_SETTINGS or name in self.omitted:
                     continue
-                reader = duration if name in self.durations else reader_of(hints.get(name))
+                reader, text = reader_of(hints.get(name)), helps.get(name, "")
+                if name in self.durations:
+                    reader, text = duration, f"{text}; or a share of the run, such as 0.5"
                 if reader is not None and name not in keys:
                     default = self.printed.get(name, parameter.default)
-                    default = list(default) if isinstance(default, tuple) else default
-                    keys[name] = Key(reader, default, helps.get(name, ""))
+                    keys[name] = Key(reader, list(default) if isinstance(default, tuple) else default, text)
         return keys | self.last | ({"annealing": _ANNEALING_KEY} if self.annealed else {})
 
     @property
@@ -103,25 +81,18 @@ class Section:
     def read(self, name: str, value: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
         """Returns the settings in their own types; `None` where the section is off.
 
-        Args:
-            name: For errors.
-            value: Settings by name; a bare value for the most important one; `True` for the defaults;
-                `None` or `False` for off; a list of such where several are possible.
-
-        Raises:
-            ValueError: For unknown settings and values that cannot be read.
+        The value is that of `regularization.Setting`, or `False` for off; errors begin with the name.
         """
         if value is None or value is False:
             return None
         if value is True:
             return {}
         if isinstance(value, Mapping):
-            keys = {key: self._known(name, key) for key in value}
-            return {
-                keys[key]: self.keys[keys[key]].read(f"{name}.{key}", item)
-                for key, item in value.items()
-                if item is not None
-            }
+            for key in value:
+                if key not in self.keys:
+                    raise ValueError(unknown(f"{name}: unknown setting", key, self.keys))
+            items = {key: item for key, item in value.items() if item is not None}
+            return {key: self.keys[key].read(f"{name}.{key}", item) for key, item in items.items()}
         if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
             return [self._one(f"{name}[{i}]", item) for i, item in enumerate(value)]
         return {self.short: self.keys[self.short].read(name, value)}
@@ -133,23 +104,12 @@ class Section:
             raise ValueError(f"{name} must be settings, or true for defaults, got {value!r}: leave it out")
         return settings
 
-    def _known(self, section: str, key: Any) -> str:
-        name = key if key in self.keys else RENAMED.get(key)
-        if name not in self.keys:
-            raise ValueError(unknown(f"{section}: unknown setting", key, self.keys))
-        return name
-
     def make(
         self, where: str, settings: Mapping[str, Any], steps: int | None, *args: Any, **more: Any
     ) -> Any:
-        """Calls the factory; errors begin with the section.
+        """Calls the factory with `args`, the settings as `read` returns them, and `more`.
 
-        Args:
-            where: The name of the section, for errors.
-            settings: As `read` returns them.
-            steps: Steps of the whole run.
-            args: For the factory, before the settings.
-            more: For the factory, beside the settings.
+        Errors begin with `where`; `steps` are those of the whole run.
         """
         arguments = {key: tuple(item) if isinstance(item, list) else item for key, item in settings.items()}
         for key in self.durations:
@@ -173,11 +133,7 @@ def call(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def resolve_duration(where: str, value: float, steps: int | None) -> int:
-    """Returns a duration in steps.
-
-    Raises:
-        ValueError: If it is a share of a run of unknown length.
-    """
+    """Returns a duration in steps; refuses a share of a run of unknown length."""
     if isinstance(value, int):
         return value
     if steps is None:

@@ -186,8 +186,3 @@ def test_settings_that_depend_on_others_have_the_default_of_their_class(name, ke
     signatures = (inspect.signature(cls).parameters for cls in CLASSES[name])
     default = next(parameters[key].default for parameters in signatures if key in parameters)
     assert SECTIONS[name].keys[key].example == default
-
-
-def test_old_names_of_settings_are_read(monkeypatch):
-    monkeypatch.setitem(fastreg.recipe.sections.RENAMED, "period", "interval")
-    assert Regularization(sam={"period": 2}).sam == {"interval": 2}
