@@ -25,7 +25,7 @@ from .common.validation import check_range, check_rate
 from .layerwise.write_rates import ORIGINAL
 from .optim import Component
 from .optim.fused_optimizer import FusedOptimizer
-from .recipe import Callbacks, Regularization, build
+from .recipe import Regularization, build
 from .recipe.model_callbacks import DropoutRates
 from .recipe.regularization import Recipe, read_recipe
 from .schedules import Linear
@@ -185,9 +185,10 @@ def fine_tune_with_adaptive_regularization(
         raise ValueError("dataloader has no length: give epochs=None and max_steps= to say when it ends")
     if not planned:
         raise ValueError("dataloader has no batches: it is empty")
-    fall = Linear(1.0, 0.0, checked.done + planned)
+    steps = checked.done + planned
+    fall = Linear(1.0, 0.0, steps)
     if not {"warmup", "schedule"} & settings.keys():
-        checked = dataclasses.replace(checked, warmup=round(0.06 * (checked.done + planned)), schedule=fall)
+        checked = dataclasses.replace(checked, warmup=round(0.06 * steps), schedule=fall)
     model = _load(model_or_name, checked.auto_class) if isinstance(model_or_name, str) else model_or_name
     if ORIGINAL in vars(unwrap_model(model)):
         raise ValueError(
@@ -239,27 +240,35 @@ def _train(
         )
     planned = settings.steps(dataloader)
     steps = None if planned is None else settings.done + planned
-
-    def prepare(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optimizer, Callbacks]:
-        if optimizer is None:
-            groups, components = build.make_groups(merged, unwrap_model(model), lr), tuple(regularizers)
-            if factory is None:
-                optimizer = build.make_optimizer(merged, groups, lr, steps, None, components)
-            else:
-                if isinstance(groups[0], Tensor):  # a group, lest the factory's default decay
-                    groups = [{"params": groups, "weight_decay": build.weight_decay(merged).rate}]
-                components = (*build.make_components(merged, steps), *components)
-                optimizer = _call(factory, groups, lr, list(components))
-        callbacks = build.make_callbacks(merged, model, optimizer, steps, None)
-        if rates is not None and "dropout" not in added:
-            try:
-                callbacks.append(DropoutRates(model, [rates]))
-            except BaseException:
-                callbacks.remove()
-                raise
-        return optimizer, callbacks
-
-    return train(model, dataloader, prepare, settings)
+    if settings.device is not None:
+        model.to(settings.device)
+    history = History() if settings.history is None else settings.history
+    optimizer = history.optimizer
+    if optimizer is not None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if trained.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                "history= is of another model, and its optimizer would leave this one as it is: give the "
+                "model that it was for, history.model"
+            )
+    else:
+        groups = build.make_groups(merged, unwrap_model(model), lr)
+        if factory is None:
+            optimizer = build.make_optimizer(merged, groups, lr, steps, None, regularizers)
+        else:
+            if isinstance(groups[0], Tensor):  # a group, lest the factory's default decay
+                groups = [{"params": groups, "weight_decay": build.weight_decay(merged).rate}]
+            components = [*build.make_components(merged, steps), *regularizers]
+            optimizer = _call(factory, groups, lr, components)
+    callbacks = build.make_callbacks(merged, model, optimizer, steps, None)
+    if rates is not None and "dropout" not in added:
+        try:
+            callbacks.append(DropoutRates(model, [rates]))
+        except BaseException:
+            callbacks.remove()
+            raise
+    history.optimizer = optimizer
+    return train(model, dataloader, history, callbacks, settings)
 
 
 def _call(

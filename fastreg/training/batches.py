@@ -13,12 +13,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
-    """Returns the loss of a batch.
-
-    Args:
-        model: The model.
-        batch: A mapping, (inputs, labels), or a tensor.
-        loss_fn: See `Settings`.
+    """Returns the loss of a batch: a mapping, (inputs, labels), or a tensor; see `Settings.loss_fn`.
 
     Raises:
         ValueError: If the batch has no labels, or the model returns no loss.

@@ -20,9 +20,6 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
     Works with every optimizer that has `eval()` and `train()`, alone or in wrappers. Nothing happens for
     others, such as torch's, and where averages are swapped in already.
 
-    Args:
-        optimizer: The optimizer of the model.
-
     Raises:
         RuntimeError: Between the two passes of `fastreg.SAM`, whose weights are perturbed.
     """
@@ -40,13 +37,7 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> float | None:
-    """Returns the mean loss over all samples, in evaluation mode; `None` without batches.
-
-    Args:
-        model: The model; its modes are restored.
-        batches: The batches.
-        loss: Returns the mean loss of a batch.
-    """
+    """Returns the mean over all samples of a mean loss of batches, in evaluation mode; `None` without any."""
     total, count = 0.0, 0
     with preserve_modes(model):
         model.eval()

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,36 +26,14 @@ from .evaluation import evaluate_with_averages, mean_loss
 from .history import DivergedError, History
 from .settings import Settings
 
-Prepare = Callable[[torch.optim.Optimizer | None], tuple[torch.optim.Optimizer, Callbacks]]
-"""Makes the callbacks for an optimizer, and the optimizer itself if there is none yet."""
 
+def train(
+    model: nn.Module, dataloader: Iterable[Any], history: History, callbacks: Callbacks, settings: Settings
+) -> History:
+    """Trains a model by the optimizer of a history, and removes the callbacks afterwards.
 
-def train(model: nn.Module, dataloader: Iterable[Any], prepare: Prepare, settings: Settings) -> History:
-    """Trains a model, and restores the mode of every module afterwards.
-
-    Args:
-        model: Any model.
-        dataloader: Batches, see `Settings.loss_fn`.
-        prepare: Called once the model is on its device, with the optimizer of `settings.history`, if any.
-        settings: The settings.
-
-    Raises:
-        DivergedError: At a loss that is NaN or infinite.
-        ValueError: For data without batches, batches without labels, models without loss, and the history of
-            another model.
-        TypeError: For batches of an unknown kind.
+    The mode of every module is restored. Errors are those of `fastreg.loops`.
     """
-    if settings.device is not None:
-        model.to(settings.device)
-    history = History() if settings.history is None else settings.history
-    if history.optimizer is not None:
-        trained = {id(p) for group in history.optimizer.param_groups for p in group["params"]}
-        if trained.isdisjoint(map(id, model.parameters())):
-            raise ValueError(
-                "history= is of another model, and its optimizer would leave this one as it is: give the "
-                "model that it was for, history.model"
-            )
-    history.optimizer, callbacks = prepare(history.optimizer)
     history.model, history.interrupted = model, False
     begin, before = time.perf_counter(), history.seconds
     loop: _Loop | None = None
@@ -88,7 +66,7 @@ class _Loop:
         self.device = tensor.device
         if settings.amp == "fp16" and history.scaler is None:
             history.scaler = torch.amp.GradScaler(self.device.type)
-        self.scaler = history.scaler if settings.amp == "fp16" else None
+        self.scaler = history.scaler if settings.amp == "fp16" else torch.amp.GradScaler(enabled=False)
         self.sam = next((o for o in wrapped_optimizers(self.optimizer) if isinstance(o, SAM)), None)
         self.norms: list[Tensor] = []
         self.bar: Any = None
@@ -152,11 +130,8 @@ class _Loop:
         factor = self._factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         norm = getattr(self.optimizer, "grad_norm", None)
         if norm is not None:
@@ -177,12 +152,9 @@ class _Loop:
         local = not last and self.sam is None and hasattr(self.model, "no_sync")
         with self.model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             return self.callbacks.gradients(
-                lambda: self._loss(batch), backward=lambda loss: self._backward(loss / count),
-                accumulate=not last,
+                lambda: self._loss(batch), accumulate=not last,
+                backward=lambda loss: self.scaler.scale(loss / count).backward(),
             )  # fmt: skip
-
-    def _backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _factor(self, step: int) -> float:
         warmup, schedule = self.settings.warmup, self.settings.schedule
