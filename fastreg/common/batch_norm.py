@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.optim import swa_utils
 
 from .batches import move_to_device
 from .module_state import preserve_modes
@@ -59,41 +58,29 @@ def update_bn(
     swapped_in = getattr(model, "swapped_in", contextlib.nullcontext)
     try:
         with preserve_modes(model), swapped_in():
-            swa_utils.update_bn(
-                map(_Batch, itertools.chain([first], batches)), _Runner(model, device, forward_fn)
-            )
+            model.train()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # for the mean over all batches
+            for batch in itertools.chain([first], batches):
+                if forward_fn is None:
+                    _forward(model, batch, device)
+                else:
+                    forward_fn(model, move_to_device(batch, device))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
-class _Batch:
-    """A batch of a kind that torch does not look into."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-
-
-class _Runner(nn.Module):
-    """A module that calls the model with the batches of the loader."""
-
-    def __init__(self, model: nn.Module, device: Any, forward_fn: ForwardFn | None) -> None:
-        super().__init__()
-        self.model, self.device, self.forward_fn = model, device, forward_fn
-
-    def forward(self, batch: _Batch) -> Any:
-        if self.forward_fn is not None:
-            return self.forward_fn(self.model, move_to_device(batch.content, self.device))
-        inputs = batch.content
-        if isinstance(inputs, (list, tuple)) and inputs:
-            inputs = inputs[0]
-        if not isinstance(inputs, (Tensor, Mapping)):
-            raise TypeError(
-                "batches must be tensors, mappings, or lists and tuples that start with one, "
-                f"got {batch.content!r}; pass forward_fn=lambda model, batch: ..."
-            )
-        inputs = move_to_device(inputs, self.device)
-        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+def _forward(model: nn.Module, batch: Any, device: Any) -> None:
+    inputs = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(inputs, (Tensor, Mapping)):
+        raise TypeError(
+            "batches must be tensors, mappings, or lists and tuples that start with one, "
+            f"got {batch!r}; pass forward_fn=lambda model, batch: ..."
+        )
+    inputs = move_to_device(inputs, device)
+    model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 @contextlib.contextmanager

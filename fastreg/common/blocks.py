@@ -15,14 +15,7 @@ def stacks(model: nn.Module, share: float = 0.1) -> list[list[Block]]:
     """Returns the stacks of a model: for each, names and modules of its blocks in order.
 
     The stages of a hierarchical model make one stack.  Lists with less than `share` of the parameters of the
-    largest stack, such as small heads, are left out.
-
-    Args:
-        model: Any model.
-        share: Least parameters of a stack, as a share of those of the largest.
-
-    Returns:
-        The stacks in the order of registration; an empty list if nothing is repeated.
+    largest stack, such as small heads, are left out.  Stacks are in the order of registration.
     """
     candidates = _stacks(model, "")
     sizes = [sum(map(_size, (block for _, block in stack))) for stack in candidates]

@@ -11,11 +11,9 @@ _WITHOUT_GENERATOR = ("cpu", "meta", "mps")
 
 @contextlib.contextmanager
 def preserve_modes(model: nn.Module | None, training: bool | None = None) -> Iterator[None]:
-    """Restores the training mode of every module of a model after the block.
+    """Restores the training mode of every module of a model, if there is one, after the block.
 
-    Args:
-        model: The model; nothing happens for `None`.
-        training: The mode of all modules in the block; `None` leaves them as they are.
+    In the block all have the mode `training`; `None` leaves them as they are.
     """
     modules = [] if model is None else list(model.modules())
     modes = [module.training for module in modules]
@@ -31,11 +29,7 @@ def preserve_modes(model: nn.Module | None, training: bool | None = None) -> Ite
 
 @contextlib.contextmanager
 def preserve_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Restores torch's random generators after the block.
-
-    Args:
-        devices: Devices whose generators are restored, beside that of the CPU.
-    """
+    """Restores torch's random generators, of the CPU and of some devices, after the block."""
     others = [device for device in devices if device.type not in _WITHOUT_GENERATOR]
     kind = others[0].type if others else "cuda"
     with torch.random.fork_rng(sorted({device.index or 0 for device in others}), device_type=kind):
@@ -44,10 +38,9 @@ def preserve_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Gives modules copies of their buffers for the block; the buffers themselves may be part of a graph.
+    """Gives modules, without those inside them, copies of their buffers for the block.
 
-    Args:
-        modules: The modules, without those inside them.
+    The buffers themselves may be part of a graph.
     """
     originals = [(module, dict(module._buffers)) for module in modules]
     copies: dict[int, torch.Tensor | None] = {id(None): None}

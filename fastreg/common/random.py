@@ -31,15 +31,10 @@ class Purpose(IntEnum):
 
 @functools.cache
 def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
-    """Returns the 64-bit key, as a signed integer, for one purpose under a base seed.
+    """Returns the 64-bit key, as a signed integer, for one purpose under a base seed of at most 64 bits.
 
-    Args:
-        seed: Any integer of at most 64 bits; negative ones count as their two's complement.
-        purpose: The purpose of the numbers.
-        instance: A number that tells several users with the same purpose apart.
-
-    Raises:
-        ValueError: If the seed has more than 64 bits.
+    Negative seeds count as their two's complement. Instances tell users with the same purpose apart. Raises
+    `ValueError` for larger seeds.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed=}")
@@ -55,8 +50,7 @@ def key(seed: int, purpose: Purpose, instance: int = 0) -> int:
 def base_seed(seed: int | None) -> int:
     """Returns a base seed; for `None` one from `torch.initial_seed()` and a counter.
 
-    Raises:
-        ValueError: If the seed is not a whole number of at most 64 bits.
+    Raises `ValueError` for anything but a whole number of at most 64 bits.
     """
     if seed is None:
         return key(torch.initial_seed(), Purpose.INSTANCE, next(_instances))

@@ -16,14 +16,8 @@ def unwrap_model(model: nn.Module, *, peft: bool = False) -> nn.Module:
 
     Known wrappers are `torch.compile`, `DataParallel`, `DistributedDataParallel`, FSDP, what
     `accelerate.Accelerator.prepare` returns (one of these), and fastreg's own, which name their model in
-    `_wraps`. FSDP2 changes the class of a model in place and needs no unwrapping.
-
-    Args:
-        model: The model, wrapped any number of times.
-        peft: Whether to return the base model of a PEFT model, too.
-
-    Raises:
-        TypeError: If it is no module.
+    `_wraps`. FSDP2 changes the class of a model in place and needs no unwrapping. With `peft`, the base model
+    of a PEFT model is returned, too. Raises `TypeError` for anything but a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")

@@ -24,11 +24,7 @@ _RANGES = {
 
 @contextlib.contextmanager
 def complete_torch_errors(**arguments: Any) -> Iterator[None]:
-    """Appends the allowed range to the messages of torch's constructors.
-
-    Args:
-        arguments: The arguments of the constructor.
-    """
+    """Appends the allowed range to the messages of torch's constructors, which were called with arguments."""
     try:
         yield
     except ValueError as error:
@@ -49,14 +45,7 @@ def check_range(
 ) -> float:  # fmt: skip
     """Returns a value as a float if it is in a range.
 
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        lowest: The least value allowed.
-        highest: The greatest value allowed.
-        above: Whether `lowest` itself is excluded.
-        below: Whether `highest` itself is excluded.
-        finite: Whether infinity is excluded.
+    `above` excludes `lowest` itself, `below` excludes `highest`, and `finite` infinity.
 
     Raises:
         TypeError: If the value is not a number.
@@ -82,12 +71,7 @@ def check_rate(name: str, value: float) -> float:
 
 
 def check_int(name: str, value: int, lowest: int = 1) -> int:
-    """Returns a value as an int if it is a whole number, such as 3 or 3.0.
-
-    Args:
-        name: Name of the argument.
-        value: Its value; `True` and `False` are no numbers here.
-        lowest: The least value allowed.
+    """Returns a value as an int if it is a whole number, such as 3 or 3.0, but not `True`.
 
     Raises:
         ValueError: If the value is not a whole number, or below `lowest`.
@@ -99,11 +83,7 @@ def check_int(name: str, value: int, lowest: int = 1) -> int:
 
 
 def check_tensors(name: str, value: Any, example: str) -> list[Tensor]:
-    """Returns the tensors that an iterable holds.
-
-    Raises:
-        TypeError: If it is no iterable, or holds anything else.
-    """
+    """Returns the tensors that an iterable holds; raises `TypeError` for anything else."""
     tensors: list[Any] = (
         list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else [None]
     )
@@ -113,32 +93,20 @@ def check_tensors(name: str, value: Any, example: str) -> list[Tensor]:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Checks that a value is one of several choices.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raises `ValueError` if a value is none of several choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_name(name: str) -> str:
-    """Returns the name of an average if it is a string.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Returns the name of an average; raises `TypeError` if it is no string."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name=}")
     return name
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """Returns a value if it is `True` or `False`.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Returns a value that is `True` or `False`; raises `TypeError` for others."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {name}={value!r}")
     return value
