@@ -49,7 +49,7 @@ def test_errors(make):
         LayerwiseAdaptiveRegularization(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="give 1.5 at layer 2"):
         LayerwiseAdaptiveRegularization(make("gpt2"), None, 0.5, 0.5)
-    with pytest.raises(ValueError, match=r"base must be a number in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"base must be in \[0, 1\], got base=2"):
         LayerwiseAdaptiveRegularization(make("gpt2"), base_dropout=2)
 
 
