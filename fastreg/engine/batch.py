@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.step import compute_dtype
 from ..reference.units import UnitLayout
 from ..runtime import backend
 from .layout import Shards
@@ -73,6 +74,11 @@ class Batch:
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes of parameter, gradient and buffers."""
         return tuple(tensors[0].dtype for tensors in (self.parameters, self.gradients, *self.buffers))
+
+    @functools.cached_property
+    def compute(self) -> torch.dtype:
+        """The dtype in which stages compute."""
+        return compute_dtype(self.parameters[0].dtype)
 
     @functools.cached_property
     def backend(self) -> backend.Backend:

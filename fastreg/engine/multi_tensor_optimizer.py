@@ -2,13 +2,14 @@
 
     components ──stage──▶ chain            one per parameter group, and variant if some are not always due
     parameters with gradients ──▶ batches, one per (device, dtypes, chain, sharding)
-    component.prepare(work)                reductions, such as the gradient norm, into device scalars
+    component.prepare(plan)                reductions, such as the gradient norm, into device scalars
     launch.run(batch)                      read weight, gradient and state once; write weight and state once
 
 Plans keep the batches from step to step, one plan for each combination of variants.  They are made anew as
 soon as any parameter, state tensor, dtype, chain or backend differs.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..common import random
-from ..reference.step import compute_dtype
 from ..runtime import backend
 from . import launch
 from . import layout as memory_layout
 from .component import Component, staged_components
-from .plan import Counts, Operands, Plan, PlannedBatch, Variant, Work, sort_into_batches
+from .plan import Counts, Operands, Plan, PlannedBatch, Variant, sort_into_batches
 from .stage import PLAIN, Buffer, Chain
 from .state import BACKUP, buffer_dtype, fitted, from_backup, init_buffer
 
@@ -121,12 +121,12 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """
         if not operands.parameters:
             return None
-        plan, work = self._plan_step(operands)
+        plan = self._plan_step(operands)
         try:
             for component in self._overriding["prepare"]:
-                component.prepare(work)
+                component.prepare(plan)
             flags: dict[torch.device, Tensor] = {}
-            for device in work.devices:
+            for device in plan.devices:
                 skips = [component.skip(device) for component in self._overriding["skip"]]
                 if skips := [flag for flag in skips if flag is not None]:
                     flags[device] = torch.stack(skips).amax(0) if len(skips) > 1 else skips[0]
@@ -134,14 +134,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 batch.skip = flags.get(batch.device)
                 launch.run(batch)
             for component in self._overriding["finish"]:
-                component.finish(work, flags)
+                component.finish(plan, flags)
         finally:
-            for batch in plan.batches:
-                batch.release()
+            plan.release()
         self._counts.add(flags)
         return flags
 
-    def _plan_step(self, operands: Operands) -> tuple[Plan, Work]:
+    def _plan_step(self, operands: Operands) -> Plan:
         """Finds or makes the plan of a step, and fills its batches with tensors and numbers."""
         parameters, gradients, groups, streams = operands
         tensors, dtypes = parameters, list(map(_dtype, gradients))
@@ -160,7 +159,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         )
         layout = (
             ids, list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), dtypes,
-            list(map(_layout, gradients)), streams, groups, backend.forced(),
+            list(map(_layout, gradients)), streams, groups,
+            backend.override, os.environ.get(backend.VARIABLE),
         )  # fmt: skip
         steps = [state.get("step") for state in states]
         if (
@@ -182,11 +182,11 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             self._plans = [other for other in self._plans if other is not plan][: PLANS - 1]
             plan = self._make_plan(operands._replace(gradients=gradients), tensors, variants, done)
             self._plans.insert(0, plan)
-        plan.options = options
+        plan.options, plan.tensors, plan.states = options, tensors, states
+        plan.absent = self._absent(operands) if len(self.state) > len(parameters) else []
         for batch in plan.batches:
             self._fill(batch, tensors, gradients, groups, done)
-        absent = self._absent(operands) if len(self.state) > len(parameters) else []
-        return plan, Work(plan.batches, plan.elements, tensors, states, absent)
+        return plan
 
     def _absent(self, operands: Operands) -> list[tuple[Tensor, dict[str, Any]]]:
         """Returns the local tensors and states of the other parameters that have been stepped before."""
@@ -275,7 +275,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             if batch.chain.storage.rng_keys:
                 batch.storages = [c for c in components if c.storage(group, batch.dtypes[0]) is not None]
             batch.device_scalars = [s for c in staged for s in c.device_scalars(batch.device)]
-        return Plan(variants, batches, sum(p.numel() for p in parameters), [])
+        return Plan(variants, batches, sum(p.numel() for p in parameters))
 
     def _due(self, variant: Variant | None) -> list[Component]:
         """Returns the components that take part in a variant."""
@@ -382,7 +382,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                     step_scalars[rows, column] = number
                 else:
                     step_scalars[rows, column].fill_(number)
-        return steps.long(), step_scalars.to(compute_dtype(batch.dtypes[0]))
+        return steps.long(), step_scalars.to(batch.compute)
 
     # Copies ---------------------------------------------------------------------------------------------
 

@@ -92,12 +92,32 @@ class PlannedBatch(Batch):
 
 @dataclass
 class Plan:
-    """The batches of a step that does the same to the same parameters as one before."""
+    """The batches of a step, kept while the same is done to the same parameters, as components see them.
+
+    Args:
+        variants: The variant of all parameters, or of each.
+        batches: The parameters that have gradients.
+        elements: How many elements they have, shards elsewhere included.
+        options: Options of the groups, for which the chains have been checked.
+        tensors: The local tensors of the parameters; like all that follows, of this step.
+        states: Their states.
+        absent: Local tensors and states of the other parameters that have been stepped before.
+        measured: The norm of all gradients together, on each device, if any component needs it.
+    """
 
     variants: Variant | list[Variant]
     batches: list[PlannedBatch]
-    elements: int  # of all parameters, shards elsewhere included
-    options: list[list[Any]]  # of the groups, for which the chains have been checked
+    elements: int
+    options: list[list[Any]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
+    measured: dict[torch.device, Measured] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of the batches, each once."""
+        return list(dict.fromkeys(batch.device for batch in self.batches))
 
     def gather(self, states: list[dict[str, Any]]) -> bool:
         """Collects all buffers; returns whether each is at the same address as when the plan was made."""
@@ -113,6 +133,15 @@ class Plan:
         return list(map(len, options)) == list(map(len, self.options)) and all(
             all(map(is_, new, old)) for new, old in zip(options, self.options, strict=True)
         )
+
+    def release(self) -> None:
+        """Drops all that belongs to one step."""
+        self.tensors, self.states, self.absent, self.measured = [], [], [], {}
+        for batch in self.batches:
+            batch.release()
+
+
+Work = Plan
 
 
 def sort_into_batches(
@@ -237,29 +266,3 @@ class SkipStatus:
             if self._skipped:
                 self._counts.take_back()
         return self._skipped
-
-
-@dataclass
-class Work:
-    """The parameters of a step and their batches, as `Component.prepare` sees them.
-
-    Args:
-        batches: The parameters that have gradients.
-        elements: How many elements they have, shards elsewhere included.
-        tensors: Their local tensors.
-        states: Their states.
-        absent: Local tensors and states of the other parameters that have been stepped before.
-        measured: The norm of all gradients together, on each device, if any component needs it.
-    """
-
-    batches: list[PlannedBatch]
-    elements: int
-    tensors: list[Tensor]
-    states: list[dict[str, Any]]
-    absent: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
-    measured: dict[torch.device, Measured] = field(default_factory=dict)
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """The devices of the batches, each once."""
-        return list(dict.fromkeys(batch.device for batch in self.batches))

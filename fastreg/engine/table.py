@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..reference.step import compute_dtype
 from ..runtime.device import capturing, keep, stream, upload
 
 if TYPE_CHECKING:
@@ -96,8 +95,8 @@ class Table:
         """Returns for each name of `chain.units` an element for each unit of each parameter."""
         if batch.chain.units and not self.units:
             total = sum(units.count for units in batch.unit_layouts)
-            dtype = compute_dtype(batch.parameters[0].dtype)
-            self.units = [torch.ones(total, dtype=dtype, device=batch.device) for _ in batch.chain.units]
+            ones = torch.ones(total, dtype=batch.compute, device=batch.device)
+            self.units = [ones.clone() for _ in batch.chain.units]
         return self.units
 
 
@@ -124,7 +123,7 @@ def upload_changes(batch: Batch) -> Table:
     else:
         first = len(integers)
         integers += [*batch.steps, *[0] * (len(batch.steps) % 2)]
-        compute = compute_dtype(batch.dtypes[0])
+        compute = batch.compute
         step_scalars = array(_CODES[compute], chained.from_iterable(batch.step_scalars))
         host = torch.frombuffer(bytearray(array("q", integers)) + step_scalars.tobytes(), dtype=torch.uint8)
         data = upload(host, batch.device)

@@ -24,7 +24,10 @@ Backend = Literal["triton", "compiled", "reference"]
 COMPILE_FROM = 1_000_000
 """Fewest elements in a step for which compiling the reference pays on a CPU."""
 
-_forced: str | None = None
+VARIABLE = "FASTREG_BACKEND"
+override: str | None = None
+"""The backend that `use_backend` asks for; before its first use, `None`: the environment variable counts."""
+
 _compiles = True
 
 
@@ -42,8 +45,8 @@ class use_backend:  # noqa: N801  (used like a function)
     """
 
     def __init__(self, name: str) -> None:
-        global _forced
-        self._previous, _forced = _forced, _checked(name)
+        global override
+        self._previous, override = override, _checked(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -51,8 +54,8 @@ class use_backend:  # noqa: N801  (used like a function)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        global override
+        override = self._previous
 
 
 def _checked(name: str, source: str = "backend") -> str:
@@ -63,9 +66,7 @@ def _checked(name: str, source: str = "backend") -> str:
 
 def forced() -> str:
     """Returns the backend that `use_backend` or `FASTREG_BACKEND` asks for, `"auto"` by default."""
-    if _forced is not None:
-        return _forced
-    return _checked(os.environ.get("FASTREG_BACKEND") or "auto", "FASTREG_BACKEND")
+    return override or _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
 def resolve(device: torch.device, elements: int) -> Backend:

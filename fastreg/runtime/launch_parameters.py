@@ -5,8 +5,10 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Architecture(NamedTuple):
@@ -91,6 +93,14 @@ MEASURED: dict[str, dict[str, LaunchParameters]] = {}
 """Parameters measured to be faster than the defaults, by architecture and kernel."""
 
 _tried: dict[str, LaunchParameters] = {}
+_caches: list[Any] = []
+
+
+def cache_launch(function: Callable[..., T]) -> Callable[..., T]:
+    """Caches the results of a function that reads launch parameters, until `trying` changes these."""
+    cached = functools.lru_cache(maxsize=256)(function)
+    _caches.append(cached)
+    return cached
 
 
 def launch_parameters(kernel: str, architecture: Architecture) -> LaunchParameters:
@@ -129,9 +139,15 @@ def trying(kernel: str, parameters: LaunchParameters) -> Iterator[None]:
     if kernel not in DEFAULTS:
         raise KeyError(f"no kernel {kernel!r}; there are {', '.join(DEFAULTS)}")
     before = dict(_tried)
-    _tried[kernel] = parameters
+    _try({**before, kernel: parameters})
     try:
         yield
     finally:
-        _tried.clear()
-        _tried.update(before)
+        _try(before)
+
+
+def _try(parameters: dict[str, LaunchParameters]) -> None:
+    global _tried
+    _tried = parameters
+    for cache in _caches:
+        cache.cache_clear()

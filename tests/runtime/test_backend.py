@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def as_at_first(monkeypatch):
     """Nothing is forced and compiling has not failed yet."""
     monkeypatch.delenv("FASTREG_BACKEND", raising=False)
-    monkeypatch.setattr(backend, "_forced", None)
+    monkeypatch.setattr(backend, "override", None)
     monkeypatch.setattr(backend, "_compiles", True)
 
 

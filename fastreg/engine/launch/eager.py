@@ -10,7 +10,7 @@ from torch import Tensor
 from ...reference import norm as reference_norm
 from ...reference import units as reference_units
 from ...reference.random import PhiloxPosition
-from ...reference.step import CHUNK, compute_dtype, run_stages, scalar_dtype
+from ...reference.step import CHUNK, run_stages, scalar_dtype
 from ...reference.step import step as reference_step
 from ...runtime import backend
 from ..batch import Batch, NormSpec, flat
@@ -60,7 +60,7 @@ def _run_slices(
     plain: Callable[..., Any],
 ) -> list[Any]:  # fmt: skip
     """Returns the result of each slice, compiled if the backend is and the slice can be."""
-    chain, dtype = batch.chain, compute_dtype(batch.parameters[0].dtype)
+    chain, dtype = batch.chain, batch.compute
     fused = None
     if batch.backend == "compiled":
         try:
@@ -83,7 +83,7 @@ def _run_slices(
 
 
 def _slices(batch: Batch, chunked: bool) -> Iterator[_Slice]:
-    chain, dtype, count = batch.chain, compute_dtype(batch.parameters[0].dtype), len(batch.parameters)
+    chain, dtype, count = batch.chain, batch.compute, len(batch.parameters)
     rows = torch.as_tensor(batch.step_scalars, dtype=dtype, device=batch.device).unbind()
     steps = batch.steps if isinstance(batch.steps, list) else batch.steps.tolist()
     rng_keys = torch.tensor(batch.rng_keys, dtype=torch.int64, device=batch.device).unbind()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...reference.step import compute_dtype
 from ...runtime.device import architecture, launch, triton_dtype
-from ...runtime.launch_parameters import Architecture, LaunchParameters, launch_parameters
+from ...runtime.launch_parameters import Architecture, LaunchParameters, cache_launch, launch_parameters
 from ..batch import Batch, NormSpec
 from ..stage import Chain, Stage
 from ..table import UNIT, upload_changes
@@ -20,8 +20,7 @@ from ..table import UNIT, upload_changes
 def run(batch: Batch) -> None:
     """Launches `step_kernel` over a batch."""
     table, target = upload_changes(batch), architecture(batch.device)
-    chosen = launch_parameters("step", target)
-    kernel, block, stages, storage, constants = _step_launch(batch.chain, batch.dtypes, chosen, target.lanes)
+    kernel, block, stages, storage, constants = _step_launch(batch.chain, batch.dtypes, target)
     work = table.work(block)
     launch(
         kernel, len(work), batch.device,
@@ -35,7 +34,7 @@ def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
     """Launches `norm_kernel`: float64 `[programs]`, a partial sum (or maximum) from each program."""
     table, target = upload_changes(batch), architecture(batch.device)
     kernel, block, turns, stages, storage, constants = _norm_launch(
-        batch.chain, batch.dtypes, spec, launch_parameters("norm", target), target, sum(table.sizes)
+        batch.chain, batch.dtypes, spec, target, sum(table.sizes)
     )
     work = table.work(block)
     partial = torch.empty(len(work), dtype=torch.float64, device=batch.device)
@@ -52,7 +51,7 @@ def unit_squares(batch: Batch) -> Tensor:
     kernels = importlib.import_module("fastreg_kernels.units")
     table, target = upload_changes(batch), architecture(batch.device)
     chosen, work = launch_parameters("unit_squares", target), table.work(UNIT)
-    out = torch.empty_like(work, dtype=compute_dtype(batch.parameters[0].dtype))
+    out = torch.empty_like(work, dtype=batch.compute)
     launch(
         kernels.unit_squares_kernel, len(work), batch.device, table.rows, table.gradients, work, out,
         **unit_constants(batch.chain, batch.dtypes, chosen, target.lanes), **chosen.options,
@@ -62,13 +61,9 @@ def unit_squares(batch: Batch) -> Tensor:
 
 def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     """Launches `clip_factor_kernel`, which adds up partial sums: `[5]`, float64 (`Measured`)."""
-    kernels = importlib.import_module("fastreg_kernels.norm")
-    chosen = launch_parameters("clip_factor", architecture(partial.device))
+    kernel, constants = _clip_launch(largest, architecture(partial.device))
     out = torch.empty(5, dtype=torch.float64, device=partial.device)
-    launch(
-        kernels.clip_factor_kernel, 1, partial.device,
-        partial, len(partial), limits, out, LARGEST=largest, BLOCK=chosen.block, **chosen.options,
-    )  # fmt: skip
+    launch(kernel, 1, partial.device, partial, len(partial), limits, out, **constants)
     return out
 
 
@@ -78,29 +73,34 @@ def options(stages: Sequence[Stage], chosen: LaunchParameters) -> dict[str, Any]
     return {**chosen.options, **({"enable_fp_fusion": False} if exact else {})}
 
 
-@functools.cache
-def _step_launch(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], chosen: LaunchParameters, lanes: int
-) -> tuple[Any, ...]:
+@cache_launch
+def _step_launch(chain: Chain, dtypes: tuple[torch.dtype, ...], target: Architecture) -> tuple[Any, ...]:
     """Returns kernel, block, stages, storage and constants."""
-    kernels = importlib.import_module("fastreg_kernels.step")
-    constants = {**step_constants(chain, dtypes, chosen, lanes), **options(chain.stages, chosen)}
+    kernels, chosen = importlib.import_module("fastreg_kernels.step"), launch_parameters("step", target)
+    constants = {**step_constants(chain, dtypes, chosen, target.lanes), **options(chain.stages, chosen)}
     return kernels.step_kernel, chosen.block, *device_chain(chain, dtypes), constants
 
 
-@functools.lru_cache(maxsize=256)
+@cache_launch
 def _norm_launch(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, chosen: LaunchParameters,
-    target: Architecture, elements: int,
-) -> tuple[Any, ...]:  # fmt: skip
+    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, target: Architecture, elements: int
+) -> tuple[Any, ...]:
     """Returns kernel, block, chunks of a block, stages, storage and constants."""
-    kernels = importlib.import_module("fastreg_kernels.norm")
+    kernels, chosen = importlib.import_module("fastreg_kernels.norm"), launch_parameters("norm", target)
     block, before = chosen.block_for(elements, target), spec.num_stages(chain)
     stages, storage = device_chain(chain, dtypes)
     constants = norm_constants(chain, dtypes, spec, chosen, target.lanes)
     constants |= options(chain.stages[:before], chosen)
     turns = block // chosen.chunk(target.lanes)
     return kernels.norm_kernel, block, turns, stages[:before], storage, constants
+
+
+@cache_launch
+def _clip_launch(largest: bool, target: Architecture) -> tuple[Any, ...]:
+    """Returns kernel and constants."""
+    kernels = importlib.import_module("fastreg_kernels.norm")
+    chosen = launch_parameters("clip_factor", target)
+    return kernels.clip_factor_kernel, {"LARGEST": largest, "BLOCK": chosen.block, **chosen.options}
 
 
 def step_constants(
