@@ -1,6 +1,7 @@
 """Defines rates as functions of the training step and of the layer.
 
-Schedules have no state: a resumed run gets the same rates.  All are frozen, comparable and picklable.
+Schedules have no state: a resumed run gets the same rates.  All are frozen, comparable and picklable, and
+raise a `ValueError` for values out of range.
 
 | function of the step | rate                                             |
 |----------------------|--------------------------------------------------|
@@ -20,7 +21,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .common.validation import check_choice, check_int, check_range, check_rate
 
@@ -69,9 +69,6 @@ class Constant(Schedule):
 
     Args:
         rate: In [0, 1].
-
-    Raises:
-        ValueError: If the rate is out of range.
     """
 
     rate: float
@@ -113,9 +110,6 @@ class Linear(_Ramp):
         end: Rate from step `steps` on, in [0, 1].
         steps: T >= 1; must be given.
 
-    Raises:
-        ValueError: For values out of range, and without `steps`.
-
     Reference:
         Rennie et al. 2014, "Annealed dropout training of deep networks".
     """
@@ -128,13 +122,7 @@ class Linear(_Ramp):
 class Cosine(_Ramp):
     """A rate along half a cosine: end + (start - end) · (1 + cos(π t/T)) / 2.
 
-    Args:
-        start: Rate at step 0, in [0, 1].
-        end: Rate from step `steps` on, in [0, 1].
-        steps: T >= 1; must be given.
-
-    Raises:
-        ValueError: For values out of range.
+    Arguments are those of `Linear`.
 
     Reference:
         Loshchilov & Hutter 2017, "SGDR", for the shape; Morerio et al. 2017, "Curriculum dropout", for rates
@@ -153,9 +141,6 @@ class Early(Schedule):
         rate: In [0, 1].
         cutoff: The first step without dropout, > 0.
         kind: `"constant"`, or `"linear"`: down to 0 at the last step before the cutoff.
-
-    Raises:
-        ValueError: For values out of range.
 
     Reference:
         Liu et al. 2023, "Dropout reduces underfitting".
@@ -181,9 +166,6 @@ class Late(Schedule):
         rate: In [0, 1].
         cutoff: The first step with dropout, > 0.
 
-    Raises:
-        ValueError: For values out of range.
-
     Reference:
         Liu et al. 2023, "Dropout reduces underfitting".
     """
@@ -204,9 +186,6 @@ class Piecewise(Schedule):
     Args:
         points: (step, rate) with growing steps >= 0 and rates in [0, 1].
         kind: `"constant"`: each rate holds until the next point; or `"linear"`: in lines between them.
-
-    Raises:
-        ValueError: For values out of range.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -280,9 +259,6 @@ class DropPathLayers:
     Args:
         rate: Of the last layer, in [0, 1].
 
-    Raises:
-        ValueError: If the rate is out of range.
-
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth".
     """
@@ -311,7 +287,6 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
     """
     if isinstance(rates, Schedule):
         raise TypeError(f"{rates} is a function of the step, not of the layer: give it to DropoutScheduler")
-    rate: Any
     if callable(rates):
         rate = rates(layer) if _takes_one(rates) else rates(layer, layers)
     elif isinstance(rates, Sequence) and not isinstance(rates, str):
@@ -319,9 +294,8 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
             raise ValueError(f"got {len(rates)} rates for {layers} layers: give one for each")
         rate = rates[layer]
     else:
-        rate = rates
-    by_layer = callable(rates) or isinstance(rates, Sequence)
-    return check_rate(f"rate of layer {layer}" if by_layer else "rate", rate)
+        return check_rate("rate", rates)
+    return check_rate(f"rate of layer {layer}", rate)
 
 
 def _takes_one(function: Callable[..., float]) -> bool:
