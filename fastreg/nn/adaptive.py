@@ -17,8 +17,7 @@ from ..ops._elementwise import draw_seed, transformed
 from ..ops.dropout import drop
 from ..reference.dropout import DROP_LEVELS
 from . import rates
-from .dropout import _DropoutBase
-from .rates import Rate
+from .dropout import _DropoutBase, rate_property
 
 IMPORTANCES = ("activation", "activation_gradient")
 RECENT = 8
@@ -63,6 +62,7 @@ class AdaptiveDropout(_DropoutBase):
         Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference".
     """
 
+    p = rate_property("p")
     importance: Tensor
     seeds: Tensor
     thresholds: Tensor
@@ -83,15 +83,6 @@ class AdaptiveDropout(_DropoutBase):
         self.register_buffer("seeds", torch.zeros(RECENT, dtype=torch.int64), persistent=False)
         self.register_buffer("thresholds", torch.zeros(RECENT, features, dtype=torch.int32), persistent=False)
         self.p = p
-
-    @property
-    def p(self) -> Any:
-        """The mean rate, in [0, 1]."""
-        return self._p
-
-    @p.setter
-    def p(self, value: Rate) -> None:
-        _DropoutBase.p.fset(self, check_range("p", value, 0, 1))  # type: ignore[attr-defined, arg-type]
 
     @property
     def rates(self) -> Tensor:
@@ -146,10 +137,8 @@ class AdaptiveDropout(_DropoutBase):
     @torch.no_grad()
     def _remember(self, recomputed: Tensor, seed: Tensor, thresholds: Tensor) -> None:
         """Keeps seed and thresholds in place of the oldest, unless the pass is a recomputation."""
-        seeds = torch.cat((seed[None], self.seeds[:-1]))
-        self.seeds.copy_(torch.where(recomputed, self.seeds, seeds))
-        thresholds = torch.cat((thresholds[None], self.thresholds[:-1]))
-        self.thresholds.copy_(torch.where(recomputed, self.thresholds, thresholds))
+        for buffer, latest in ((self.seeds, seed), (self.thresholds, thresholds)):
+            buffer.copy_(torch.where(recomputed, buffer, torch.cat((latest[None], buffer[:-1]))))
 
     @torch.no_grad()
     def _measure(self, values: Tensor, recomputed: Tensor | None = None) -> None:

@@ -50,7 +50,7 @@ class Attached:
         self.remove()
 
 
-def level_property(name: str) -> Any:
+def attached_level(name: str) -> Any:
     """Returns a property of an `Attached`: a level of its noise, to read and, until it is removed, to set."""
 
     def read(attached: Attached) -> float | None:
@@ -63,27 +63,16 @@ def level_property(name: str) -> Any:
     return property(read, write, doc=f"The {name} of the noise; may be set at any time.")
 
 
-class NoiseHook:
-    """A forward hook that adds noise to the output of a module while the module trains.
-
-    Args:
-        std: See `ActivationNoise`.
-        kind: See `ActivationNoise`.
-        device: The device of the module.
-    """
-
-    def __init__(self, std: float, kind: str, device: torch.device) -> None:
-        # No child of the module: `Sequential` would call it.
-        self.noise = ActivationNoise(std, kind).to(device)
+class _HookNoise(ActivationNoise):
+    """Noise with a forward hook; no child of the module it is for, which a `Sequential` would call."""
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Adds noise to the output of a module."""
         return map_first_tensor(module, output, self._add) if module.training else output
 
     def _add(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self.noise.level.device != x.device:
-            self.noise.to(x.device)
-        return self.noise(x)
+        if not torch.compiler.is_compiling() and self.level.device != x.device:
+            self.to(x.device)
+        return self(x)
 
 
 class AttachedNoise(Attached):
@@ -93,19 +82,14 @@ class AttachedNoise(Attached):
         names: Names of the modules whose outputs get noise.
     """
 
-    std = level_property("std")
+    std = attached_level("std")
 
     def __init__(self, modules: dict[str, nn.Module], std: float, kind: str, device: torch.device) -> None:
-        hooks = [
-            NoiseHook(std, kind, next((p.device for p in module.parameters()), device))
-            for module in modules.values()
-        ]
-        super().__init__([hook.noise for hook in hooks])
+        devices = (next((p.device for p in module.parameters()), device) for module in modules.values())
+        noises = [_HookNoise(std, kind).to(device) for device in devices]
+        super().__init__(noises)
         self.names, self.kind = tuple(modules), kind
-        self._hooks = [
-            module.register_forward_hook(hook.hook)
-            for module, hook in zip(modules.values(), hooks, strict=True)
-        ]
+        self._hooks = [m.register_forward_hook(n.hook) for m, n in zip(modules.values(), noises, strict=True)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(std={self.std}, kind={self.kind!r}, names={self.names})"

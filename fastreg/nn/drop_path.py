@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.validation import check_flag, check_range
+from ..common.validation import check_flag, check_rate
 from ..ops.dropout import drop_samples
-from .dropout import _DropoutBase
+from .dropout import _DropoutBase, rate_property
 
 
 class DropPath(_DropoutBase):
@@ -30,19 +30,12 @@ class DropPath(_DropoutBase):
         Huang et al. 2016, "Deep networks with stochastic depth".
     """
 
+    drop_prob = rate_property("drop_prob")
+
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
         self.drop_prob = drop_prob
         self.scale_by_keep = check_flag("scale_by_keep", scale_by_keep)
-
-    @property
-    def drop_prob(self) -> float:
-        """The rate in [0, 1] at which samples are dropped."""
-        return self.p
-
-    @drop_prob.setter
-    def drop_prob(self, value: float) -> None:
-        self.p = check_range("drop_prob", value, 0, 1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Drops samples of the input `[batch, ...]` while training."""
@@ -75,7 +68,7 @@ def drop_add_residual(
     Reference:
         Huang et al. 2016, "Deep networks with stochastic depth"; Oquab et al. 2023, "DINOv2", for the subset.
     """
-    check_range("drop_prob", drop_prob, 0, 1)
+    check_rate("drop_prob", drop_prob)
     if not training or drop_prob == 0 or not len(x):
         return x + branch(x)
     batch = len(x)

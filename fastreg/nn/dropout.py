@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_flag
+from ..common.validation import check_flag, check_rate
 from ..ops.dropout import drop
 from . import rates
 from .rates import Rate
@@ -49,6 +49,15 @@ class _DropoutBase(nn.Module):
         if not self.drop_thresholds.is_meta:  # after `to_empty` its content is arbitrary
             self.p = self._p
         return self
+
+
+def rate_property(name: str) -> Any:
+    """Returns a property for the `p` of a module by a name: a number in [0, 1], not one for each channel."""
+
+    def write(module: _DropoutBase, value: float) -> None:
+        _DropoutBase.p.fset(module, check_rate(name, value))  # type: ignore[attr-defined]
+
+    return property(lambda module: module._p, write, doc="The rate in [0, 1]; may be set at any time.")
 
 
 class Dropout(_DropoutBase, nn.Dropout):

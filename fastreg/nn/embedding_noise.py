@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..common.unwrap import unwrap_model
 from ..common.validation import check_choice
 from ..ops.noise import add_noise
-from .attached import Attached, level_property
-from .noise import _NoiseBase
+from .attached import Attached, attached_level
+from .noise import _NoiseBase, level_property
 
 LENGTHS = ("padded", "true")
 GENERATORS = ("torch", "counter")
@@ -45,6 +45,8 @@ class EmbeddingNoise(_NoiseBase):
         Jain et al. 2024, "NEFTune: Noisy embeddings improve instruction finetuning".
     """
 
+    alpha, std = level_property("alpha"), level_property("std")
+
     def __init__(
         self, alpha: float = 5.0, *, std: float | None = None, length: str = "padded",
         generator: str | None = None,
@@ -61,32 +63,8 @@ class EmbeddingNoise(_NoiseBase):
             )
         self.length, self.gaussian = length, std is not None
         self.generator = generator or ("torch" if as_trainer else "counter")
-        if std is None:
-            self.alpha = alpha
-        else:
-            self.std = std
-
-    @property
-    def alpha(self) -> float | None:
-        """Size of the noise; `None` if it has a `std`."""
-        return None if self.gaussian else self._level
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        if self.gaussian:
-            raise AttributeError("this noise has a std, not an alpha")
-        self._set(value, "alpha")
-
-    @property
-    def std(self) -> float | None:
-        """Standard deviation of the noise; `None` if it has an `alpha`."""
-        return self._level if self.gaussian else None
-
-    @std.setter
-    def std(self, value: float) -> None:
-        if not self.gaussian:
-            raise AttributeError("this noise has an alpha, not a std")
-        self._set(value, "std")
+        self.level_name = "alpha" if std is None else "std"
+        self._set(alpha if std is None else std, self.level_name)
 
     def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Adds noise to the embeddings while training.
@@ -137,8 +115,7 @@ class EmbeddingNoise(_NoiseBase):
 
     def extra_repr(self) -> str:
         """Returns the arguments for `repr`."""
-        level = f"std={self.std}" if self.gaussian else f"alpha={self.alpha}"
-        return f"{level}, length={self.length!r}, generator={self.generator!r}"
+        return f"{self.level_name}={self._level}, length={self.length!r}, generator={self.generator!r}"
 
 
 class AttachedEmbeddingNoise(Attached):
@@ -149,7 +126,7 @@ class AttachedEmbeddingNoise(Attached):
         embedding: The module whose output gets the noise.
     """
 
-    alpha, std = level_property("alpha"), level_property("std")
+    alpha, std = attached_level("alpha"), attached_level("std")
 
     def __init__(self, model: nn.Module, embedding: nn.Module, noise: EmbeddingNoise) -> None:
         super().__init__([noise])

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from ..common.validation import check_choice, check_int, check_range
 from ..ops.noise import add_noise
 from . import functional
-from .dropout import _DropoutBase
+from .dropout import _DropoutBase, rate_property
+
+ARTICLES = {"alpha": "an alpha", "std": "a std"}
+"""Names of levels of noise, with their articles."""
 
 
 class _NoiseBase(nn.Module):
@@ -19,6 +22,7 @@ class _NoiseBase(nn.Module):
     """
 
     level: Tensor
+    level_name = "std"
     _level = 0.0
 
     def _set(self, value: float, name: str) -> None:
@@ -48,6 +52,20 @@ class _NoiseBase(nn.Module):
         return self
 
 
+def level_property(name: str) -> Any:
+    """Returns a property for the level of a module of noise, `None` if it has another name."""
+
+    def read(noise: _NoiseBase) -> float | None:
+        return noise._level if noise.level_name == name else None
+
+    def write(noise: _NoiseBase, value: float) -> None:
+        if noise.level_name != name:
+            raise AttributeError(f"this noise has {ARTICLES[noise.level_name]}, not {ARTICLES[name]}")
+        noise._set(value, name)
+
+    return property(read, write, doc=f"The {name} of the noise, >= 0; may be set at any time.")
+
+
 class ActivationNoise(_NoiseBase):
     """Adds Gaussian noise to activations while training: x + std · N(0, 1), or x · (1 + std · N(0, 1)).
 
@@ -69,19 +87,12 @@ class ActivationNoise(_NoiseBase):
         Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", §10.
     """
 
+    std = level_property("std")
+
     def __init__(self, std: float = 0.1, kind: str = "additive") -> None:
         super().__init__()
         check_choice("kind", kind, functional.GAUSSIAN_KINDS)
         self.std, self.kind = std, kind
-
-    @property
-    def std(self) -> float:
-        """The standard deviation of the noise."""
-        return self._level
-
-    @std.setter
-    def std(self, value: float) -> None:
-        self._set(value, "std")
 
     def forward(self, input: Tensor) -> Tensor:
         """Adds noise to the input while training.
@@ -99,18 +110,9 @@ class ActivationNoise(_NoiseBase):
 class InputNoise(ActivationNoise):
     """Adds Gaussian noise to continuous inputs while training, such as pixels, waveforms and measurements.
 
-    Works as `ActivationNoise`, but refuses integers: noise of 0.01 on a token id, rounded down, leaves it or
-    makes it the id before.  Use `TokenNoise` for tokens, and `EmbeddingNoise` for their embeddings.
-
-    Args:
-        std: Standard deviation, >= 0: in units of the inputs, or as a share of them.
-        kind: `"additive"` or `"multiplicative"`.
-
-    Raises:
-        ValueError: If std is out of range, or there is no such kind.
-
-    Shape:
-        Any; the output has the same.
+    Works as `ActivationNoise`, with its arguments, but refuses integers: noise of 0.01 on a token id, rounded
+    down, leaves it or makes it the id before.  Use `TokenNoise` for tokens, and `EmbeddingNoise` for their
+    embeddings.
 
     Reference:
         Bishop 1995, "Training with noise is equivalent to Tikhonov regularization".
@@ -153,6 +155,7 @@ class TokenNoise(_DropoutBase):
     """
 
     special: Tensor
+    rate = rate_property("rate")
 
     def __init__(self, rate: float, vocab_size: int, special_tokens: Sequence[int] = ()) -> None:
         super().__init__()
@@ -160,15 +163,6 @@ class TokenNoise(_DropoutBase):
         self.special_tokens = tuple(functional.check_special_tokens(special_tokens, self.vocab_size))
         special = torch.tensor(self.special_tokens, dtype=torch.int64)
         self.register_buffer("special", special, persistent=False)
-
-    @property
-    def rate(self) -> float:
-        """The rate at which tokens are replaced."""
-        return self._p
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self.p = check_range("rate", value, 0, 1)
 
     def silence(self) -> None:
         """Sets the rate of replacement to 0."""

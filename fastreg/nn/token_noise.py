@@ -6,20 +6,15 @@ from typing import Any
 from torch import nn
 
 from ..common.unwrap import unwrap_model
-from .attached import Attached, level_property
+from .attached import Attached, attached_level
 from .embedding_noise import input_embeddings
 from .noise import TokenNoise
 
 
 class AttachedTokenNoise(Attached):
-    """Token noise on the ids that an embedding sees, which `attach_token_noise` returns.
+    """Token noise on the ids that an embedding sees, which `attach_token_noise` returns."""
 
-    Args:
-        embedding: The embedding.
-        noise: The module that replaces ids.
-    """
-
-    rate = level_property("rate")
+    rate = attached_level("rate")
 
     def __init__(self, embedding: nn.Module, noise: TokenNoise) -> None:
         super().__init__([noise])
