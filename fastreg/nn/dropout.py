@@ -63,8 +63,9 @@ def rate_property(name: str) -> Any:
 class Dropout(_DropoutBase, nn.Dropout):
     """Drop-in for `torch.nn.Dropout`: sets elements to 0 with probability p while training.
 
-    See `fastreg.nn.functional.dropout` for the differences.  The `state_dict` is that of `nn.Dropout`.  `p`
-    may be set at any time but between a forward pass and its backward pass, and needs no compilation.
+    See `fastreg.nn.functional.dropout` for the differences, shapes and errors.  The `state_dict` is that of
+    `nn.Dropout`.  `p` may be set at any time but between a forward pass and its backward pass, and needs no
+    compilation.
 
     Args:
         p: The rate in [0, 1]; or one for each channel, a list or tensor.
@@ -72,12 +73,6 @@ class Dropout(_DropoutBase, nn.Dropout):
         dim: The dimension of the channels.
         noise_shape: The shape of the mask, each size 1, or `None` for that of the input: `(None, 1, None)`
             drops the same features at all positions.
-
-    Raises:
-        ValueError: If a rate is out of range.
-
-    Shape:
-        Any; the output has the same.
 
     Reference:
         Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.validation import check_choice, check_int, check_range
+from ..common.validation import check_choice, check_int, check_range, check_rate
 from ..ops import dropout as dropout_ops
 from ..ops.noise import add_noise
 from ..reference.activations import ACTIVATIONS
@@ -112,21 +112,11 @@ def bias_act_dropout(
 def drop_path(
     input: Tensor, drop_prob: float = 0.0, training: bool = True, scale_by_keep: bool = True
 ) -> Tensor:
-    """Sets whole samples to 0 with probability `drop_prob`, and scales the others by 1 / (1 - drop_prob).
+    """Sets whole samples of the input `[batch, ...]` to 0 with probability `drop_prob`, see `nn.DropPath`.
 
-    Args:
-        input: `[batch, ...]`, the output of a residual branch.
-        drop_prob: The rate in [0, 1].
-        training: Whether to drop; if not, the input is returned.
-        scale_by_keep: Whether to scale.
-
-    Raises:
-        ValueError: If the rate is out of range.
-
-    Reference:
-        Huang et al. 2016, "Deep networks with stochastic depth".
+    If not `training`, the input is returned.
     """
-    check_range("drop_prob", drop_prob, 0, 1)
+    check_rate("drop_prob", drop_prob)
     if not training or drop_prob == 0:
         return input
     return dropout_ops.drop_samples(input, rates.drop_thresholds(drop_prob, input.device), scale_by_keep)
@@ -171,18 +161,8 @@ def uniform_noise(
 ) -> Tensor:
     """Adds uniform noise of 16 random bits to each element: input + magnitude · U(-1, 1).
 
-    Args:
-        input: See `gaussian_noise`.
-        magnitude: Its largest absolute value, >= 0; see `std` of `gaussian_noise`.
-        training: See `gaussian_noise`.
-        mask: See `gaussian_noise`.
-
-    Returns:
-        Of the shape and dtype of the input.
-
-    Raises:
-        TypeError: If the input is not of a floating dtype.
-        ValueError: If the magnitude is out of range or takes a gradient, or a shape does not fit.
+    Arguments, result and errors are those of `gaussian_noise`, with the magnitude, the noise's largest
+    absolute value, as `std`.
     """
     return _noisy(input, check_level(magnitude, "magnitude"), training, "uniform", mask)
 
@@ -219,26 +199,11 @@ def token_noise(
 ) -> Tensor:  # fmt: skip
     """Replaces each token by a random one with probability `rate`.
 
-    The new token is drawn evenly from all that are not special; it may equal the old one.  Random numbers are
-    torch's, set by `torch.manual_seed`.  See `TokenNoise`.
-
-    Args:
-        input: Tokens, of an integer dtype and any shape.
-        rate: In [0, 1], rounded to 1/65536.
-        vocab_size: Number of tokens in the vocabulary.
-        training: Whether to replace; if not, the input is returned.
-        special_tokens: Those that are neither replaced nor drawn.
-        mask: Of the shape of the input: where it is 0 (padding), tokens stay.
-
-    Returns:
-        Of the shape and dtype of the input.
-
-    Raises:
-        TypeError: If the input is not of an integer dtype.
-        ValueError: If the rate or a special token is out of range, the mask has another shape, or the dtype
-            does not hold every token.
+    Random numbers are torch's, set by `torch.manual_seed`.  Arguments, shapes and errors are those of
+    `nn.TokenNoise` and its `forward`; the mask is its `attention_mask`.  If not `training`, the input is
+    returned.
     """
-    check_range("rate", rate, 0, 1)
+    check_rate("rate", rate)
     special = torch.tensor(check_special_tokens(special_tokens, vocab_size), dtype=torch.int64)
     if not training:
         return input

@@ -24,24 +24,18 @@ from .rates import Rate
 
 
 class _FusedDropoutBase(_DropoutBase):
-    """Base of the fused modules; in evaluation they do everything but drop.
+    """Base of the fused modules; in evaluation they do everything but drop.  `None` features mean no bias."""
 
-    Args:
-        features: Size of the bias, drawn as by an `nn.Linear` with as many inputs; `None` for no bias.
-        p: The rate in [0, 1], or one for each feature.
-        activation: See `functional.bias_act_dropout_add`.
-        factory: `device` and `dtype` of the bias.
-
-    Raises:
-        ValueError: For an unknown activation, and rates out of range.
-    """
-
-    def __init__(self, features: int | None, p: Rate, activation: str = "identity", **factory: Any) -> None:
+    def __init__(
+        self, features: int | None, p: Rate = 0.5, activation: str = "gelu", *, device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.p = p
         check_choice("activation", activation, ACTIVATIONS)
         self.features, self.activation = features, activation
-        self.bias = None if features is None else nn.Parameter(torch.empty(features, **factory))
+        bias = None if features is None else torch.empty(features, device=device, dtype=dtype)
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,42 +64,30 @@ class DropoutAdd(_FusedDropoutBase):
     """
 
     def __init__(self, p: Rate = 0.5) -> None:
-        super().__init__(None, p)
+        super().__init__(None, p, "identity")
 
 
 class BiasDropoutAdd(_FusedDropoutBase):
-    """Computes residual + dropout(x + bias) in one pass, after `nn.Linear(..., bias=False)`.
-
-    Args:
-        features: Size of the bias.
-        p: The rate in [0, 1], or one for each feature.
-        device: Of the bias.
-        dtype: Of the bias.
-    """
+    """Computes residual + dropout(x + bias) in one pass, see `BiasActDropout`."""
 
     def __init__(
         self, features: int, p: Rate = 0.5, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(features, p, device=device, dtype=dtype)
+        super().__init__(features, p, "identity", device=device, dtype=dtype)
 
 
-class _BiasAct(_FusedDropoutBase):
-    def __init__(
-        self, features: int, p: Rate = 0.5, activation: str = "gelu", *, device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(features, p, activation, device=device, dtype=dtype)
-
-
-class BiasActDropout(_BiasAct):
+class BiasActDropout(_FusedDropoutBase):
     """Computes dropout(activation(x + bias)) in one pass, after `nn.Linear(..., bias=False)`.
 
     Args:
-        features: Size of the bias.
+        features: Size of the bias, drawn as by an `nn.Linear` with as many inputs.
         p: The rate in [0, 1], or one for each feature.
         activation: `"gelu"`, `"gelu_tanh"`, `"relu"`, `"silu"` or `"identity"`.
         device: Of the bias.
         dtype: Of the bias.
+
+    Raises:
+        ValueError: For an unknown activation, and rates out of range.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -113,13 +95,5 @@ class BiasActDropout(_BiasAct):
         return super().forward(x, None)
 
 
-class BiasActDropoutAdd(_BiasAct):
-    """Computes residual + dropout(activation(x + bias)) in one pass.
-
-    Args:
-        features: Size of the bias.
-        p: The rate in [0, 1], or one for each feature.
-        activation: `"gelu"`, `"gelu_tanh"`, `"relu"`, `"silu"` or `"identity"`.
-        device: Of the bias.
-        dtype: Of the bias.
-    """
+class BiasActDropoutAdd(_FusedDropoutBase):
+    """Computes residual + dropout(activation(x + bias)) in one pass, see `BiasActDropout`."""

@@ -1,6 +1,7 @@
-"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`.
+"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`, with their arguments.
 
-Tompson et al. 2015, "Efficient object localization using convolutional networks".
+The rate is in [0, 1], or one for each channel.  Tompson et al. 2015, "Efficient object localization using
+convolutional networks".
 """
 
 from collections.abc import Callable
@@ -40,12 +41,7 @@ class _Spatial(_DropoutBase):
 
 
 class Dropout1d(_Spatial, nn.Dropout1d):
-    """Zeroes whole channels of `[batch, channels, length]` or `[channels, length]` while training.
-
-    Args:
-        p: The rate in [0, 1], or one for each channel.
-        inplace: Whether to change the input.
-    """
+    """Zeroes whole channels of `[batch, channels, length]` or `[channels, length]` while training."""
 
     _dims, _ranks, _torch = 1, (2, 3), staticmethod(nn.functional.dropout1d)
 
@@ -54,21 +50,12 @@ class Dropout2d(_Spatial, nn.Dropout2d):
     """Zeroes whole channels of `[batch, channels, height, width]` while training.
 
     As in torch, three dimensions are taken for batch, channels and length, with a warning.
-
-    Args:
-        p: The rate in [0, 1], or one for each channel.
-        inplace: Whether to change the input.
     """
 
     _dims, _ranks, _torch = 2, (4,), staticmethod(nn.functional.dropout2d)
 
 
 class Dropout3d(_Spatial, nn.Dropout3d):
-    """Zeroes whole channels of `[batch, channels, depth, height, width]`, or without batch, while training.
-
-    Args:
-        p: The rate in [0, 1], or one for each channel.
-        inplace: Whether to change the input.
-    """
+    """Zeroes whole channels of `[batch, channels, depth, height, width]`, or without batch, in training."""
 
     _dims, _ranks, _torch = 3, (4, 5), staticmethod(nn.functional.dropout3d)

@@ -79,15 +79,7 @@ class TransformerWithDropout(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm layer: causal self-attention and two linear maps, each with a residual.
-
-    Args:
-        d_model: Width.
-        nhead: Attention heads.
-        dim_feedforward: Width between the linear maps.
-        dropout: Rate.
-        activation: See `BiasActDropout`.
-    """
+    """A pre-norm layer: causal self-attention and two linear maps, each with a residual."""
 
     def __init__(
         self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, activation: str
@@ -110,10 +102,7 @@ class EncoderLayer(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Causal self-attention; the bias of its output is added by the module after it.
 
-    Args:
-        d_model: Width.
-        nhead: Heads.
-        dropout: Rate of the attention probabilities: a plain number, as torch's own attention takes it.
+    Its rate, that of the attention probabilities, is a plain number, as torch's own attention takes it.
     """
 
     def __init__(self, d_model: int, nhead: int, dropout: float) -> None:
