@@ -37,6 +37,9 @@ def gaps(view: Tensor) -> Tensor:
     return storage[~covered]
 
 
+LIKE_ADAMW = ("adamw-defaults", "adam", "amsgrad", "sgd", "momentum", "nesterov")
+"""Rules that repeat what AdamW and Lion show about layouts."""
+
 # shape, strides of the parameter, strides of the gradient
 LAYOUTS = {
     "transposed": ((4, 6), (1, 4), (1, 4)),
@@ -56,12 +59,9 @@ LAYOUTS = {
 }
 
 
-MISALIGNED = ("transposed", "channels last", "gaps")
-
-
-@pytest.mark.parametrize(
-    "layout, offset", [*((layout, 0) for layout in LAYOUTS), *((layout, 3) for layout in MISALIGNED)]
-)
+@pytest.mark.slow(offset=3, layout=tuple(LAYOUTS.keys() - {"transposed", "channels last", "gaps"}))
+@pytest.mark.parametrize("offset", (0, 3))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout, offset, Race, close):
     shape, strides, gradient_strides = LAYOUTS[layout]
     race = Race([shape, (8,)])
@@ -285,7 +285,7 @@ def test_parameters_that_only_lie_close(backend, case, close):
     close(ours, theirs)
 
 
-@pytest.mark.parametrize("rule", ("adamw", "lion"), indirect=True)
+@pytest.mark.slow(rule=LIKE_ADAMW)
 @pytest.mark.parametrize("size", (1, 5))
 def test_gradients_that_are_views_which_negate(rule, backend, size, close):
     """The imaginary part of a conjugate: memory holds numbers of the other sign."""
@@ -298,15 +298,12 @@ def test_gradients_that_are_views_which_negate(rule, backend, size, close):
     close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "rule, layout",
-    [
-        ("adamw", "contiguous"), ("adamw", "transposed"), ("adamw", "gaps"), ("adamw", "conjugate gradient"),
-        ("adamw", "scalar"), ("amsgrad", "transposed"), ("sgd", "gaps"), ("nesterov", "contiguous"),
-        ("lion", "conjugate gradient"),
-    ],
-    indirect=["rule"],
-)  # fmt: skip
+@pytest.mark.slow(rule=("adam", "adamw-defaults", "momentum"))
+@pytest.mark.slow(rule="amsgrad", layout=("contiguous", "gaps", "conjugate gradient", "scalar"))
+@pytest.mark.slow(rule="sgd", layout=("contiguous", "transposed", "conjugate gradient", "scalar"))
+@pytest.mark.slow(rule="nesterov", layout=("transposed", "gaps", "conjugate gradient", "scalar"))
+@pytest.mark.slow(rule="lion", layout=("contiguous", "transposed", "gaps", "scalar"))
+@pytest.mark.parametrize("layout", ("contiguous", "transposed", "gaps", "conjugate gradient", "scalar"))
 def test_complex_parameters(rule, backend, layout, close):
     """As pairs of real numbers, in any layout, with everything that goes along."""
     generator = torch.Generator().manual_seed(0)
@@ -386,7 +383,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("rule", ("adamw", "lion"), indirect=True)
+@pytest.mark.slow(rule=LIKE_ADAMW)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(rule, backend, case):
     """And nothing has happened when it is."""

@@ -36,9 +36,11 @@ def same(a, b) -> bool:
     return a == b
 
 
-@pytest.fixture(params=("adamw", "amsgrad", "sgd", "momentum", "lion"))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw-defaults", "adam", "nesterov")]
+
+
+@pytest.fixture(params=("adamw", "amsgrad", "sgd", "momentum", "lion", *SLOW))
 def rule(request, rules):
-    """A rule of each kind: all of them meet their oracles in `tests/kernels/test_rules.py`."""
     return rules[request.param]
 
 
