@@ -31,6 +31,7 @@ def complaints(tmp_path, source, package="fastreg", head=MODULE):
             "`_held` may mean many things: say what it holds",
         ),
         ("def told(): pass\n", "`told` may mean many things: say what it holds"),
+        ("PLACE = 1\n", "`PLACE` may mean many things: say what it holds"),
         ("for place in []: pass\n", "`place` may mean many things: say what it holds"),
         (f"def f({MANY}): pass\n", "`f` takes 13 parameters, 12 are the most"),
         ('def f():\n    """Adds."""\n', "'Adds.': say in at least 5 words what it does"),

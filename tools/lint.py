@@ -78,7 +78,7 @@ def names(tree: ast.AST) -> Iterator[Complaint]:
         name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name
-        if isinstance(name, str) and name.strip("_") in AMBIGUOUS and name not in allowed:
+        if isinstance(name, str) and name.strip("_").lower() in AMBIGUOUS and name not in allowed:
             yield getattr(node, "lineno", 1), f"`{name}` may mean many things: say what it holds"
 
 
