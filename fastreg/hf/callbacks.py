@@ -38,6 +38,15 @@ class ScheduleCallback(TrainerCallback):
             scheduler.step(state.global_step)
 
 
+def check_noise(source: str, args: Any) -> None:
+    """Raises `ValueError` if arguments of the Trainer add noise to embeddings besides a source of it."""
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"embeddings would get noise twice: by {source} and by neftune_noise_alpha="
+            f"{args.neftune_noise_alpha} of TrainingArguments; leave one out"
+        )
+
+
 class EmbeddingNoiseCallback(TrainerCallback):
     """Noise on the embeddings of tokens while training (NEFTune), with padded or true lengths.
 
@@ -64,11 +73,7 @@ class EmbeddingNoiseCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the noise to the model."""
-        if args.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"embeddings would get noise twice: by this callback and by neftune_noise_alpha="
-                f"{args.neftune_noise_alpha} of TrainingArguments; leave one out"
-            )
+        check_noise("this callback", args)
         self.on_train_end(args, state, control)  # after a run that was interrupted
         attached = attach_embedding_noise(kwargs["model"], **self._options)
         self._noise = Noise("embedding_noise", attached, self._factor)

@@ -12,6 +12,7 @@ from ..losses.r_drop import r_drop
 from ..recipe import Regularization
 from ..recipe.build import make_callbacks, make_groups, make_optimizer
 from ..recipe.callbacks import Callbacks, Passes
+from .callbacks import check_noise
 
 SAVED = "fastreg.pt"
 """The file of a checkpoint that holds the state of callbacks."""
@@ -54,11 +55,8 @@ class AppliedRecipe:
 
     def __init__(self, recipe: Regularization, trainer: Any) -> None:
         check(trainer.args)
-        if recipe.embedding_noise is not None and trainer.args.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"embeddings would get noise twice: by embedding_noise of the recipe and by "
-                f"neftune_noise_alpha={trainer.args.neftune_noise_alpha} of TrainingArguments; leave one out"
-            )
+        if recipe.embedding_noise is not None:
+            check_noise("embedding_noise of the recipe", trainer.args)
         if trainer.is_fsdp_enabled:
             for name in ("weight_noise", "adversarial"):
                 if vars(recipe)[name] is not None:
