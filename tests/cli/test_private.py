@@ -73,7 +73,7 @@ def test_contender_repeats_its_noise():
         model = torch.nn.Linear(3, 2)
         setup = Setup(model, 0.1, 0.0, seed=3, steps=4, batch_size=2, windows=10)
         contenders.ENTRIES["dp"].apply(setup, 1.0)
-        optimizer, _ = setup.make(setup)
+        optimizer, _ = setup.make()
         optimizer.step()
         return model.weight.detach(), optimizer
 

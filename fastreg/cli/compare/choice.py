@@ -12,17 +12,11 @@ from .setup import Setup
 
 @dataclass(frozen=True)
 class Contender:
-    """A combination of entries, as `--with` asks for it, or a recipe, as `--recipe` does.
-
-    Attributes:
-        label: Its name in the table.
-        parts: Entries and their strengths; empty for a recipe.
-        recipe: The recipe, whose weight decay replaces `--weight-decay`.
-    """
+    """A combination of entries, as `--with` asks for it, or a recipe, as `--recipe` does."""
 
     label: str
-    parts: tuple[tuple[Entry, float | None], ...] = ()
-    recipe: Regularization | None = None
+    parts: tuple[tuple[Entry, float | None], ...] = ()  # with their strengths
+    recipe: Regularization | None = None  # its weight decay replaces `--weight-decay`
 
     @property
     def option(self) -> str:
@@ -42,18 +36,13 @@ class Contender:
         Raises:
             ValueError: If two entries contradict each other.
         """
-        if (recipe := self.recipe) is not None:
-            setup.make = lambda setup: recipe.apply(setup.model, setup.lr, setup.steps, setup.seed)
+        setup.recipe = self.recipe
         for entry, strength in self.parts:
             entry.apply(setup, strength)
 
 
 def choose(names: str, paths: Sequence[str]) -> list[Contender]:
-    """Returns all contenders, each with a label of its own.
-
-    Args:
-        names: See `parse`.
-        paths: Recipes in YAML, each of which is a contender named after its file.
+    """Returns all contenders: those of `parse`, and one named after each file of a recipe in YAML.
 
     Raises:
         UsageError: For names and recipes that cannot be used, and for labels that occur twice.

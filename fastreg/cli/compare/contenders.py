@@ -11,30 +11,21 @@ from typing import Any
 from ...nn import AdaptiveDropout, DropPath
 from ...optim.registry import OPTIMIZERS
 from ...schedules import DropPathLayers
-from .setup import Setup, make_private, replace_dropout, use_torch
+from .setup import Setup, replace_dropout
 
 Fields = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: one ingredient of contenders.
-
-    Attributes:
-        name: Its name in `--with`.
-        summary: What it does; `{}` stands for the strength.
-        strength: Default of the one number that says how strongly it regularizes; `None` without one.
-        fields: Returns the fields of a `fastreg.Regularization` at a strength.
-        edit: Edits the setup at a strength, where a recipe cannot say it.
-        write: Writes a strength into the summary.
-    """
+    """A row of the table: one ingredient of contenders, as `--with` names it."""
 
     name: str
-    summary: str
-    strength: float | None = None
-    fields: Callable[[Any], Fields] = lambda strength: {}
-    edit: Callable[[Setup, Any], None] = lambda setup, strength: None
-    write: Callable[[float], str] = "{:g}".format
+    summary: str  # in which `{}` stands for the strength
+    strength: float | None = None  # default of the one number that says how strongly it regularizes
+    fields: Callable[[Any], Fields] = lambda strength: {}  # of a `fastreg.Regularization`
+    edit: Callable[[Setup, Any], None] = lambda setup, strength: None  # where a recipe cannot say it
+    write: Callable[[float], str] = "{:g}".format  # how the summary shows a strength
 
     def apply(self, setup: Setup, strength: float | None) -> None:
         """Adds this ingredient to a setup.
@@ -58,6 +49,14 @@ def _step_or_share(start: float) -> float:
     return int(start) if start >= 1 and start.is_integer() else start
 
 
+def _use_torch(setup: Setup, _: None) -> None:
+    setup.torch_adamw = True
+
+
+def _make_private(setup: Setup, noise_multiplier: float) -> None:
+    setup.noise_multiplier = noise_multiplier
+
+
 def _drop_path(setup: Setup, rate: float) -> None:
     replace_dropout(setup.model, DropPathLayers(rate), DropPath)
 
@@ -73,7 +72,7 @@ def _optimizer(name: str) -> Entry:
 
 
 _TABLE = (
-    Entry("torch", "torch.optim.AdamW(fused=True)", edit=use_torch),
+    Entry("torch", "torch.optim.AdamW(fused=True)", edit=_use_torch),
     Entry("plain", "fastreg.AdamW without regularizers: what the others are compared with"),
     Entry("clip", "global gradient norm clipped to {}", 1.0, lambda x: {"clip": {"max_norm": x}}),
     Entry("value", "every gradient element clipped to {}", 0.01, lambda x: {"clip": {"value": x}}),
@@ -125,7 +124,7 @@ _TABLE = (
     Entry("rdrop", "two passes with different dropout of 0.1, whose divergence counts {} times",
           1.0, lambda x: {"r_drop": {"alpha": x}, "dropout": {"rate": 0.1, "inject": True}}),
     Entry("dp", "differentially private: gradients of samples clipped to 1, noise multiplier {}",
-          0.5, edit=make_private),
+          0.5, edit=_make_private),
     Entry("adadrop", "dropout {} on average, more of neurons that matter less", 0.1, edit=_adaptive_dropout),
     Entry("droppath", "leaves out residual branches, at rates that grow over the layers from 0 to {}",
           0.2, edit=_drop_path),

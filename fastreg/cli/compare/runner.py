@@ -42,7 +42,7 @@ class Run:
             self.model, args.lr, args.weight_decay, seed, args.steps, args.batch_size, max(windows, 1)
         )
         contender.apply(setup)
-        self.optimizer, self.callbacks = setup.make(setup)
+        self.optimizer, self.callbacks = setup.make()
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / max(args.warmup, 1))
         )
@@ -89,14 +89,8 @@ def train(
 ) -> None:  # fmt: skip
     """Trains a contender and fills its record on the way, which an interruption leaves as it is.
 
-    Args:
-        contender: Edits the setup of the run.
-        task: Model and text.
-        args: The arguments of `fastreg compare`.
-        record: Filled in place; its seed is that of the run.
-        progress: Called after every step with the record and the number of steps done.
-        save: Called with the state after every evaluation but the last.
-        state: The state that an interrupted run saved with its record, to continue from.
+    `progress` is called after every step with the record and the number of steps done, `save` with the state
+    after every evaluation but the last; with such a state and its record, an interrupted run goes on.
     """
     begin, before = time.perf_counter(), (record.seconds, record.peak_memory or 0)
     memory = PeakMemory(args.device)

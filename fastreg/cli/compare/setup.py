@@ -1,4 +1,4 @@
-"""The setup of a run, which contenders change, and the optimizers made of it."""
+"""The setup of a run, which contenders change, and the optimizer made of it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,6 @@ from ...privacy import DPOptimizer
 from ...recipe import Callbacks, Regularization
 from ..usage import require
 
-Made = tuple[torch.optim.Optimizer, Callbacks]
-
-
-def make_from_fields(setup: Setup) -> Made:
-    """Returns `fastreg.AdamW` with all fields of the setup, see `fastreg.Regularization`."""
-    # All weights decay, as with torch.optim.AdamW(model.parameters()).
-    decay = {"rate": setup.weight_decay, "exclude": False, **setup.fields.get("weight_decay", {})}
-    recipe = Regularization.from_dict({**setup.fields, "weight_decay": decay})
-    return recipe.apply(setup.model, setup.lr, setup.steps, setup.seed)
-
-
-def _make_torch_adamw(setup: Setup) -> Made:
-    if setup.fields:
-        raise ValueError(
-            f"torch.optim.AdamW is compared as it is, got {', '.join(setup.fields)}; leave 'torch' out of "
-            "the combination"
-        )
-    optimizer = torch.optim.AdamW(
-        setup.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay, fused=True
-    )
-    return optimizer, Callbacks()
-
 
 @dataclass
 class Setup:
@@ -51,7 +29,9 @@ class Setup:
     batch_size: int = 1
     windows: int = 1  # of the training text, that do not overlap
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a `fastreg.Regularization`
-    make: Callable[[Setup], Made] = make_from_fields
+    recipe: Regularization | None = None  # in place of one with these fields
+    torch_adamw: bool = False  # in place of what a recipe makes
+    noise_multiplier: float | None = None  # of private training
 
     def add(self, **fields: dict[str, Any]) -> None:
         """Adds settings to the fields of the recipe.
@@ -65,34 +45,44 @@ class Setup:
                 if (other := section.setdefault(key, value)) is not value and other != value:
                     raise ValueError(f"{name}.{key} is given more than once, as {section[key]} and {value}")
 
+    def make(self) -> tuple[torch.optim.Optimizer, Callbacks]:
+        """Returns the optimizer and the callbacks of the run.
 
-def use_torch(setup: Setup, strength: float | None = None) -> None:
-    """Lets a setup make `torch.optim.AdamW`, at its best setting."""
-    setup.make = _make_torch_adamw
+        Raises:
+            ValueError: For values out of range, and for ingredients that do not go together.
+        """
+        if self.torch_adamw:
+            if self.fields:
+                raise ValueError(
+                    f"torch.optim.AdamW is compared as it is, got {', '.join(self.fields)}; leave 'torch' "
+                    "out of the combination"
+                )
+            weights = self.model.parameters()
+            optimizer: Any = torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay, fused=True)
+            callbacks = Callbacks()
+        else:
+            # All weights decay, as with torch.optim.AdamW(model.parameters()).
+            decay = {"rate": self.weight_decay, "exclude": False, **self.fields.get("weight_decay", {})}
+            recipe = self.recipe or Regularization.from_dict({**self.fields, "weight_decay": decay})
+            optimizer, callbacks = recipe.apply(self.model, self.lr, self.steps, self.seed)
+        if self.noise_multiplier is not None:
+            optimizer = self._make_private(optimizer, self.noise_multiplier)
+        return optimizer, callbacks
 
-
-def make_private(setup: Setup, noise_multiplier: float) -> None:
-    """Puts the optimizer that a setup would make into `fastreg.DPOptimizer`."""
-    inner = setup.make
-
-    def make(setup: Setup) -> Made:
+    def _make_private(self, optimizer: torch.optim.Optimizer, noise_multiplier: float) -> DPOptimizer:
         require("compare --with dp", "privacy", "opacus")
-        if several := [name for name in ("adversarial", "r_drop") if name in setup.fields]:
+        if several := [name for name in ("adversarial", "r_drop") if name in self.fields]:
             raise ValueError(
                 f"{several[0]} makes several passes over a sample, whose gradients add up unclipped"
             )
-        optimizer, callbacks = inner(setup)
         with warnings.catch_warnings():  # with a seed, so that runs can be repeated; the text is no secret
             warnings.filterwarnings("ignore", message="noise_seed")
-            private = DPOptimizer(
-                optimizer, model=setup.model, noise_multiplier=noise_multiplier, max_grad_norm=1.0,
-                expected_batch_size=setup.batch_size, accountant="rdp",
-                sample_rate=min(1.0, setup.batch_size / setup.windows), noise_seed=setup.seed,
+            return DPOptimizer(
+                optimizer, model=self.model, noise_multiplier=noise_multiplier, max_grad_norm=1.0,
+                expected_batch_size=self.batch_size, accountant="rdp",
+                sample_rate=min(1.0, self.batch_size / self.windows), noise_seed=self.seed,
                 reproducible=True,
             )  # fmt: skip
-        return private, callbacks
-
-    setup.make = make
 
 
 def replace_dropout(model: Any, rates: Any, make: Callable[[float], nn.Module]) -> None:

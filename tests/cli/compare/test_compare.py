@@ -121,7 +121,7 @@ def test_torch_is_compared_as_it_is(label):
     setup = Setup(torch.nn.Linear(3, 1), lr=0.1, weight_decay=0.0, seed=0, steps=10)
     choice.parse(label)[0].apply(setup)
     with pytest.raises(ValueError, match="as it is, got (sam|msam|lookahead);"):
-        setup.make(setup)
+        setup.make()
 
 
 def made(label, **options):
@@ -208,8 +208,8 @@ def entry(monkeypatch, name, change):
     def apply(setup, strength):
         make = setup.make
 
-        def changed(setup):
-            optimizer, callbacks = make(setup)
+        def changed():
+            optimizer, callbacks = make()
             change(setup, callbacks)
             return optimizer, callbacks
 
@@ -392,7 +392,7 @@ def test_annealing_ends_where_it_should():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
     setup = Setup(model, lr=0.1, weight_decay=0.0, seed=0, steps=4)
     choice.parse("annealed=0.4")[0].apply(setup)
-    _, callbacks = setup.make(setup)
+    _, callbacks = setup.make()
     rates = [model.transformer.h[1].mlp.dropout.p]
     for _ in range(4):
         callbacks.step()
