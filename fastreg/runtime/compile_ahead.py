@@ -16,12 +16,9 @@ LENGTH = 2**20 + 7
 def compile_ahead(function: Callable[..., Any], examples: tuple[Any, ...]) -> Callable[..., Any]:
     """Returns a function compiled for tensors of all sizes, from disk if another process has compiled it.
 
-    No guard is checked.  The caller ensures that dtypes, devices, dimensions and the number of threads are
-    those of the examples, that no size is 0 or 1, and that no plain number is among the arguments.
-
-    Args:
-        function: It takes tensors and lists of tensors.
-        examples: Contiguous arguments; sizes are equal only where they always are.
+    No guard is checked.  The caller ensures that arguments are tensors and lists of tensors, with dtypes,
+    devices, dimensions and the number of threads of the examples, and that no size is 0 or 1.  Examples are
+    contiguous, and their sizes are equal only where they always are.
     """
     key = programs.key(function, examples)
     if key is None:

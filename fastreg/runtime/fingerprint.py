@@ -31,6 +31,7 @@ _BY_REPR = (
 )  # fmt: skip
 """Types whose values are described by their `repr`."""
 
+_C_METHODS = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
 _BY_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     slice: ("start", "stop", "step"),
     functools.partial: ("func", "args", "keywords", "__dict__"),
@@ -48,16 +49,13 @@ _BY_ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "co_code", "co_exceptiontable", "co_flags", "co_argcount", "co_posonlyargcount", "co_kwonlyargcount",
         "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_consts",
     ),
-    types.MethodDescriptorType: ("__name__", "__objclass__"),
-    types.WrapperDescriptorType: ("__name__", "__objclass__"),
-    types.ClassMethodDescriptorType: ("__name__", "__objclass__"),
-    types.GetSetDescriptorType: ("__name__", "__objclass__"),
-    types.MemberDescriptorType: ("__name__", "__objclass__"),
+    **dict.fromkeys(
+        (*_C_METHODS, types.GetSetDescriptorType, types.MemberDescriptorType), ("__name__", "__objclass__")
+    ),
 }  # fmt: skip
 """Types whose values are described by these attributes; a missing one counts as `None`."""
 
 _NAMEDTUPLE_FIELD = type(vars(collections.namedtuple("_Of", "one"))["one"])
-_C_METHODS = types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType
 _SENTINELS = (dataclasses.MISSING, getattr(dataclasses, "_HAS_DEFAULT_FACTORY", dataclasses.MISSING))
 _STATELESS = (object, abc.ABC, typing.Generic, typing.Protocol)
 """Base classes whose objects have no state besides their attributes."""
@@ -218,12 +216,8 @@ def _state(value: Any) -> dict[str, Any]:
     kinds = type(value).__mro__
     if any(_foreign(kind) and kind not in _STATELESS for kind in kinds):
         raise Unknown(f"{value!r} of {type(value)}")
-    slots = [
-        name
-        for kind in kinds
-        for name, item in vars(kind).items()
-        if isinstance(item, types.MemberDescriptorType)
-    ]
+    members = [item for kind in kinds for item in vars(kind).items()]
+    slots = [name for name, item in members if isinstance(item, types.MemberDescriptorType)]
     values = {name: getattr(value, name, dataclasses.MISSING) for name in slots}
     return {**values, **getattr(value, "__dict__", {})}
 

@@ -18,17 +18,11 @@ FILE = "fastreg.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Kernels that were compiled ahead of time for a target.
-
-    Attributes:
-        target: Such as "sm_90".
-        kernels: The number of kernels.
-        current: Whether this version of fastreg and triton compiled them; others are never used.
-    """
+    """Kernels that were compiled ahead of time for a target such as "sm_90"."""
 
     target: str
-    kernels: int
-    current: bool
+    kernels: int  # how many
+    current: bool  # whether this version of fastreg and triton compiled them; others are never used
 
 
 def folder() -> Path:
@@ -38,10 +32,10 @@ def folder() -> Path:
     return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"
 
 
-def read(cache: Path | None = None) -> list[Cached]:
-    """Returns the kernels compiled ahead of time into a cache, by default Triton's own."""
-    known = _known((folder() if cache is None else cache) / FILE)
-    return [Cached(target, len(hashes), version == identity()) for target, (hashes, version) in known.items()]
+def read(cache: Path) -> list[Cached]:
+    """Returns the kernels compiled ahead of time into a cache."""
+    known = _known(cache / FILE).items()
+    return [Cached(target, len(hashes), version == identity()) for target, (hashes, version) in known]
 
 
 def add(cache: Path, target: str, hashes: set[str]) -> None:

@@ -39,13 +39,10 @@ _ALLOCATING = ("empty_strided_cpu", "reinterpret_tensor", "assert_size_stride")
 class Program:
     """A compiled function of tensors, which can be saved.
 
-    Args:
-        source: The source of `call`, a function of a list of arguments, which it empties.
-        libraries: The shared library of each kernel that `call` names.
-        order: For each argument of `call`: the index of the caller's tensor, and a dimension of it if the
-            argument is its size, else `None`.
-        written: Indices of the caller's tensors that are changed in place.
-        results: The index of the result among those of `call`, a list of such, or `None`.
+    `source` defines `call`, a function of a list of arguments, which it empties; `libraries` are the files of
+    the kernels that it names. `order` has for each argument the index of the caller's tensor, and a dimension
+    of it if the argument is its size, else `None`. `written` are the indices of tensors that are changed in
+    place. `results` is the index of the result among those of `call`, a list of such, or `None`.
     """
 
     def __init__(
@@ -112,15 +109,10 @@ def modules() -> list[Any]:
 
 
 def capture(compiled: Callable[..., Any], examples: Sequence[Any], written_by: Sequence[Any]) -> Program:
-    """Returns the program behind a compiled function.
+    """Returns the program behind a compiled function, which is run once on examples and may change them.
 
-    Args:
-        compiled: The function; it is run once.
-        examples: Arguments for it, which it may change.
-        written_by: The modules that Inductor wrote while it compiled the function.
-
-    Raises:
-        Unexpected: If the function does not have the form of a program.
+    `written_by` are the modules that Inductor wrote while it compiled the function. Raises `Unexpected` if
+    the function does not have the form of a program.
     """
     if len(written_by) != 1:
         raise Unexpected(f"{len(written_by)} modules instead of one")
@@ -289,12 +281,7 @@ def load(key: str) -> Program | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the contents of a program's file, after checking its libraries.
-
-    Raises:
-        OSError: If a file is missing or cannot be read.
-        ValueError: If a file is damaged, or another user may have written it.
-    """
+    """Returns the contents of a program's file; raises an error if it, or a library, cannot be trusted."""
     _check_owner(path)
     _check_owner(path / "program.json")
     saved: dict[str, Any] = json.loads((path / "program.json").read_text())
