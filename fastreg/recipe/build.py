@@ -97,18 +97,14 @@ def check(recipe: Regularization) -> None:
     for name, section in SECTIONS.items():
         if section.needs_model and (settings := vars(recipe)[name]):
             vars(trial)[name] = {key: settings[key] for key in settings if key not in section.needs_model}
-    build(trial, _stand_in(), 1e-3, MANY_STEPS, 0)[1].remove()
+    with preserve_rng():
+        stand_in = _StandIn(16, 4, 1, 2, max_length=4)
+    build(trial, stand_in, 1e-3, MANY_STEPS, 0)[1].remove()
 
 
 class _StandIn(TransformerWithDropout):
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
-
-
-def _stand_in() -> nn.Module:
-    """Returns a tiny model; torch's random numbers stay as they are."""
-    with preserve_rng():
-        return _StandIn(16, 4, 1, 2, max_length=4)
 
 
 def _effect(

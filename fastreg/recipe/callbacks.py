@@ -1,13 +1,6 @@
 """Callbacks beside an optimizer: passes over a batch, rates that change, noise that is attached.
 
-`Regularization.apply` makes them.  A loop needs two lines:
-
-```python
-optimizer, callbacks = recipe.apply(model, lr=1e-3, steps=1000)
-for batch in data:
-    callbacks.training_step(lambda: model(**batch).loss, optimizer)  # all passes, step, zero_grad
-    callbacks.step()                                                 # rates of the next step
-```
+`Regularization.apply` makes them; its class shows the two lines that a loop needs.
 """
 
 from __future__ import annotations

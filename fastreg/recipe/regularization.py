@@ -188,13 +188,10 @@ def _read(yaml: Any, text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    continue
-                if key.value in seen:
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for i, key in enumerate(keys):
+                if any(key.value == other.value for other in keys[:i]):
                     raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
-                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     settings = yaml.load(text, Loader)
