@@ -1,4 +1,4 @@
-"""Runs `fastreg bench`: the benchmark suites on this machine, as a table, a picture and JSON."""
+"""Runs `fastreg bench`: times the benchmark suites, as a table, a picture and JSON."""
 
 import argparse
 from typing import Any
@@ -16,10 +16,8 @@ as JSON. The full run takes about twenty minutes, --quick about five."""
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `bench` to the command line."""
-    parser = commands.add_parser(
-        "bench", help="time fastreg against torch and other libraries",
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    summary = "time fastreg against torch and other libraries"
+    parser = commands.add_parser("bench", help=summary, description=DESCRIPTION)
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds")
     parser.add_argument(
         "--suite", metavar="NAME,...", default=",".join(SUITES), help=f"of {', '.join(SUITES)} (default: all)"
@@ -45,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from fastreg_benchmarks import figure, report, suite
 
     out = folder(args.out, "bench")
-    console = Console()
+    console = Console(highlight=False)
     contents = report.document(target, args.quick)
-    console.print(f"[bold]{report.machine_line(contents)}[/]\n", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{report.machine_line(contents)}[/]\n", soft_wrap=True)
     results, interrupted = contents["results"], False
     try:
         for case in (case for name in chosen for case in suite.cases(name, target, args.quick)):
@@ -59,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     document.write(out / "bench.json", contents)
     figure.draw(out / "bench.png", contents)
     for note in report.notes(results):
-        console.print(note, style="dim", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"\n[bold]{out / 'bench.png'}[/]  {out / 'bench.json'}", highlight=False, soft_wrap=True)
+        console.print(note, style="dim", soft_wrap=True, markup=False)
+    console.print(f"\n[bold]{out / 'bench.png'}[/]  {out / 'bench.json'}", soft_wrap=True)
     if interrupted:
-        console.print("interrupted: what was done until then is kept", highlight=False)
+        console.print("interrupted: what was done until then is kept")
         return 130
     return 1 if suite.refused(results) else 0

@@ -1,4 +1,4 @@
-"""Runs `fastreg info`: versions, devices and backends, for a bug report."""
+"""Runs `fastreg info`: prints versions, devices and backends, for a bug report."""
 
 import argparse
 import dataclasses

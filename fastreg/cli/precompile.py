@@ -19,30 +19,24 @@ All kernels take about a minute on two cores and 19 MB for each target; --only t
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `precompile` to the command line."""
-    parser = commands.add_parser(
-        "precompile", help="compile kernels ahead of time, without a GPU",
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+    summary = "compile kernels ahead of time, without a GPU"
+    parser = commands.add_parser("precompile", help=summary, description=DESCRIPTION)
+    options: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+        ("--target", "ARCH", "such as sm_90, once for each (default: that of the GPU here)",
+         {"action": "append"}),
+        ("--out", "FOLDER", "the cache (default: Triton's own)", {}),
+        ("--only", "NAME,...",
+         "chains such as AdamW or clip+AdamW+EMA, and kernels such as dropout (default: all; see --list)",
+         {}),
+        ("--dtype", "KIND,...",
+         "of fp32, bf16, fp16, and for chains mixed and remainder (default: all but fp16)", {}),
+        ("--jobs", "JOBS", "processes (default: one for each core)",
+         {"type": count, "default": os.cpu_count() or 1}),
+        ("--features", "N,...",
+         "sizes of the last dimension, for dropout with a bias (default: 768,1024,4096)", {}),
     )  # fmt: skip
-    parser.add_argument(
-        "--target", action="append", metavar="ARCH",
-        help="such as sm_90, once for each (default: that of the GPU here)",
-    )  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", help="the cache (default: Triton's own)")
-    parser.add_argument(
-        "--only", metavar="NAME,...",
-        help="chains such as AdamW or clip+AdamW+EMA, and kernels such as dropout (default: all; see --list)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", metavar="KIND,...",
-        help="of fp32, bf16, fp16, and for chains mixed and remainder (default: all but fp16)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=count, default=os.cpu_count() or 1, help="processes (default: one for each core)"
-    )
-    parser.add_argument(
-        "--features", metavar="N,...",
-        help="sizes of the last dimension, for dropout with a bias (default: 768,1024,4096)",
-    )  # fmt: skip
+    for flag, metavar, text, more in options:
+        parser.add_argument(flag, metavar=metavar, help=text, **more)
     parser.add_argument("--list", action="store_true", help="list the names and exit")
     parser.set_defaults(run=run)
 

@@ -31,11 +31,8 @@ HIDDEN, HELD_BACK = 32, 114
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `private` to the command line."""
-    parser = commands.add_parser(
-        "private", help="train with and without differential privacy: what does it cost",
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-
+    summary = "train with and without differential privacy: what does it cost"
+    parser = commands.add_parser("private", help=summary, description=DESCRIPTION)
     for flag, kind, default, text in (
         ("--epsilon", positive, 3.0, "largest epsilon"),
         ("--delta", positive, 1e-4, "less than one by the number of samples"),

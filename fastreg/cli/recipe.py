@@ -17,10 +17,8 @@ ON = {
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `recipe` to the command line."""
-    parser = commands.add_parser(
-        "recipe", help="print a commented recipe in YAML, for compare --recipe",
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    summary = "print a commented recipe in YAML, for compare --recipe"
+    parser = commands.add_parser("recipe", help=summary, description=DESCRIPTION)
     parser.set_defaults(run=run)
 
 

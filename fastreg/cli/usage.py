@@ -20,7 +20,13 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UsageError` where argparse would print the whole usage and exit."""
+    """An argument parser that raises `UsageError` where argparse would print the whole usage and exit.
+
+    Descriptions are printed with their own line breaks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UsageError` with a pointer to the help."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from ..usage import UsageError, count, device, folder, non_negative, positive, require, whole
@@ -56,12 +57,10 @@ class Explicit(argparse.Action):
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `compare` to the command line."""
-    parser = commands.add_parser(
-        "compare", help="train with several regularizers side by side: which helps, what does it cost",
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="contenders (combine with +, set the strength with =, as in clip=0.5+ema):\n"
-        + "\n".join("  " + line for line in choice.list_contenders().splitlines()),
-    )  # fmt: skip
+    summary = "train with several regularizers side by side: which helps, what does it cost"
+    names = textwrap.indent(choice.list_contenders(), "  ")
+    epilog = f"contenders (combine with +, set the strength with =, as in clip=0.5+ema):\n{names}"
+    parser = commands.add_parser("compare", help=summary, description=DESCRIPTION, epilog=epilog)
     for flag, metavar, text, options in OPTIONS:
         parser.add_argument(flag, metavar=metavar, help=text, action=Explicit, **options)
         if flag == "--recipe":
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.device = device(args.device)
-    console = Console()
+    console = Console(highlight=False)
     with console.status(f"loading {args.model or 'a small GPT-2'}"):
         task = text.load(args)
     for contender in chosen:  # refuse bad strengths before the first minute of training, not after it
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         run_file = resume.RunFile.create(folder(args.out, "compare"), arguments)
     out = run_file.path.parent
-    console.print(heading, highlight=False, soft_wrap=True)
+    console.print(heading, soft_wrap=True)
     interrupted = _train_all(chosen, task, args, run_file, console)
     outcome = results.by_label(run_file.records)
     report.write_json(out / "compare.json", outcome, task, args, interrupted)
@@ -130,14 +129,10 @@ def run(args: argparse.Namespace) -> int:
     if not interrupted:
         run_file.remove()  # not before the results are written, which may fail
     report.show(console, outcome, PeakMemory(args.device).method)
-    console.print(
-        f"\n[bold]{out / 'compare.png'}[/]  {out / 'compare.json'}", highlight=False, soft_wrap=True
-    )
+    console.print(f"\n[bold]{out / 'compare.png'}[/]  {out / 'compare.json'}", soft_wrap=True)
     if interrupted:
-        console.print(
-            f"interrupted: what was done until then is kept; fastreg compare --resume {out} goes on",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        note = f"interrupted: what was done until then is kept; fastreg compare --resume {out} goes on"
+        console.print(note, soft_wrap=True)
     return 130 if interrupted else 0
 
 

@@ -24,16 +24,19 @@ from .verdicts import baseline, headline, verdicts
 
 
 def heading(task: Task, args: argparse.Namespace) -> str:
-    """Returns lines that say which model is trained on which text, and how."""
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    """Returns lines that say which model is trained on which text, and how.
+
+    Raises:
+        RuntimeError: If the backend in FASTREG_BACKEND cannot run on the device.
+    """
     shares = f"{len(task.train):,} tokens to train, {task.validation.numel():,} to validate"
     batch = f"{args.batch_size} x {args.block_size} tokens"
     last = f" to {args.seed + args.seeds - 1}" if args.seeds > 1 else ""
     return (
-        f"[bold]{escape(task.model_name)}[/] ({parameters:,} parameters)\n"
+        f"[bold]{escape(task.model_name)}[/] ({task.parameters:,} parameters)\n"
         f"{escape(task.text_name)}: {shares}\n"
         f"{args.steps} steps of {batch}, lr {args.lr:g}, seed {args.seed}{last}; "
-        f"{_device_name(args.device)}, fastreg backend {backend_name(task, args)}\n"
+        f"{_device_name(args.device)}, fastreg backend {backend.resolve(args.device, task.parameters)}\n"
     )
 
 
@@ -53,8 +56,8 @@ def show(console: Console, results: list[Result], memory: str) -> None:
         notes.append(f"{most} seeds, but of {', '.join(fewer)}")
     notes += [f"{result.label}: {record.budget}" for result in results if (record := result.runs[0]).budget]
     notes += ["losses in nats per token", f"times of undisturbed steps ({QUANTILE:.0%} quantile)", memory]
-    console.print("; ".join(notes) + "\n", style="dim", highlight=False)
-    console.print(f"[bold]{headline(results)[0]}[/]", highlight=False)
+    console.print("; ".join(notes) + "\n", style="dim")
+    console.print(f"[bold]{headline(results)[0]}[/]")
     colours = {"helped": "green", "hurt": "red", "diverged": "red"}
     lines = Table.grid(padding=(0, 2))
     lines.add_column(overflow="fold")
@@ -62,7 +65,7 @@ def show(console: Console, results: list[Result], memory: str) -> None:
     for verdict in verdicts(results):
         outcome = f"[{colours.get(verdict.outcome, 'default')}]{verdict.outcome}[/]"
         lines.add_row(escape(verdict.label), outcome, escape(verdict.sentence))
-    console.print(lines, highlight=False)
+    console.print(lines)
 
 
 def _table(results: list[Result]) -> Table:
@@ -100,11 +103,11 @@ def write_json(
         "interrupted": interrupted,
         "seed": args.seed,
         "config": settings | {"device": str(args.device)},
-        "model": {"name": task.model_name, "parameters": sum(p.numel() for p in task.model.parameters())},
+        "model": {"name": task.model_name, "parameters": task.parameters},
         "text": {"name": task.text_name, "train_tokens": len(task.train),
                  "validation_tokens": task.validation.numel()},
         "device": _device_name(args.device),
-        "backend": backend_name(task, args),
+        "backend": backend.resolve(args.device, task.parameters),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: installed_version(name) for name in ("fastreg", "torch", "transformers", "triton")},
@@ -155,15 +158,6 @@ def _measured(run: Result | Record) -> dict[str, Any]:
         "peak_memory": run.peak_memory,
         "curves": {"step": run.steps, "train": run.train, "validation": run.validation},
     }
-
-
-def backend_name(task: Task, args: argparse.Namespace) -> str:
-    """Returns the name of the backend that runs the steps of fastreg's optimizers.
-
-    Raises:
-        RuntimeError: If the backend in FASTREG_BACKEND cannot run on the device.
-    """
-    return backend.resolve(args.device, sum(parameter.numel() for parameter in task.model.parameters()))
 
 
 def _device_name(device: torch.device) -> str:

@@ -83,8 +83,8 @@ class Result:
     @property
     def losses(self) -> tuple[float, float]:
         """Means of `Record.losses` over the runs."""
-        trains, validations = zip(*(record.losses for record in self.runs), strict=True)
-        return _mean(trains), _mean(validations)
+        train, validation = _mean_curve([record.losses for record in self.runs])
+        return train, validation
 
     @property
     def deviations(self) -> tuple[float, float] | None:
@@ -142,9 +142,5 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def _mean(values: Sequence[float]) -> float:
-    return values[0] if len(values) == 1 else sum(values) / len(values)
-
-
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    return [_mean(points) for points in zip(*curves, strict=False)]
+    return [sum(points) / len(points) for points in zip(*curves, strict=False)]

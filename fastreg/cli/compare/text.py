@@ -32,6 +32,11 @@ class Task:
         return copy.deepcopy(self.model) if self.build is None else self.build(seed)
 
     @property
+    def parameters(self) -> int:
+        """The number of elements of all parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def train_windows(self) -> Tensor:
         """The training share cut into windows for evaluation."""
         return _windows(self.train, self.block_size)
