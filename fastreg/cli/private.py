@@ -49,11 +49,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `fastreg private` and returns the exit code.
-
-    Raises:
-        UsageError: For input that cannot be used.
-    """
+    """Trains without and with privacy; raises `UsageError` for input that cannot be used."""
     require("private", "privacy", "opacus", "sklearn")
     train, test = _data()
     samples = len(train.tensors[0])

@@ -77,8 +77,7 @@ def make_callbacks(
 def check(recipe: Regularization) -> None:
     """Checks a recipe as far as no model is needed: builds it for a tiny stand-in.
 
-    Raises:
-        ValueError: For values out of range, and for settings that do not go together.
+    Raises `ValueError` for values out of range, and for settings that do not go together.
     """
     if recipe.sam is not None and recipe.msam is not None:
         raise ValueError(

@@ -94,11 +94,7 @@ class Noise(Callback):
 
 
 def find_branches(model: nn.Module) -> re.Pattern[str]:
-    """Returns a pattern of the names of attention and MLP of every block.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Returns a pattern of the names of attention and MLP of every block; refuses models without any."""
     names = [
         f"{block}.{name}" for block in block_positions(model) for name in branches(model.get_submodule(block))
     ]

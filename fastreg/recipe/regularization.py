@@ -218,10 +218,7 @@ Recipe = Regularization | Mapping[str, Any] | str | PathLike[str]
 def read_recipe(recipe: Recipe) -> Regularization:
     """Returns the recipe that is given in one of the forms of `Recipe`.
 
-    Raises:
-        OSError: If a file cannot be read.
-        TypeError: For anything else than a recipe.
-        ValueError: As `Regularization`.
+    Raises `TypeError` for anything else, and the errors of `Regularization` and `from_yaml`.
     """
     if isinstance(recipe, Regularization):
         return recipe

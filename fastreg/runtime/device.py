@@ -49,10 +49,7 @@ def assumed(target: Architecture) -> Iterator[None]:
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Launches a number of programs of a kernel on the current stream of a device.
 
-    Zero programs are not launched.
-
-    Raises:
-        ValueError: For more programs than a GPU can launch at a time.
+    Zero programs are not launched, and more than a GPU can launch at a time are refused.
     """
     if not programs:
         return

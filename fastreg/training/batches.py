@@ -15,9 +15,7 @@ Loss = Callable[[Any, Any], Tensor]
 def batch_loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
     """Returns the loss of a batch: a mapping, (inputs, labels), or a tensor; see `Settings.loss_fn`.
 
-    Raises:
-        ValueError: If the batch has no labels, or the model returns no loss.
-        TypeError: For batches of another kind.
+    Raises `TypeError` for other batches, and `ValueError` if labels or the model's loss are missing.
     """
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]

@@ -18,10 +18,8 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
     """Lets parameters hold their averages in the block: EMA, SWA, slow weights, the weights MSAM perturbs.
 
     Works with every optimizer that has `eval()` and `train()`, alone or in wrappers. Nothing happens for
-    others, such as torch's, and where averages are swapped in already.
-
-    Raises:
-        RuntimeError: Between the two passes of `fastreg.SAM`, whose weights are perturbed.
+    others, such as torch's, and where averages are swapped in already. Raises `RuntimeError` between the two
+    passes of `fastreg.SAM`, whose weights are perturbed.
     """
     layers = wrapped_optimizers(optimizer)
     averaging: Any = next((o for o in layers if hasattr(o, "eval") and hasattr(o, "train")), None)

@@ -74,11 +74,7 @@ class Settings:
 
     @classmethod
     def from_options(cls: type[S], options: Mapping[str, Any]) -> S:
-        """Returns settings made of keyword arguments.
-
-        Raises:
-            TypeError: For an unknown name, with the known ones.
-        """
+        """Returns settings made of keyword arguments; raises `TypeError` for an unknown name."""
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:

@@ -31,11 +31,7 @@ class Contender:
         return "; ".join(" ".join(line.split()) for line in self.recipe.describe().splitlines())
 
     def apply(self, setup: Setup) -> None:
-        """Edits the setup of a run.
-
-        Raises:
-            ValueError: If two entries contradict each other.
-        """
+        """Edits the setup of a run; raises `ValueError` if two entries contradict each other."""
         setup.recipe = self.recipe
         for entry, strength in self.parts:
             entry.apply(setup, strength)
@@ -44,8 +40,7 @@ class Contender:
 def choose(names: str, paths: Sequence[str]) -> list[Contender]:
     """Returns all contenders: those of `parse`, and one named after each file of a recipe in YAML.
 
-    Raises:
-        UsageError: For names and recipes that cannot be used, and for labels that occur twice.
+    Raises `UsageError` for names and recipes that cannot be used, and for labels that occur twice.
     """
     chosen = parse(names)
     if paths:
@@ -70,8 +65,7 @@ def choose(names: str, paths: Sequence[str]) -> list[Contender]:
 def parse(text: str) -> list[Contender]:
     """Returns the contenders that a text such as `"plain,ema,clip=0.5+noise=1e-3"` asks for.
 
-    Raises:
-        UsageError: For unknown names, strengths that are not numbers, and labels that occur twice.
+    Raises `UsageError` for unknown names, strengths that are not numbers, and labels that occur twice.
     """
     labels = [label.strip() for label in text.split(",") if label.strip()]
     if not labels:

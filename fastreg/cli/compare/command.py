@@ -1,4 +1,4 @@
-"""Runs the command line of `fastreg compare`: reads arguments, trains all contenders, writes the results."""
+"""Runs `fastreg compare`: reads the arguments, trains all contenders, writes the results."""
 
 from __future__ import annotations
 
@@ -69,11 +69,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `fastreg compare` and returns the exit code.
-
-    Raises:
-        UsageError: For input that cannot be used; nothing has been trained then.
-    """
+    """Trains and compares all contenders; first refuses input that cannot be used."""
     if args.list:
         print(choice.list_contenders())
         return 0

@@ -28,11 +28,7 @@ class Entry:
     write: Callable[[float], str] = "{:g}".format  # how the summary shows a strength
 
     def apply(self, setup: Setup, strength: float | None) -> None:
-        """Adds this ingredient to a setup.
-
-        Raises:
-            ValueError: If another ingredient has set the same field to another value.
-        """
+        """Adds this ingredient to a setup, see `Setup.add`."""
         setup.add(**self.fields(strength))
         self.edit(setup, strength)
 

@@ -26,8 +26,7 @@ from .verdicts import baseline, headline, verdicts
 def heading(task: Task, args: argparse.Namespace) -> str:
     """Returns lines that say which model is trained on which text, and how.
 
-    Raises:
-        RuntimeError: If the backend in FASTREG_BACKEND cannot run on the device.
+    Raises `RuntimeError` if the backend in FASTREG_BACKEND cannot run on the device.
     """
     shares = f"{len(task.train):,} tokens to train, {task.validation.numel():,} to validate"
     batch = f"{args.batch_size} x {args.block_size} tokens"

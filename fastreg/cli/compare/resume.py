@@ -23,59 +23,45 @@ NOT_SAVED = ("run", "list", "resume", "explicit", "out")
 """Arguments that do not say what is trained."""
 
 
+@dataclasses.dataclass
 class RunFile:
     """The records of all runs, and the state of the unfinished run at its latest evaluation.
 
     The file is replaced as a whole: whatever interrupts, the previous or the new one exists. It holds
     tensors, numbers, strings, lists and dicts, so that it loads with `weights_only=True`.
-
-    Args:
-        folder: The folder of the results.
-        arguments: What is trained, see `saved_arguments`.
-
-    Attributes:
-        records: The records of all runs that were started; only the last may be unfinished.
-        state: The state of the unfinished run, see `runner.train`.
     """
 
-    def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
-        self.path, self.arguments = folder / NAME, arguments
-        self.records: list[Record] = []
-        self.state: dict[str, Any] | None = None
+    path: Path
+    arguments: dict[str, Any]  # what is trained, see `saved_arguments`
+    records: list[Record] = dataclasses.field(default_factory=list)  # only the last may be unfinished
+    state: dict[str, Any] | None = None  # of the unfinished run, see `runner.train`
 
     @classmethod
     def create(cls, folder: Path, arguments: dict[str, Any]) -> RunFile:
-        """Returns the file of a new run; nothing is written yet.
+        """Returns the file of a new run, which is not written yet.
 
-        Raises:
-            UsageError: If the folder holds an interrupted run, which would be lost.
+        Raises `UsageError` if the folder holds an interrupted run, which would be lost.
         """
         if (folder / NAME).exists():
             raise UsageError(
                 f"--out {folder}: holds an interrupted run; go on with it by --resume {folder}, or remove "
                 f"{folder / NAME}"
             )
-        return cls(folder, arguments)
+        return cls(folder / NAME, arguments)
 
     @classmethod
     def read(cls, folder: str) -> RunFile:
-        """Returns the file of an interrupted run.
-
-        Raises:
-            UsageError: If the folder has none, or it cannot be read.
-        """
+        """Returns the file of an interrupted run; raises `UsageError` if it is not there or damaged."""
         path = Path(folder) / NAME
         if not path.exists():
             raise UsageError(f"--resume {folder}: holds no interrupted run (there is no {NAME})")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            run_file = cls(Path(folder), saved["arguments"])
-            run_file.records = [Record(**record) for record in saved["records"]]
-            run_file.state = saved["state"]
+            records = [Record(**record) for record in saved["records"]]
+            return cls(path, saved["arguments"], records, saved["state"])
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"--resume {folder}: {NAME} cannot be read: {first}") from None
-        return run_file
 
     def write(self, state: dict[str, Any] | None = None) -> None:
         """Replaces the file by one with the records as they are now, and a state."""
@@ -93,11 +79,7 @@ class RunFile:
         self.path.unlink(missing_ok=True)
 
     def restore_arguments(self, args: argparse.Namespace) -> None:
-        """Sets the arguments to those of the interrupted run.
-
-        Raises:
-            UsageError: If the command line has others.
-        """
+        """Sets the arguments to those of the interrupted run; raises `UsageError` if others were given."""
         for name in args.explicit:
             flag = "--" + {"contenders": "with"}.get(name, name).replace("_", "-")
             if name == "out":
@@ -112,11 +94,7 @@ class RunFile:
                 setattr(args, name, value)
 
     def check(self, arguments: dict[str, Any]) -> None:
-        """Checks that the same would be trained now.
-
-        Raises:
-            UsageError: If a recipe, the text or the model has changed.
-        """
+        """Raises `UsageError` if a recipe, the text or the model is not what it was."""
         for name, value in arguments.items():
             if self.arguments.get(name) != value:
                 what = {"recipes": "a recipe", "tokens": "the text", "weights": "the model"}.get(name, name)

@@ -27,8 +27,7 @@ PARTS = ("model", "optimizer", "schedule", "callbacks")
 class Run:
     """A model in training with one seed: a fresh copy, its optimizer and the callbacks of a contender.
 
-    Raises:
-        ValueError: If the library refuses a strength.
+    Raises `ValueError` if the library refuses a strength.
     """
 
     optimizer: Any

@@ -34,11 +34,7 @@ class Setup:
     noise_multiplier: float | None = None  # of private training
 
     def add(self, **fields: dict[str, Any]) -> None:
-        """Adds settings to the fields of the recipe.
-
-        Raises:
-            ValueError: If one is there already, with another value.
-        """
+        """Adds settings to the fields; raises `ValueError` if one is there already with another value."""
         for name, settings in fields.items():
             section = self.fields.setdefault(name, {})
             for key, value in settings.items():
@@ -48,8 +44,7 @@ class Setup:
     def make(self) -> tuple[torch.optim.Optimizer, Callbacks]:
         """Returns the optimizer and the callbacks of the run.
 
-        Raises:
-            ValueError: For values out of range, and for ingredients that do not go together.
+        Raises `ValueError` for values out of range, and for ingredients that do not go together.
         """
         if self.torch_adamw:
             if self.fields:
@@ -88,8 +83,7 @@ class Setup:
 def replace_dropout(model: Any, rates: Any, make: Callable[[float], nn.Module]) -> None:
     """Puts modules made from rates over layers in the place of dropout behind attention and MLP.
 
-    Raises:
-        ValueError: If the model has no module there.
+    Raises `ValueError` if the model has no module there.
     """
     for row in set_dropout(model, rates):
         if row.how != "module":

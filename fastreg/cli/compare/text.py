@@ -48,11 +48,7 @@ class Task:
 
 
 def load(args: argparse.Namespace) -> Task:
-    """Loads the model and the text that the arguments describe.
-
-    Raises:
-        UsageError: If the text or the model cannot be read, or do not go together.
-    """
+    """Loads model and text; raises `UsageError` if they cannot be read, or do not go together."""
     text, name = _read(args.text) if args.text else (_embedded(), "Python's language reference")
     if args.model is None:
         tokens = torch.tensor(list(text.encode()), dtype=torch.long)
