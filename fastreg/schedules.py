@@ -21,6 +21,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .common.validation import check_choice, check_int, check_range, check_rate
 
@@ -287,6 +288,7 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
     """
     if isinstance(rates, Schedule):
         raise TypeError(f"{rates} is a function of the step, not of the layer: give it to DropoutScheduler")
+    rate: Any
     if callable(rates):
         rate = rates(layer) if _takes_one(rates) else rates(layer, layers)
     elif isinstance(rates, Sequence) and not isinstance(rates, str):
@@ -294,8 +296,9 @@ def layer_rate(rates: LayerRates, layer: int, layers: int) -> float:
             raise ValueError(f"got {len(rates)} rates for {layers} layers: give one for each")
         rate = rates[layer]
     else:
-        return check_rate("rate", rates)
-    return check_rate(f"rate of layer {layer}", rate)
+        rate = rates
+    by_layer = callable(rates) or isinstance(rates, Sequence)
+    return check_rate(f"rate of layer {layer}" if by_layer else "rate", rate)
 
 
 def _takes_one(function: Callable[..., float]) -> bool:
