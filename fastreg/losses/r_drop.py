@@ -15,21 +15,13 @@ from ..common.validation import check_choice, check_range
 
 
 class RDrop(NamedTuple):
-    """The loss of `r_drop` and its parts.
+    """The loss of `r_drop` and its parts."""
 
-    Args:
-        loss: cross_entropy + alpha · kl, 0-d.
-        logits: Of the first pass.
-        logits2: Of the second pass.
-        cross_entropy: The mean of the losses of both passes, 0-d.
-        kl: The symmetric KL divergence of both passes, ≥ 0, 0-d.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    logits2: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
+    loss: Tensor  # cross_entropy + alpha · kl, 0-d
+    logits: Tensor  # of the first pass
+    logits2: Tensor  # of the second pass
+    cross_entropy: Tensor  # the mean of the losses of both passes, 0-d
+    kl: Tensor  # the symmetric KL divergence of both passes, ≥ 0, 0-d
 
 
 def r_drop_loss(
@@ -88,8 +80,8 @@ def r_drop(
     r_drop(model, batch, alpha=1.0).loss.backward()
     ```
 
-    Each input passes twice, with different dropout masks.  The cross-entropy is the loss that the model
-    returns, including shifted labels, class weights and auxiliary losses; or it is `loss_fn`.
+    Each input passes twice, with different dropout masks, see `r_drop_loss`.  The cross-entropy is the loss
+    that the model returns, including shifted labels, class weights and auxiliary losses; or it is `loss_fn`.
 
     Args:
         model: A Hugging Face model, or any that returns logits `[..., classes]`; for a mapping as batch, a
@@ -112,9 +104,6 @@ def r_drop(
         TypeError: For other batches.
         ValueError: Without labels or logits, for tensors that cannot be doubled with the batch, for
             regression and several labels at a time, and for values out of range.
-
-    Reference:
-        Liang et al. 2021, "R-Drop: regularized dropout for neural networks".
     """
     check_choice("passes", passes, ("together", "apart"))
     labels = _labels(batch)
@@ -144,15 +133,10 @@ def combine_passes(
     cross_entropy: Tensor, logits: Tensor, logits2: Tensor, counted: Tensor, alpha: float,
     items: int | Tensor | None = None,
 ) -> RDrop:  # fmt: skip
-    """Adds the weighted divergence of two passes to their cross-entropy.
+    """Adds the weighted divergence of two passes to their cross-entropy, see `RDrop`.
 
-    Args:
-        cross_entropy: The mean of the losses of both passes, 0-d.
-        logits: `[..., classes]`, of the first pass.
-        logits2: `[..., classes]`, of the second pass.
-        counted: bool `[...]`, the positions that are not ignored.
-        alpha: Weight of the divergence.
-        items: The divisor of the sum over positions; by default the number of counted positions.
+    `counted`, bool `[...]`, has the positions that are not ignored.  The sum over them is divided by `items`,
+    by default by their number.
     """
     logs = (F.log_softmax(_wide(each), dim=-1) for each in (logits, logits2))
     total = torch.where(counted, _SymmetricKL.apply(*logs), 0).sum()
