@@ -128,22 +128,8 @@ def ffgsm(
 ) -> Tensor:  # fmt: skip
     """Returns inputs after one step of FGSM from a random start in the ball, for fast adversarial training.
 
-    Args:
-        model_or_loss: See `fgsm`.
-        x: See `fgsm`.
-        y: See `fgsm`.
-        epsilon: See `fgsm`.
-        alpha: The length of the step; by default 1.25 epsilon.
-        bounds: See `fgsm`.
-        targeted: See `fgsm`.
-        options: `mode` and `model` as in `fgsm`; `generator` as in `pgd`.
-
-    Returns:
-        Adversarial inputs, see `fgsm`.
-
-    Raises:
-        TypeError: As in `fgsm`.
-        ValueError: As in `fgsm`.
+    This is one step of `pgd` for `"linf"`, of length alpha, by default 1.25 epsilon.  Arguments, result and
+    errors are those of `pgd`; options are `mode`, `model` and `generator`.
 
     Reference:
         Wong, Rice, Kolter 2020, "Fast is better than free: revisiting adversarial training".
@@ -167,22 +153,14 @@ def pgd(
     `torch.manual_seed` makes it reproducible, and repeated calls differ.  Random numbers drawn during the
     attack, such as by dropout, do not change the states of torch's generators.
 
-    Args:
-        model_or_loss: See `fgsm`.
-        x: See `fgsm`.
-        y: See `fgsm`.
-        epsilon: See `fgsm`.
+    Arguments are those of `fgsm`, and:
         alpha: The length of a step, a number or `[samples]`; by default 2.5 epsilon / steps.
         steps: Number of steps, ≥ 1.
-        norm: See `fgsm`.
-        bounds: See `fgsm`.
-        targeted: See `fgsm`.
         random_start: Whether to start from a point drawn uniformly from the ball.
         restarts: Number of starts, ≥ 1. Each sample keeps the result with the largest loss (`targeted`: the
             smallest).
         keep_best: Whether to keep the best of all points on the way, too.
-        options: `mode`, `model` and `steepest` as in `fgsm`; `generator`: the generator of the random start,
-            by default torch's own.
+        generator: The generator of the random start, by default torch's own.
 
     Returns:
         Adversarial inputs, see `fgsm`.

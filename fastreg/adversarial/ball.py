@@ -25,11 +25,7 @@ Range = tuple[Limit, Limit] | None
 
 
 class Layout:
-    """Reshapes tensors to one row per sample, whose elements are in memory order, and back.
-
-    Args:
-        x: `[samples, ...]`.
-    """
+    """Reshapes tensors as x, `[samples, ...]`, to a row for each sample, in memory order, and back."""
 
     def __init__(self, x: Tensor) -> None:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
@@ -50,12 +46,7 @@ class Layout:
 class Ball:
     """All inputs within a distance of clean ones, and within bounds.
 
-    Args:
-        x: The clean inputs, `[samples, ...]`, of a floating dtype.
-        epsilon: The distance, ≥ 0, one for all or one for each sample.
-        norm: The norm of the distance, one of `NORMS`.
-        bounds: The range of every element, see `fgsm`.
-        steepest: Whether a step of `"l1"` moves a single element.
+    Arguments are those of `fgsm`.
 
     Raises:
         TypeError: If x is not of a floating dtype, or bounds are not two.
@@ -71,11 +62,8 @@ class Ball:
         if not x.dim():
             raise ValueError("x must be [samples, ...], got a 0-d tensor; use x[None]")
         check_choice("norm", norm, NORMS)
-        self.norm, self.steepest, self.dtype = (
-            norm,
-            check_flag("steepest", steepest) and norm == "l1",
-            x.dtype,
-        )
+        self.norm, self.dtype = norm, x.dtype
+        self.steepest = check_flag("steepest", steepest) and norm == "l1"
         self.layout = Layout(x)
         self.clean = self.layout.flatten(x.detach())
         self.epsilon = self.per_sample("epsilon", epsilon)
@@ -104,17 +92,11 @@ class Ball:
     def step(
         self, point: Tensor | None, gradient: Tensor, size: Tensor, ascend: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Returns points after a step along the gradient and the projection on the ball.
+        """Returns points after a step along the gradient, in the dtype of the clean inputs and not rounded.
 
-        Args:
-            point: The present points, `[samples, elements]`; by default the clean inputs, from which a step
-                of at most epsilon stays in the ball.
-            gradient: `[samples, ...]`.
-            size: The length of the step, `[samples or 1, 1]`.
-            ascend: Whether the loss is to rise.
-
-        Returns:
-            The new points, in the dtype of the clean inputs and in compute precision.
+        Present points are `[samples, elements]`, and the new ones are projected on the ball; without points
+        the step is from the clean inputs, and must not be longer than epsilon.  The gradient is
+        `[samples, ...]`, the length of the step `[samples or 1, 1]`; the loss is to rise if `ascend`.
         """
         gradient = self.layout.flatten(gradient)
         kind, peaks = ("sign" if self.norm == "linf" else "peak" if self.steepest else "scaled"), None
@@ -144,9 +126,7 @@ class Ball:
     def start(self, seed: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:
         """Returns a point drawn uniformly from the ball and clamped to the bounds, in the form of `step`.
 
-        Args:
-            seed: int64, 0-d, on the device.
-            attempt: Index of the point, of several for one seed.
+        The seed is int64, 0-d, on the device; `attempt` tells several points for one seed apart.
         """
         seed, size = seed + attempt, self.epsilon
         kind = {"linf": "uniform", "l2": "normal", "l1": "laplace"}[self.norm]

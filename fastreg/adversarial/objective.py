@@ -21,10 +21,7 @@ MODES = ("eval", "train", "keep")
 class Losses:
     """The losses of samples, and their gradients with respect to the inputs.
 
-    Args:
-        objective: A model whose output, or its `logits`, is `[samples, classes, ...]`, with the cross-entropy
-            as loss; or a function of inputs and labels that returns losses, `[samples]` or a scalar.
-        y: The labels: classes, or probabilities.
+    For the arguments see `fgsm`.
 
     Raises:
         TypeError: If the objective is not callable.
@@ -113,12 +110,8 @@ def model_of(objective: Objective, model: nn.Module | None) -> nn.Module | None:
 def preserve_state(model: nn.Module | None, mode: str, device: torch.device) -> Iterator[None]:
     """Sets the mode of a model and enables gradients for the block, and restores all state after it.
 
-    Restored are the mode of every module, buffers, and the states of torch's random generators.
-
-    Args:
-        model: The model, if it is known.
-        mode: `"eval"`, `"train"`, or `"keep"` for the present mode of every module.
-        device: Device of the inputs.
+    Restored are the mode of every module, buffers, and the states of torch's random generators, those of the
+    model's devices and of `device`.  The mode is `"eval"`, `"train"`, or `"keep"` for the present ones.
 
     Raises:
         ValueError: For an unknown mode.

@@ -39,20 +39,15 @@ def adversarial_training(
     loss has its own backward pass, so that one graph is held at a time.  BatchNorm's statistics follow both
     passes.
 
-    Args:
-        model_or_loss: See `fgsm`.
-        x: See `fgsm`.
-        y: See `fgsm`.
+    Arguments are those of `fgsm`, and:
         optimizer: Takes the step; with `None` the gradients are added to `p.grad`, for another call or a step
             of your own.
-        epsilon: See `fgsm`.
         alpha: The weight of the clean loss, in [0, 1]; 0 and 1 leave out one pass.
         attack: `fgsm`, `ffgsm`, `pgd` or a function with the same arguments; set the attack's own `alpha` by
             `functools.partial(pgd, alpha=2 / 255)`.
         scaler: A `torch.amp.GradScaler`: scales the losses, steps and updates.
         zero_grad: Whether to clear gradients before the step; ignored without an optimizer.
-        model: See `fgsm`.
-        options: Options of the attack, such as `norm`, `bounds`, `steps`.
+        options: Further options of the attack, such as `steps`.
 
     Returns:
         The losses, and the adversarial inputs.
