@@ -37,15 +37,10 @@ class DropoutScheduler:
     in `table`).  For these the schedule is rounded to at most 7 levels from its lowest to its highest rate,
     since torch compiles at most 8 variants.
 
-    Args:
-        model: Any model.
+    Arguments are those of `set_dropout`, and:
         schedule: A function of the step, see `fastreg.schedules`; or a dict of these by role.
-        roles: The roles to set, see `set_dropout`.
         layers: Rates over layers, as `set_dropout` takes them; the schedule is then a factor in [0, 1].
-        inject: See `set_dropout`.
-        stacks: See `set_dropout`.
         levels: The number of levels for rates that are Python floats, at least 2; `None` for no rounding.
-        inputs: Inputs of the forward pass that finds the sites, see `audit`.
 
     Attributes:
         last_step: The step whose rates are set.

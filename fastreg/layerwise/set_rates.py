@@ -77,12 +77,7 @@ def assert_dropout(
     assert_dropout(model, table)  # of set_dropout
     ```
 
-    Args:
-        model: Any model.
-        expected: As for `set_dropout`, or the table it returned.
-        roles: As for `set_dropout`.
-        stacks: As for `set_dropout`.
-        inputs: For the forward pass, see `audit`.
+    Arguments are those of `set_dropout`, with its schedule, or the table it returned, as `expected`.
 
     Raises:
         AssertionError: With all differences.
@@ -144,13 +139,16 @@ def choose(
         MissingRoleError: If there are none for a role.
     """
     only = (stacks,) if isinstance(stacks, str) else stacks
-    inside = [
-        site for site in audited.sites if only is None or site.stack.startswith(tuple(only)) and site.stack
-    ]
-    targets = [site for site in inside if site.role in roles]
+
+    def inside(site: DropoutSite) -> bool:
+        return only is None or site.stack.startswith(tuple(only))
+
+    targets = [site for site in audited.sites if site.role in roles and inside(site)]
+    targets = [site for site in targets if only is None or site.stack]
     used = {(site.role, site.stack) for site in targets if site.uses != 0}
     for role in roles:
-        without = _injectable(model, only, used) if role == "hidden" else []
+        candidates = injection_sites(model) if role == "hidden" else ()
+        without = [site for site in candidates if inside(site) and ("hidden", site.stack) not in used]
         if without and inject:
             targets += without
         elif without or role not in {name for name, _ in used}:
@@ -158,15 +156,6 @@ def choose(
                 _missing(model, audited, role, inject, sorted({site.stack for site in without}))
             )
     return targets
-
-
-def _injectable(model: nn.Module, only: Any, used: set[tuple[str, str]]) -> list[DropoutSite]:
-    """Returns the injection sites of stacks without hidden dropout."""
-    return [
-        site
-        for site in injection_sites(model)
-        if ("hidden", site.stack) not in used and (only is None or site.stack.startswith(tuple(only)))
-    ]
 
 
 def _missing(model: nn.Module, audited: Audit, role: str, inject: bool, without: Iterable[str]) -> str:

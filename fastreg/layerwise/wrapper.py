@@ -77,15 +77,10 @@ class LayerwiseAdaptiveRegularization(nn.Module):
                 raise
             return getattr(super().__getattr__("base_model"), name)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields parameters with the names of the wrapped model."""
-        for name, p in super().named_parameters(*args, **kwargs):
-            yield name.replace(PREFIX, "", 1), p
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """Yields buffers with the names of the wrapped model."""
-        for name, buffer in super().named_buffers(*args, **kwargs):
-            yield name.replace(PREFIX, "", 1), buffer
+    def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """Yields parameters or buffers with the names of the wrapped model."""
+        for name, member in super()._named_members(*args, **kwargs):
+            yield name.replace(PREFIX, "", 1), member
 
 
 def _without_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

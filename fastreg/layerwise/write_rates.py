@@ -46,8 +46,11 @@ def write(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapping[str, fl
                 original.setdefault(site.path, getattr(site.owner, site.attribute))
             setattr(site.owner, site.attribute, rate)
         rows.append(DropoutRow(site.path, site.role, site.layer, rate, _how(site), site.stack))
-    _remember(model, {row.path: row.rate for row in rows})
-    return DropoutTable(rows)
+    table, config = DropoutTable(rows), getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        saved = getattr(config, FIELD, None) or {}
+        setattr(config, FIELD, {**saved, "dropout": {**saved.get("dropout", {}), **table.rates}})
+    return table
 
 
 def restore(model: nn.Module, strict: bool = True) -> DropoutTable:
@@ -152,13 +155,6 @@ def _how(site: DropoutSite) -> str:
     if site.path.endswith(INJECTED):
         return "injected"
     return site.kind if site.kind == "config" else "float" if site.is_number else "module"
-
-
-def _remember(model: nn.Module, rates: dict[str, float]) -> None:
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        kept = getattr(config, FIELD, None) or {}
-        setattr(config, FIELD, {**kept, "dropout": {**kept.get("dropout", {}), **rates}})
 
 
 def injection_sites(model: nn.Module) -> Iterator[DropoutSite]:
