@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,26 +68,23 @@ def run(args: argparse.Namespace) -> int:
         f"scikit-learn's breast-cancer data: {samples} samples to train, {len(test.tensors[0])} held back\n"
         f"{args.steps} steps of Poisson-sampled batches of {expected:.0f} on average, lr {args.lr:g}\n"
     )
-
-    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        return AdamW(model.parameters(), lr=args.lr)
-
-    def private(model: nn.Module) -> DPOptimizer:
-        return DPOptimizer(
-            optimizer_of(model), model=model, noise_multiplier=sigma, max_grad_norm=args.max_grad_norm,
-            expected_batch_size=expected, accountant=args.accountant, sample_rate=args.sample_rate,
-        )  # fmt: skip
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, with so little to do
     try:
-        for label, make in (("not private", optimizer_of), ("private", private)):
+        for label in ("not private", "private"):
             begin, batches = time.perf_counter(), poisson_loader(train, args.sample_rate, args.steps)
-            accuracy, optimizer = _train(make, batches, test, args.seed)
-            line = (
-                f"{label:<13}{accuracy:6.1%} of samples held back right, {time.perf_counter() - begin:.1f} s"
-            )
-            if isinstance(optimizer, DPOptimizer):
+            torch.manual_seed(args.seed)
+            inputs = len(MAGNITUDES) * len(MAGNITUDES[0])
+            model = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
+            optimizer: Any = AdamW(model.parameters(), lr=args.lr)
+            if label == "private":
+                optimizer = DPOptimizer(
+                    optimizer, model=model, noise_multiplier=sigma, max_grad_norm=args.max_grad_norm,
+                    expected_batch_size=expected, accountant=args.accountant, sample_rate=args.sample_rate,
+                )  # fmt: skip
+            accuracy, seconds = _train(model, optimizer, batches, test), time.perf_counter() - begin
+            line = f"{label:<13}{accuracy:6.1%} of samples held back right, {seconds:.1f} s"
+            if label == "private":
                 line += f"; epsilon {optimizer.epsilon(args.delta)}, noise multiplier {float(sigma):.3g}"
             print(line)
     finally:
@@ -112,13 +108,8 @@ def _data() -> tuple[Any, Any]:
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
-def _train(
-    make: Callable[[nn.Module], torch.optim.Optimizer], batches: Any, test: Any, seed: int
-) -> tuple[float, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    inputs = len(MAGNITUDES) * len(MAGNITUDES[0])
-    model = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
-    optimizer = make(model)
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, test: Any) -> float:
+    """Trains a model, and returns its accuracy on the share to test."""
     for batch in batches:
         if batch is not None:  # an empty batch is a private step as well
             nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -126,4 +117,4 @@ def _train(
         optimizer.zero_grad()
     x, y = test.tensors
     with torch.no_grad():
-        return float((model(x).argmax(1) == y).float().mean()), optimizer
+        return float((model(x).argmax(1) == y).float().mean())

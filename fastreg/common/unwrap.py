@@ -32,18 +32,14 @@ def _inside(model: nn.Module, peft: bool) -> nn.Module | None:
     if compiled is not None:
         return compiled
     wrapper: Any = model
-    if isinstance(model, _wrappers()):
+    # FSDP is not imported for those who do not use it.
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    sharded = getattr(fsdp, "FullyShardedDataParallel", nn.DataParallel)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, sharded)):
         return wrapper.module
     if peft and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return wrapper.get_base_model()
     return None
-
-
-def _wrappers() -> tuple[type, ...]:
-    """Returns the wrapper classes with a `module`; FSDP is not imported for those who do not use it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    classes: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return (*classes, fsdp.FullyShardedDataParallel) if fsdp is not None else classes
 
 
 def wrapped_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:

@@ -94,11 +94,11 @@ class Section:
             items = {key: item for key, item in value.items() if item is not None}
             return {key: self.keys[key].read(f"{name}.{key}", item) for key, item in items.items()}
         if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
-            return [self._one(f"{name}[{i}]", item) for i, item in enumerate(value)]
+            return [self.read_one(f"{name}[{i}]", item) for i, item in enumerate(value)]
         return {self.short: self.keys[self.short].read(name, value)}
 
-    def _one(self, name: str, value: Any) -> dict[str, Any]:
-        """Returns the settings of one of several sections, which is on."""
+    def read_one(self, name: str, value: Any) -> dict[str, Any]:
+        """Returns the settings of a section that is part of another one or of a list, and on."""
         settings = self.read(name, value)
         if not isinstance(settings, dict):
             raise ValueError(f"{name} must be settings, or true for defaults, got {value!r}: leave it out")
@@ -168,15 +168,8 @@ ANNEALING = Section(
 )
 
 
-def _read_annealing(name: str, value: Any) -> Any:
-    settings = ANNEALING.read(name, value)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{name} must be settings such as {{schedule: linear, end: 0.0}}, got {value!r}")
-    return settings
-
-
 _ANNEALING_KEY = Key(
-    _read_annealing, None,
+    ANNEALING.read_one, None,
     "Factor that changes with the step, such as {schedule: cosine, start: 1.0, end: 0.1, steps: 0.5}",
 )  # fmt: skip
 
@@ -192,9 +185,7 @@ SECTIONS: dict[str, Section] = {
         "Dropout by layer, role and step; a list of such sets several roles.", factories.dropout, many=True,
         annealed=True, printed={"rate": 0.1, "base": 0.1, "increase": 0.0, "levels": 7},
     ),
-    "clip": Section(
-        "Gradients are clipped.", factories.clip, printed={"max_norm": 1.0, "norm_type": 2.0}
-    ),
+    "clip": Section("Gradients are clipped.", factories.clip, printed={"max_norm": 1.0, "norm_type": 2.0}),
     "gradient_noise": Section(
         "Gaussian noise on gradients.", functools.partial(optim.GradientNoise, std=1e-3)
     ),
@@ -226,9 +217,7 @@ SECTIONS: dict[str, Section] = {
         },
         durations=("start_step",),
     ),
-    "msam": Section(
-        "Sharpness-aware minimization along the momentum: one backward pass.", optim.MSAM
-    ),
+    "msam": Section("Sharpness-aware minimization along the momentum: one backward pass.", optim.MSAM),
     "lookahead": Section(
         "Every k steps, weights go part of the way back.", optim.SlowWeights, omitted=("name",)
     ),
@@ -241,7 +230,5 @@ SECTIONS: dict[str, Section] = {
         printed={"start": 0.75}, omitted=("name",),
     ),
     "l1": Section("Weights are drawn to exact zeros.", functools.partial(optim.L1, strength=1e-4)),
-    "l2sp": Section(
-        "Weights are drawn to where they started.", functools.partial(optim.L2SP, strength=1e-3)
-    ),
+    "l2sp": Section("Weights are drawn to where they started.", functools.partial(optim.L2SP, strength=1e-3)),
 }  # fmt: skip

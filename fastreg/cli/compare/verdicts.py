@@ -48,16 +48,13 @@ def verdicts(results: list[Result]) -> list[Verdict]:
 
 def _verdict(result: Result, base: Result) -> Verdict:
     for which in (result, base):
-        if not which.finished:
-            return Verdict(
-                result.label, "stopped", f"no verdict: {which.label} was stopped at step {which.steps[-1]}"
-            )
-        if which.diverged:
-            return Verdict(
-                result.label, "diverged", f"no verdict: {which.label} diverged by step {which.steps[-1]}"
-            )
+        if not which.finished or which.diverged:
+            outcome, how = ("diverged", "diverged by") if which.finished else ("stopped", "was stopped at")
+            sentence = f"no verdict: {which.label} {how} step {which.steps[-1]}"
+            return Verdict(result.label, outcome, sentence)
     loss, reference = result.losses[1], base.losses[1]
-    gain, best_gain = reference - loss, base.validation[base.best] - result.validation[result.best]
+    best, best_reference = result.validation[result.best], base.validation[base.best]
+    gain = reference - loss
     chance, seeds = _chance(result, base)
     clear = max(chance, SLIGHT * reference)
     cost = _cost(result, base)
@@ -71,14 +68,9 @@ def _verdict(result: Result, base: Result) -> Verdict:
     way = "below" if gain > 0 else "above"
     sentence = f"val loss {loss:.2f}, {abs(gain):.2f} ({abs(gain) / reference:.0%}) {way} {base.label}{over}"
     if gain > 0:
-        ahead = (
-            "ahead at the best step, too"
-            if best_gain > clear
-            else f"no better than stopping {base.label} early"
-        )
-        sentence += (
-            f"; {ahead} ({result.validation[result.best]:.2f} against {base.validation[base.best]:.2f})"
-        )
+        early = f"no better than stopping {base.label} early"
+        ahead = "ahead at the best step, too" if best_reference - best > clear else early
+        sentence += f"; {ahead} ({best:.2f} against {best_reference:.2f})"
     return Verdict(result.label, "helped" if gain > 0 else "hurt", f"{sentence}; {cost}", gain)
 
 
