@@ -46,9 +46,7 @@ class Elementwise(NamedTuple):
 def operator(name: str, result_dtype: Callable[..., torch.dtype] | None = None) -> Callable[..., Any]:
     """Registers a function as `fastreg::name`, whose result has the shape of its first argument.
 
-    Args:
-        name: Name of the operator.
-        result_dtype: Returns the dtype of the result for the arguments; by default that of the first one.
+    `result_dtype` returns its dtype for the arguments; by default it is that of the first one.
     """
 
     def register(function: Callable[..., Tensor]) -> Any:

@@ -39,17 +39,7 @@ class Bounds(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """The inputs of a step or of a norm; all tensors are contiguous.
-
-    Args:
-        x: `[samples, elements]`, the present points.
-        gradient: Of the same shape; `None` for noise, and if there is no step.
-        clean: Of the same shape, the centres of the balls; x by default.
-        step_scalars: `[samples or 1, 3]` in compute precision: radius, step size, `keep` of the projection.
-        kind: The direction, see `reference.adversarial.direction`; `"none"` for no step.
-        peaks: int64 `[samples]`, for the direction `"peak"`.
-        seed: int64, 0-d, for noise.
-    """
+    """The inputs of a step or of a norm, see `reference.adversarial.step`; all tensors are contiguous."""
 
     x: Tensor
     gradient: Tensor | None
@@ -61,16 +51,9 @@ class StepInputs(NamedTuple):
 
 
 def move(inputs: StepInputs, ball: str, bounds: Bounds | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns points after a step, see `reference.adversarial.step`.
+    """Returns points after a step in a dtype, and the same in compute precision, `[samples, elements]`.
 
-    Args:
-        inputs: Inputs of the step.
-        ball: See `reference.adversarial.project`.
-        bounds: Bounds of the elements, if there are any.
-        dtype: Of the result.
-
-    Returns:
-        The result `[samples, elements]`, and the same in compute precision: one tensor if that is its dtype.
+    They are one tensor if both are the same.  For the arguments see `reference.adversarial.step`.
     """
     x = inputs.x
     name = backend.resolve(x.device, x.numel())
@@ -87,12 +70,7 @@ def move(inputs: StepInputs, ball: str, bounds: Bounds | None, dtype: torch.dtyp
 
 
 def norms(inputs: StepInputs, order: int) -> Tensor:
-    """Returns norms of samples, `[samples, 1]` in compute precision, see `reference.adversarial.size`.
-
-    Args:
-        inputs: Inputs of a step, whose direction is measured; with `clean` the perturbation after the step.
-        order: 1 or 2.
-    """
+    """Returns norms of samples, `[samples, 1]` in compute precision, see `reference.adversarial.size`."""
     x = inputs.x
     name = backend.resolve(x.device, x.numel())
     if name == "triton":

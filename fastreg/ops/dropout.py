@@ -62,14 +62,10 @@ DROPOUT = Elementwise("dropout", _reference, _constants)
 def dropout(
     x: Tensor, seed: Tensor, drop_thresholds: Tensor, inner: int, noise_shape: Sequence[int] | None
 ) -> Tensor:
-    """Drops elements and scales the others.
+    """Drops elements of x, of any shape, which count in row-major order, and scales the others.
 
-    Args:
-        x: Any shape; its elements count in row-major order.
-        seed: int64, 0-d.
-        drop_thresholds: int32, 0-d, or `[channels]`: rates times 65536.
-        inner: Elements that follow each other in a channel, channels in turn.
-        noise_shape: The shape of the mask, where that is broadcast.
+    Thresholds are int32, 0-d, or `[channels]`: rates times 65536.  Channels take turns, with `inner` elements
+    each.  The seed is int64, 0-d; `noise_shape` is the shape of a mask that is broadcast.
     """
     if noise_shape is None:
         return _drop(x, seed, drop_thresholds, inner)

@@ -49,12 +49,8 @@ NOISE = Elementwise("noise", _reference, _constants)
 def noise(x: Tensor, seed: Tensor, scale: Tensor, inner: int, kind: str) -> Tensor:
     """Adds noise to x or multiplies x by it, see `reference.noise`.
 
-    Args:
-        x: Any shape; its elements count in row-major order.
-        seed: int64, 0-d.
-        scale: 0-d, or `[rows]`.
-        inner: Elements of a row.
-        kind: One of `reference.KINDS`.
+    x has any shape, and its elements count in row-major order.  The scale, on its device, is 0-d, or has an
+    element for each row of `inner` elements.  The seed is int64, 0-d.
     """
     return elementwise.run(NOISE, (x,), (scale,), seed, inner, (kind,), x.dtype)
 
@@ -110,14 +106,7 @@ def _times_factor(ctx: Any, gradient: Tensor) -> Tensor:
 
 
 def add_noise(input: Tensor, scale: Tensor, kind: str, inner: int = 1, seed: Tensor | None = None) -> Tensor:
-    """Returns the input with noise.
-
-    Args:
-        input: Any shape, of a floating dtype.
-        scale: On the device of the input: 0-d, or one for each `inner` elements.
-        kind: One of `reference.KINDS`.
-        inner: Elements that share a scale.
-        seed: int64, 0-d; by default drawn from torch's generator.
+    """Returns the input with noise, see `noise`; by default the seed is drawn from torch's generator.
 
     Raises:
         TypeError: If the input is not of a floating dtype.

@@ -47,14 +47,10 @@ def direction(
 
 
 def project(y: Tensor, clean: Tensor, radius: Tensor, keep: Tensor, ball: str) -> Tensor:
-    """Returns the point of the ball nearest to y.
+    """Returns the point of the ball around the clean input that is nearest to y.
 
-    Args:
-        y: `[samples, elements]`.
-        clean: The centre, of the same shape.
-        radius: `[samples, 1]`; used only for `"linf"`.
-        keep: `[samples, 1]`: for `"l2"` min(radius / ‖y - clean‖, 1), for `"l1"` the `threshold`.
-        ball: `"none"`, `"linf"`, `"l2"` or `"l1"`.
+    The ball is `"none"`, `"linf"`, `"l2"` or `"l1"`.  Only `"linf"` uses the radius.  For `"l2"`, `keep` is
+    min(radius / ‖y - clean‖, 1), for `"l1"` the `threshold`.
     """
     if ball == "linf":
         return torch.minimum(torch.maximum(y, clean - radius), clean + radius)
@@ -69,11 +65,7 @@ def project(y: Tensor, clean: Tensor, radius: Tensor, keep: Tensor, ball: str) -
 def threshold(size: Tensor, radius: Tensor) -> Tensor:
     """Returns the threshold of the projection on the L1 ball, `[samples, 1]`; 0 for points inside.
 
-    The projection subtracts it from the absolute value of each element.
-
-    Args:
-        size: |y - clean|, `[samples, elements]`.
-        radius: `[samples, 1]`.
+    The projection subtracts it from the size of each element, |y - clean|.
 
     Reference:
         Duchi, Shalev-Shwartz, Singer, Chandra 2008, "Efficient projections onto the ℓ1-ball".

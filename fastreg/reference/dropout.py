@@ -25,15 +25,8 @@ def dropout(
 ) -> Tensor:  # fmt: skip
     """Computes bias, activation, dropout and residual of flat tensors, in this order.
 
-    Args:
-        x: `[n]`.
-        bias: `[n]` or 0-d.
-        residual: `[n]`.
-        seed: 64 bits, as an int64 tensor or an integer.
-        drop_thresholds: int32, 0-d or `[n]`: rates times 65536.
-        at: Position of the elements.
-        activation: A name of `ACTIVATIONS`.
-        dtype: Of the result.
+    Tensors are `[n]`, a bias also 0-d.  Thresholds are int32, 0-d or `[n]`: rates times 65536.  The seed has
+    64 bits.  The activation is a name of `ACTIVATIONS`, and `dtype` that of the result.
     """
     h = _biased(x, bias, dtype)
     if activation != "identity":
@@ -46,17 +39,9 @@ def dropout_backward(
     gradient: Tensor, x: Tensor, bias: Tensor | None, seed: Tensor | int, drop_thresholds: Tensor,
     at: PhiloxPosition, activation: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Returns the gradient by x: the derivative of the activation times the gradient, dropped and scaled.
+    """Returns the gradient by x of `dropout`, for that by its result.
 
-    Args:
-        gradient: `[n]`, by the result.
-        x: `[n]`.
-        bias: See `dropout`.
-        seed: See `dropout`.
-        drop_thresholds: See `dropout`.
-        at: See `dropout`.
-        activation: See `dropout`.
-        dtype: Of the result.
+    It is the derivative of the activation times the gradient, dropped and scaled.
     """
     h = _biased(x, bias, dtype)
     g = ACTIVATIONS[activation].backward(gradient.to(h.dtype), h)
@@ -78,11 +63,8 @@ def _drop(x: Tensor, seed: Tensor | int, drop_thresholds: Tensor, at: PhiloxPosi
 def spread(values: Tensor, inner: int | Tensor, first: int, count: int) -> Tensor:
     """Returns the value of each element of a run: that of its channel, or the value of all.
 
-    Args:
-        values: `[channels]` or 0-d.
-        inner: Elements that follow each other in a channel.
-        first: Index of the first element.
-        count: How many elements.
+    Values are `[channels]` or 0-d; `inner` elements follow each other in a channel.  The run has `count`
+    elements from index `first` on.
     """
     if not values.dim():
         return values

@@ -23,14 +23,10 @@ def symmetric(seed: Tensor | int, at: PhiloxPosition, like: Tensor) -> Tensor:
 
 
 def noise(x: Tensor, seed: Tensor | int, scale: Tensor, at: PhiloxPosition, kind: str) -> Tensor:
-    """Adds noise to x, or multiplies x by it; where the scale is 0, x stays as it is.
+    """Adds noise of one of `KINDS` to x, or multiplies x by it; where the scale is 0, x stays as it is.
 
-    Args:
-        x: `[n]`.
-        seed: 64 bits, as an int64 tensor or an integer.
-        scale: 0-d or `[n]`: standard deviations, or the largest absolute values of uniform noise.
-        at: Position of the elements.
-        kind: One of `KINDS`.
+    x is `[n]`.  Scales, 0-d or `[n]`, are standard deviations, or the largest absolute values of uniform
+    noise.  The seed has 64 bits.
     """
     compute = compute_dtype(x.dtype)
     h, scale = x.to(compute), scale.to(compute)

@@ -32,10 +32,7 @@ class Measured(NamedTuple):
 def partial_norms(gradients: Iterable[Tensor], kind: str, device: torch.device) -> Tensor:
     """Returns partial sums of g² or |g|, or the largest |g| of each flat tensor, in double.
 
-    Args:
-        gradients: The tensors.
-        kind: `"largest"`, `"absolute"`, or any other for squares, see `engine.batch.NormSpec`.
-        device: Their device.
+    The kind is `"largest"`, `"absolute"`, or any other for squares, see `engine.batch.NormSpec`.
     """
     norms = [
         _of_rows(rows.to(compute_dtype(rows.dtype)), kind).view(-1)
