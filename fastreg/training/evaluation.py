@@ -35,7 +35,7 @@ def evaluate_with_averages(optimizer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> float | None:
-    """Returns the mean over all samples of a mean loss of batches, in evaluation mode; `None` without any."""
+    """Returns the mean loss over samples in evaluation mode, from those of batches; `None` without any."""
     total, count = 0.0, 0
     with preserve_modes(model):
         model.eval()

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,17 +36,13 @@ def train(
     """
     history.model, history.interrupted = model, False
     begin, before = time.perf_counter(), history.seconds
-    loop: _Loop | None = None
     try:
         with preserve_modes(model):
             callbacks.step(history.steps)
-            loop = _Loop(model, dataloader, settings, history, callbacks)
-            loop.run()
+            _Loop(model, dataloader, settings, history, callbacks).run()
     except KeyboardInterrupt:
         history.interrupted = True
     finally:
-        if loop is not None:
-            loop.finish()
         callbacks.remove()
         history.seconds = before + time.perf_counter() - begin
         history.optimizer.zero_grad()
@@ -76,7 +72,11 @@ class _Loop:
 
     def run(self) -> None:
         """Runs all epochs, each with its validation."""
-        with self._progress():
+        if self.settings.progress:
+            with contextlib.suppress(ImportError):
+                tqdm = importlib.import_module("tqdm").tqdm
+                self.bar = tqdm(total=self.settings.steps(self.dataloader), unit="step")
+        try:
             for epoch in itertools.count():
                 if epoch == self.settings.epochs or self.history.steps == self.end:
                     return
@@ -86,12 +86,12 @@ class _Loop:
                     self.history.validation.append(self._validate(self.settings.validation))
                 if stopped:
                     return
-
-    def finish(self) -> None:
-        """Completes the history, and gives up a step of SAM that was interrupted."""
-        self._read_norms()
-        if self.sam is not None:
-            self.sam.abandon()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            self._read_norms()
+            if self.sam is not None:
+                self.sam.abandon()  # a step that was interrupted
 
     def _read_norms(self) -> None:
         self.history.grad_norm += [float(norm) for norm in self.norms]
@@ -127,7 +127,8 @@ class _Loop:
         loss = sum(map(float, losses)) / len(window)
         if not math.isfinite(loss):
             raise DivergedError(loss, self.history)
-        factor = self._factor(step)
+        warmup, schedule = self.settings.warmup, self.settings.schedule
+        factor = min(1.0, (step + 1) / (warmup + 1)) * (1.0 if schedule is None else schedule(step))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.scaler.step(self.optimizer)
@@ -156,10 +157,6 @@ class _Loop:
                 backward=lambda loss: self.scaler.scale(loss / count).backward(),
             )  # fmt: skip
 
-    def _factor(self, step: int) -> float:
-        warmup, schedule = self.settings.warmup, self.settings.schedule
-        return min(1.0, (step + 1) / (warmup + 1)) * (1.0 if schedule is None else schedule(step))
-
     def _loss(self, batch: Any) -> Tensor:
         dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None):
@@ -179,15 +176,3 @@ class _Loop:
         if loss is None:
             raise ValueError("validation has no batches; is it an iterator that is used up?")
         return loss
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[None]:
-        if self.settings.progress:
-            with contextlib.suppress(ImportError):
-                tqdm = importlib.import_module("tqdm").tqdm
-                self.bar = tqdm(total=self.settings.steps(self.dataloader), unit="step")
-        try:
-            yield
-        finally:
-            if self.bar is not None:
-                self.bar.close()
