@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_flag, check_int, unknown
+from ..common.validation import check_flag, check_int, check_known
 from ..ops._elementwise import draw_seed
 from ..ops.adversarial import Bounds
 from .ball import Ball, Limit, Range
@@ -175,7 +175,7 @@ def pgd(
     """
     for name in sorted(options.keys() - AttackOptions.__annotations__.keys()):
         known = [*list(inspect.signature(pgd).parameters)[3:-1], *AttackOptions.__annotations__]
-        raise TypeError(unknown("pgd() got unknown option", name, known))
+        check_known("pgd() got unknown option", [name], known, TypeError)
     generator, model = options.get("generator"), model_of(model_or_loss, options.get("model"))
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")

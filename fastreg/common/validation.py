@@ -112,10 +112,13 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def unknown(start: str, name: Any, known: Iterable[str]) -> str:
-    """Returns a message about an unknown name, with the most similar known one."""
+def check_known(
+    start: str, names: Iterable[Any], known: Iterable[str], error: type[Exception] = ValueError
+) -> None:
+    """Raises an error that begins with `start` for an unknown name, with the most similar known one."""
     known = list(known)
-    similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"{start} {name!r}; " + (f"did you mean {similar[0]!r}? " if similar else "") + (
-        f"There are {', '.join(known)}" if known else "There are none"
-    )  # fmt: skip
+    for name in names:
+        if name not in known:
+            similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+            hint = f"did you mean {similar[0]!r}? " if similar else ""
+            raise error(f"{start} {name!r}; {hint}There are {', '.join(known) or 'none'}")

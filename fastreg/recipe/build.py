@@ -12,7 +12,7 @@ from torch import nn
 from .. import optim
 from ..common.module_state import preserve_rng
 from ..common.unwrap import unwrap_model, wrapped_optimizers
-from ..common.validation import unknown
+from ..common.validation import check_known
 from ..nn import TransformerWithDropout
 from ..optim.registry import OPTIMIZERS
 from .callbacks import Callback, Callbacks
@@ -131,10 +131,8 @@ def make_optimizer(
     settings: dict[str, Any] = dict(recipe.optimizer)  # type: ignore[arg-type]
     name = settings.pop("name", "adamw")
     factory, accepted = OPTIMIZERS[name].optimizer, OPTIMIZERS[name].options
-    for option in settings:
-        if option not in accepted:
-            options = [key for key in SECTIONS["optimizer"].keys if key in accepted]
-            raise ValueError(unknown(f"optimizer: {name} has no option", option, options))
+    options = [key for key in SECTIONS["optimizer"].keys if key in accepted]
+    check_known(f"optimizer: {name} has no option", settings, options)
     if "state_dtype" in settings:
         settings["state_dtype"] = getattr(torch, settings["state_dtype"])
     if "betas" in settings:

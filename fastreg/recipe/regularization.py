@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.validation import check_int, unknown
+from ..common.validation import check_int, check_known
 from . import build
 from .callbacks import Callbacks
 from .sections import SECTIONS
@@ -89,10 +89,7 @@ class Regularization:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"a recipe is a mapping of fields to settings, got {settings!r:.60}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(unknown("a recipe has no field", name, known))
+        check_known("a recipe has no field", settings, [field.name for field in dataclasses.fields(cls)])
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:

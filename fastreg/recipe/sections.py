@@ -15,7 +15,7 @@ from typing import Any
 from .. import nn as fastreg_nn
 from .. import optim
 from ..adversarial import FGM
-from ..common.validation import unknown
+from ..common.validation import check_known
 from ..optim.registry import OPTIMIZERS
 from . import factories
 from .model_callbacks import RDropCallback
@@ -88,9 +88,7 @@ class Section:
         if value is True:
             return {}
         if isinstance(value, Mapping):
-            for key in value:
-                if key not in self.keys:
-                    raise ValueError(unknown(f"{name}: unknown setting", key, self.keys))
+            check_known(f"{name}: unknown setting", value, self.keys)
             items = {key: item for key, item in value.items() if item is not None}
             return {key: self.keys[key].read(f"{name}.{key}", item) for key, item in items.items()}
         if self.many and isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..common.validation import check_choice, check_int, unknown
+from ..common.validation import check_choice, check_int, check_known
 from .batches import Loss
 from .history import History
 
@@ -75,10 +75,7 @@ class Settings:
     @classmethod
     def from_options(cls: type[S], options: Mapping[str, Any]) -> S:
         """Returns settings made of keyword arguments; raises `TypeError` for an unknown name."""
-        names = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in names:
-                raise TypeError(unknown("there is no setting", name, names))
+        check_known("there is no setting", options, [field.name for field in fields(cls)], TypeError)
         return cls(**options)
 
     @property
