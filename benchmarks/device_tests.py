@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "tests/optim/test_gpu.py", "tests/test_gpu.py", "tests/kernels/test_rules.py",
     "tests/kernels/test_norm.py", "tests/kernels/test_regularizers.py", "tests/kernels/test_step.py",
-    "tests/kernels/test_storage.py", "tests/kernels/test_random.py", "tests/kernels/test_per_sample.py",
+    "tests/kernels/test_storage.py", "tests/kernels/test_random.py", "tests/privacy/test_clip_and_sum.py",
     "tests/kernels/test_ghost.py", "tests/kernels/test_penalty.py", "tests/kernels/test_units.py",
     "tests/kernels/test_ascent.py", "tests/kernels/test_dropout.py", "tests/kernels/test_noise.py",
     "tests/kernels/test_adversarial.py", "tests/ops/test_dropout.py", "tests/ops/test_noise.py",

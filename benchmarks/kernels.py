@@ -12,13 +12,11 @@ from fastreg.engine.batch import NormSpec
 from fastreg.engine.launch import triton as launchers
 from fastreg.engine.stage import Chain
 from fastreg.ops import ghost as ghost_ops
-from fastreg.ops import per_sample as per_sample_ops
 from fastreg.ops.penalty import L1, L2, SUM
 from fastreg.runtime.device import H200
 from fastreg.runtime.launch_parameters import Architecture, launch_parameters
 from fastreg_kernels import ghost as ghost_kernels
 from fastreg_kernels import norm as norm_kernels
-from fastreg_kernels import per_sample as per_sample_kernels
 from fastreg_kernels import step as step_kernels
 from fastreg_kernels import units as unit_kernels
 
@@ -123,17 +121,12 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
     listed.append(
         Entry("clip factor", kernel, finish, constants, options=chosen.options, in_flight=IN_FLIGHT)
     )
-    listed += ghost_entries(target) + per_sample_entries(target) + noise_entries(target)
+    listed += ghost_entries(target) + noise_entries(target)
     return listed + penalty_entries(target) + dropout_entries(target) + adversarial_entries(target)
 
 
 IN_FLIGHT = 8
-"""Loads of a thread that must be under way at a time where there is one program, or one for each sample."""
-
-
-PER_SAMPLE = {"fp32": (6, 21.5), "bf16": (5, 22.5)}
-"""Instructions per element on sm_90 of norms and sum of gradients that are held per sample; a program's own
-share of the sum counts as if there were one sample."""
+"""Loads of a thread that must be under way at a time where there is one program."""
 
 
 def ghost_entries(target: Architecture) -> list[Entry]:
@@ -171,43 +164,6 @@ def ghost_entries(target: Architecture) -> list[Entry]:
             )
         )  # fmt: skip
     return listed
-
-
-def per_sample_entries(target: Architecture) -> list[Entry]:
-    """Clipping of gradients that are held per sample; bytes are those of one sample."""
-
-    def arguments(name: str, count: str) -> dict[str, Any]:
-        return {"table": "*i64", "work": "*i32", name: "*fp64", count: "i32"}
-
-    chosen = [launch_parameters(f"per_sample_{part}", target) for part in ("norm", "sum", "factor")]
-    listed = []
-    for storage, budgets in PER_SAMPLE.items():
-        dtype = STORAGES[storage][0]
-        norm, total = per_sample_kernels.per_sample_norm_kernel, per_sample_kernels.per_sample_sum_kernel
-        constants = (
-            per_sample_ops.norm_constants(dtype, chosen[0], target.lanes),
-            per_sample_ops.sum_constants(dtype, torch.float32, False, chosen[1], target.lanes),
-        )
-        listed += [
-            Entry(
-                f"per-sample norm {storage}", norm, arguments("partial", "blocks"), constants[0],
-                dtype.itemsize, 0, budgets[0], options=chosen[0].options,
-            ),
-            Entry(  # a factor for all that a thread has of a sample
-                f"per-sample sum {storage}", total, arguments("factors", "samples"), constants[1],
-                dtype.itemsize, 0, budgets[1], gathers=1 / chosen[1].per_thread, options=chosen[1].options,
-            ),
-        ]  # fmt: skip
-    finish = {
-        "partial": "*fp64", "segments": "*i64", "limits": "*fp64", "norms": "*fp64", "factors": "*fp64",
-        "blocks": "i32", "samples": "i32",
-    }  # fmt: skip
-    kernel, constants = per_sample_kernels.per_sample_factor_kernel, {"BLOCK": chosen[2].block}
-    options = chosen[2].options
-    return [
-        *listed,
-        Entry("per-sample factors", kernel, finish, constants, options=options, in_flight=IN_FLIGHT),
-    ]
 
 
 PENALTIES = {"L2": (L2, 6.2, 6.7), "L1": (L1, 10.5, 10)}

@@ -149,9 +149,9 @@ def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
 def _launchers() -> list[Any]:
     """The modules that launch kernels."""
     from fastreg.engine.launch import triton
-    from fastreg.ops import adversarial, ghost, per_sample
+    from fastreg.ops import adversarial, ghost
 
-    return [triton, adversarial, ghost, per_sample]
+    return [triton, adversarial, ghost]
 
 
 def _name(module: Any) -> str:

@@ -19,7 +19,6 @@ from fastreg.nn import rates
 from fastreg.ops import dropout as dropout_ops
 from fastreg.ops import ghost as ghost_ops
 from fastreg.ops import noise as noise_ops
-from fastreg.ops.per_sample import clip_and_sum
 from fastreg.runtime import device
 from fastreg.runtime.launch_parameters import Architecture, LaunchParameters, launch_parameters, trying
 
@@ -108,12 +107,6 @@ def _adversarial(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int
     return lambda: ball.step(point, gradient, ball.epsilon), 16 * x.numel()
 
 
-def _per_sample(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
-    samples = [torch.randn(2 if dry else 32, 77 if dry else 768 * 3072, device=where)]
-    total = [torch.zeros_like(samples[0][0])]
-    return lambda: [clip_and_sum(samples, total, [1.0], False), total], 8 * samples[0].numel()
-
-
 def _ghost(dtype: torch.dtype, where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
     left, right = (
         torch.randn(2 if dry else 16, 9 if dry else 1024, 5 if dry else features, device=where, dtype=dtype)
@@ -163,13 +156,6 @@ TRIALS = {
     ),
     "ghost norms fp32": Trial(
         "ghost_sums", functools.partial(_ghost, torch.float32), ({"depth": 16}, {"warps": 4}, {"stages": 2}),
-    ),
-    "per-sample norms": Trial(
-        "per_sample_norm", _per_sample,
-        ({"block": 4096}, {"block": 16384}, {"per_thread": 16}, {"warps": 8}),
-    ),
-    "per-sample sums": Trial(
-        "per_sample_sum", _per_sample, ({"per_thread": 4}, {"warps": 8}, {"warps": 2}),
     ),
     "sums over positions": Trial(
         "sample_sums", _sums, ({"depth": 32}, {"block": 64, "depth": 32}, {"block": 256}, {"warps": 8}),

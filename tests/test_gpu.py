@@ -5,7 +5,7 @@ import torch
 
 import fastreg
 from fastreg.ops.ghost import sample_sums
-from fastreg.ops.per_sample import clip_and_sum
+from fastreg.privacy.clipped_sums import clip_and_sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +60,7 @@ def test_penalties_under_reduce_overhead():
 def test_more_samples_than_the_second_dimension_of_a_grid_holds():
     samples = 65_537
     total = torch.zeros(8, device=DEVICE)
-    result = clip_and_sum([torch.ones(samples, 8, device=DEVICE)], [total], [1.0], False)
+    result = clip_and_sum([torch.ones(samples, 8, device=DEVICE)], [total], [1.0])
     assert torch.allclose(result.norms, torch.full_like(result.norms, 8**0.5))
     assert torch.allclose(total, torch.full_like(total, samples / 8**0.5))
 

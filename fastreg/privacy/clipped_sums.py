@@ -1,9 +1,9 @@
 """Measures per-sample gradients and adds up what clipping leaves of them.
 
-Many small operations are joined to few large ones.
+Many small operations are joined to few large ones. `clip_and_sum` is for materialized gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ..reference import ghost as reference
 from ..reference.step import compute_dtype, scalar_dtype
 from .mixed_grads import join_grads
 from .per_sample_grads import ConvGrad, DenseGrad, OuterProductGrad, PerSampleGrad, Squares, StackedGrad
+from .precision import full_precision_no_grad
 
 
 class MeasuredGrad(NamedTuple):
@@ -139,3 +140,57 @@ def _add_to_grad(p: Parameter, value: Tensor) -> None:
         p.grad = value + p.grad
     elif p.grad.data_ptr() != value.data_ptr():
         p.grad.add_(value)
+
+
+class Clipped(NamedTuple):
+    """Norms and clip factors, float64: `[1, samples]`, or `[tensors, samples]` if each is clipped alone."""
+
+    norms: Tensor
+    factors: Tensor
+
+
+def clip_and_sum(samples: Sequence[Tensor], out: Sequence[Tensor], max_norms: Sequence[float]) -> Clipped:
+    """Clips materialized per-sample gradients and adds the sums over samples to `out`.
+
+    A norm that is too small would clip a sample too little, and squares of large gradients overflow float32:
+    norms are computed in double.  Factors are min(C / (norm + 1e-6), 1)  (Abadi et al. 2016), or 0, which
+    excludes the sample, if its norm is not finite or so large that the factor underflows float32.
+
+    Args:
+        samples: Gradients of each tensor, `[samples, *shape]`, of the same samples in the same order.
+        out: `[*shape]` each, contiguous.
+        max_norms: The largest norm C over all tensors, one number, or that of each tensor.
+    """
+    home = out[0].device
+    with full_precision_no_grad(home):
+        pairs = list(zip(samples, out, strict=True))
+        squares = torch.stack([_squares_in_double(*pair).to(home) for pair in pairs])
+        limits = torch.tensor(max_norms, dtype=squares.dtype, device=home).unsqueeze(1)
+        norms = (squares if len(limits) > 1 else squares.sum(0, keepdim=True)).sqrt()
+        factors = (limits / (norms + 1e-6)).clamp(max=1.0)
+        included = (norms < torch.inf) & (factors >= torch.finfo(torch.float32).tiny)
+        factors = torch.where(included, factors, 0.0)
+        masks = None if bool(included.all()) else included
+        for i, (tensor, total) in enumerate(pairs):
+            row = min(i, len(factors) - 1)
+            weights = factors[row].to(tensor.device, compute_dtype(tensor.dtype))
+            mask = None if masks is None else masks[row].to(tensor.device)
+            for part, sums in _columns(tensor, total):
+                DenseGrad(part).weighted_sum(weights, mask, sums)
+    return Clipped(norms, factors)
+
+
+def _squares_in_double(samples: Tensor, out: Tensor) -> Tensor:
+    """Returns Σ g² of every sample, `[samples]`; in float32 on devices without float64."""
+    squares = samples.new_zeros(len(samples), dtype=scalar_dtype(samples.device))
+    for part, _ in _columns(samples, out):
+        squares += torch.linalg.vector_norm(part, dim=1, dtype=squares.dtype).square()
+    return squares
+
+
+def _columns(samples: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields columns of `[samples, *shape]` and of `[*shape]`, few enough to be copied in double."""
+    rows = samples.reshape(len(samples), out.numel())
+    most = 2**20 if samples.device.type == "cpu" else 2**24  # larger copies would leave the cache of a CPU
+    width = max(1, most // max(1, len(rows)))
+    return zip(rows.split(width, 1), out.view(-1).split(width), strict=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..common.validation import check_range
-from ..ops.per_sample import Clipped, clip_and_sum
 from ..reference.step import compute_dtype
 from .bookkeeping import BookKeeping
 from .bounds import clipping_bounds, sensitivity_of
+from .clipped_sums import Clipped, clip_and_sum
 
 Parameters = dict[Any, str]
 """Trainable parameters, and their names for errors."""
@@ -152,14 +152,11 @@ class GradSampleSource(_SummedGradSource):
         bounds, self.clipped = self.bounds(len(batches)), []
         self.clipped_to.add(self.sensitivity)
         for i in range(len(lengths)):
-            has_sums = any(getattr(p, "summed_grad", None) is not None for p in batches)
-            make = torch.zeros if has_sums else torch.empty
             for p in batches:
                 if getattr(p, "summed_grad", None) is None:
-                    p.summed_grad = make(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
-            sums = [p.summed_grad for p in batches]
+                    p.summed_grad = torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device)
             grads = [grads[i] for grads in batches.values()]
-            self.clipped.append(clip_and_sum(grads, sums, bounds, has_sums))
+            self.clipped.append(clip_and_sum(grads, [p.summed_grad for p in batches], bounds))
         for grads in batches.values():
             for grad in grads:
                 grad._processed = True  # type: ignore[attr-defined]

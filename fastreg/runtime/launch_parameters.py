@@ -72,9 +72,6 @@ DEFAULTS: Mapping[str, LaunchParameters] = {
     "norm": LaunchParameters(16384, least=4096),
     "clip_factor": LaunchParameters(8192, warps=16),  # block: partial results read at a time
     "unit_squares": LaunchParameters(1),  # block: units
-    "per_sample_norm": LaunchParameters(8192),
-    "per_sample_factor": LaunchParameters(4096),  # block: partial results read at a time
-    "per_sample_sum": LaunchParameters(1024),
     # block: positions, squared; depth: in float32. With fewer warps, registers do not suffice everywhere.
     "ghost_sums": LaunchParameters(64, warps=8, depth=32),
     "sample_sums": LaunchParameters(128, depth=16),  # block: features
@@ -86,7 +83,7 @@ DEFAULTS: Mapping[str, LaunchParameters] = {
 }
 """Parameters by the name of the kernel without `_kernel`. No GPU has measured them yet."""
 
-CHUNKED = ("step", "norm", "per_sample_norm", "dropout", "noise", "adversarial_step", "adversarial_norm")
+CHUNKED = ("step", "norm", "dropout", "noise", "adversarial_step", "adversarial_norm")
 """Kernels whose programs work on a number of whole chunks."""
 
 MEASURED: dict[str, dict[str, LaunchParameters]] = {}
