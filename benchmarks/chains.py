@@ -13,7 +13,6 @@ import torch
 
 import fastreg
 from fastreg.engine.multi_tensor_optimizer import MultiTensorOptimizer
-from fastreg.engine.plan import Variant
 from fastreg.engine.stage import Chain
 from fastreg.optim import registry
 from fastreg.optim.model_average import UpdateAverages
@@ -218,7 +217,7 @@ def at(name: str, storage: str, budget: float = float("inf"), **options: Any) ->
     base = getattr(made, "base_optimizer", made)
     group = made.param_groups[0]
     always = (True,) * len(base._overriding["due"])
-    chain = base.chain(group, dtype, Variant(always, backup=made is not base))
+    chain = base.chain(group, dtype, (made is not base, *always))
     summed = torch.float32 if "dp" in name.split("+") else dtype  # sums of clipped gradients
     return Shipped(name, storage, chain, (dtype, summed, *_state_dtypes(base, chain, parameter)), budget)
 

@@ -224,7 +224,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         name = BACKUP.name
         backups = [name in state for state in states] if self.reads_backups else [False] * len(states)
         if not self._overriding["due"] and len(set(backups)) == 1:
-            return Variant((), backups[0])
+            return (backups[0],)
         kinds = list(zip(groups, done, backups, strict=True))
         variants = {kind: self._variant(*kind) for kind in dict.fromkeys(kinds)}
         different = set(variants.values())
@@ -234,7 +234,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         options, step = self.param_groups[group], int(done) + 1
         always = bool(options.get("capturable"))
         due = (always or component.due(options, step) for component in self._overriding["due"])
-        return Variant(tuple(due), backup)
+        return backup, *due
 
     def _make_plan(
         self, operands: Operands, tensors: list[Tensor], variants: Variant | list[Variant], done: list[float]
@@ -249,7 +249,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         new = []
         for p, state, stream, kind in zip(parameters, states, streams, kinds, strict=True):
             chain = complete[kind[:2]]
-            weight = state[BACKUP.name] if kind[2].backup else p
+            weight = state[BACKUP.name] if kind[2][0] else p
             buffers = {}
             for buffer in (*chain.buffers, *chains[kind].buffers):
                 if (value := state.get(buffer.name)) is not None:
@@ -281,7 +281,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """Returns the components that take part in a variant."""
         if variant is None:
             return list(self._components)
-        periodic = zip(self._overriding["due"], variant.due, strict=bool(variant.due))
+        periodic = zip(self._overriding["due"], variant[1:], strict=len(variant) > 1)
         absent = [component for component, due in periodic if not due]
         return [component for component in self._components if component not in absent]
 
@@ -303,7 +303,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             raise ValueError(f"only one component may say how weights are stored, got {storages}")
         stages = tuple(stage for component in due if (stage := component.stage(group)) is not None)
         storage = storages[0] if storages else PLAIN
-        return Chain(stages, from_backup(storage) if variant and variant.backup else storage)
+        return Chain(stages, from_backup(storage) if variant and variant[0] else storage)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuses a group with unsupported options."""

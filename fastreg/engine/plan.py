@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .component import Component
 
 
+Variant = tuple[bool, ...]
+"""Whether the weight is read from `BACKUP`, then for each periodic component whether its stage takes part."""
+
+
 class Operands(NamedTuple):
     """The parameters that a step is for, as lists of equal length."""
 
@@ -40,18 +44,6 @@ class Operands(NamedTuple):
         return self if all(present) else self.only(present)
 
 
-class Variant(NamedTuple):
-    """Which periodic stages a step runs for a parameter, and where it reads the weight.
-
-    Args:
-        due: For each periodic component of the optimizer, whether its stage takes part.
-        backup: Whether the weight comes from `BACKUP` in the state, not from the parameter.
-    """
-
-    due: tuple[bool, ...] = ()
-    backup: bool = False
-
-
 @dataclass
 class PlannedBatch(Batch):
     """A batch that a plan keeps from step to step, with lists of equal length.
@@ -61,7 +53,7 @@ class PlannedBatch(Batch):
     """
 
     capturable: bool = False
-    variant: Variant = Variant()
+    variant: Variant = ()
     positions: list[int] = field(default_factory=list)  # among the parameters of this step
     groups: dict[int, int] = field(default_factory=dict)  # groups of these parameters: 0 for the first one
     owners: list[int] = field(default_factory=list)  # to which of these groups each parameter belongs
@@ -182,7 +174,8 @@ def sort_into_batches(
         batch.firsts.append(layout.first_element(p))
         batch.streams.append(streams[i])
         batch.strides.append(layout.dense_strides(tensor))
-        batch.unit_layouts.append(layout.units(p, batch.strides[-1]))
+        if chain.units:
+            batch.unit_layouts.append(layout.units(p, batch.strides[-1]))
         batch.dense &= tensor is p and tensor.is_contiguous()
     for batch in batches.values():
         batch.gather(states)

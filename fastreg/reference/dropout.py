@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .random import PhiloxPosition, reaches16
-from .step import compute_dtype
 
 ROUNDS = 7
 """Rounds of Philox: the fewest that its authors found to pass all tests of randomness."""
@@ -50,7 +49,7 @@ def dropout_backward(
 
 def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Returns x + bias in the precision of the arithmetic."""
-    compute = compute_dtype(dtype)
+    compute = torch.promote_types(dtype, torch.float32)
     return x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch_parameters import Architecture
+from .launch_parameters import Architecture, forget_launches
 
 MOST_PROGRAMS = 2**31 - 1
 """Most programs in a launch: CUDA's limit for the first dimension of a grid; the others allow 65 535."""
@@ -38,12 +38,18 @@ def _architecture(device: torch.device) -> Architecture:
 @contextlib.contextmanager
 def assumed(target: Architecture) -> Iterator[None]:
     """Assumes another architecture for CPU tensors in the block."""
-    global _assumed
-    before, _assumed = _assumed, target
+    before = _assumed
+    _assume(target)
     try:
         yield
     finally:
-        _assumed = before
+        _assume(before)
+
+
+def _assume(target: Architecture | None) -> None:
+    global _assumed
+    _assumed = target
+    forget_launches()
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:

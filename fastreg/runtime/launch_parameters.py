@@ -94,10 +94,16 @@ _caches: list[Any] = []
 
 
 def cache_launch(function: Callable[..., T]) -> Callable[..., T]:
-    """Caches the results of a function that reads launch parameters, until `trying` changes these."""
+    """Caches what a function makes of launch parameters and architectures, until `forget_launches`."""
     cached = functools.lru_cache(maxsize=256)(function)
     _caches.append(cached)
     return cached
+
+
+def forget_launches() -> None:
+    """Empties the caches of `cache_launch`, because parameters or the assumed architecture change."""
+    for cache in _caches:
+        cache.cache_clear()
 
 
 def launch_parameters(kernel: str, architecture: Architecture) -> LaunchParameters:
@@ -146,5 +152,4 @@ def trying(kernel: str, parameters: LaunchParameters) -> Iterator[None]:
 def _try(parameters: dict[str, LaunchParameters]) -> None:
     global _tried
     _tried = parameters
-    for cache in _caches:
-        cache.cache_clear()
+    forget_launches()

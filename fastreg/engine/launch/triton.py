@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...reference.step import compute_dtype
 from ...runtime.device import architecture, launch, triton_dtype
-from ...runtime.launch_parameters import Architecture, LaunchParameters, cache_launch, launch_parameters
+from ...runtime.launch_parameters import LaunchParameters, cache_launch, launch_parameters
 from ..batch import Batch, NormSpec
 from ..stage import Chain, Stage
 from ..table import UNIT, upload_changes
@@ -19,8 +19,8 @@ from ..table import UNIT, upload_changes
 
 def run(batch: Batch) -> None:
     """Launches `step_kernel` over a batch."""
-    table, target = upload_changes(batch), architecture(batch.device)
-    kernel, block, stages, storage, constants = _step_launch(batch.chain, batch.dtypes, target)
+    table = upload_changes(batch)
+    kernel, block, stages, storage, constants = _step_launch(batch.chain, batch.dtypes, batch.device)
     work = table.work(block)
     launch(
         kernel, len(work), batch.device,
@@ -32,9 +32,9 @@ def run(batch: Batch) -> None:
 
 def partial_norms(batch: Batch, spec: NormSpec) -> Tensor:
     """Launches `norm_kernel`: float64 `[programs]`, a partial sum (or maximum) from each program."""
-    table, target = upload_changes(batch), architecture(batch.device)
+    table = upload_changes(batch)
     kernel, block, turns, stages, storage, constants = _norm_launch(
-        batch.chain, batch.dtypes, spec, target, sum(table.sizes)
+        batch.chain, batch.dtypes, spec, batch.device, sum(table.sizes)
     )
     work = table.work(block)
     partial = torch.empty(len(work), dtype=torch.float64, device=batch.device)
@@ -61,7 +61,7 @@ def unit_squares(batch: Batch) -> Tensor:
 
 def clip_factor(partial: Tensor, limits: Tensor, largest: bool) -> Tensor:
     """Launches `clip_factor_kernel`, which adds up partial sums: `[5]`, float64 (`Measured`)."""
-    kernel, constants = _clip_launch(largest, architecture(partial.device))
+    kernel, constants = _clip_launch(largest, partial.device)
     out = torch.empty(5, dtype=torch.float64, device=partial.device)
     launch(kernel, 1, partial.device, partial, len(partial), limits, out, **constants)
     return out
@@ -74,19 +74,21 @@ def options(stages: Sequence[Stage], chosen: LaunchParameters) -> dict[str, Any]
 
 
 @cache_launch
-def _step_launch(chain: Chain, dtypes: tuple[torch.dtype, ...], target: Architecture) -> tuple[Any, ...]:
+def _step_launch(chain: Chain, dtypes: tuple[torch.dtype, ...], device: torch.device) -> tuple[Any, ...]:
     """Returns kernel, block, stages, storage and constants."""
-    kernels, chosen = importlib.import_module("fastreg_kernels.step"), launch_parameters("step", target)
+    kernels, target = importlib.import_module("fastreg_kernels.step"), architecture(device)
+    chosen = launch_parameters("step", target)
     constants = {**step_constants(chain, dtypes, chosen, target.lanes), **options(chain.stages, chosen)}
     return kernels.step_kernel, chosen.block, *device_chain(chain, dtypes), constants
 
 
 @cache_launch
 def _norm_launch(
-    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, target: Architecture, elements: int
+    chain: Chain, dtypes: tuple[torch.dtype, ...], spec: NormSpec, device: torch.device, elements: int
 ) -> tuple[Any, ...]:
     """Returns kernel, block, chunks of a block, stages, storage and constants."""
-    kernels, chosen = importlib.import_module("fastreg_kernels.norm"), launch_parameters("norm", target)
+    kernels, target = importlib.import_module("fastreg_kernels.norm"), architecture(device)
+    chosen = launch_parameters("norm", target)
     block, before = chosen.block_for(elements, target), spec.num_stages(chain)
     stages, storage = device_chain(chain, dtypes)
     constants = norm_constants(chain, dtypes, spec, chosen, target.lanes)
@@ -96,10 +98,10 @@ def _norm_launch(
 
 
 @cache_launch
-def _clip_launch(largest: bool, target: Architecture) -> tuple[Any, ...]:
+def _clip_launch(largest: bool, device: torch.device) -> tuple[Any, ...]:
     """Returns kernel and constants."""
     kernels = importlib.import_module("fastreg_kernels.norm")
-    chosen = launch_parameters("clip_factor", target)
+    chosen = launch_parameters("clip_factor", architecture(device))
     return kernels.clip_factor_kernel, {"LARGEST": largest, "BLOCK": chosen.block, **chosen.options}
 
 
