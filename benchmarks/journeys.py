@@ -1,21 +1,24 @@
-"""Counts the files and functions that a call passes through: what a reader has to follow.
+"""Counts files, functions and record types that a call passes through: what a reader has to follow.
 
     python -m fastreg_benchmarks.journeys
 
 Counted are the files of `fastreg` and `fastreg_kernels`, and the functions in them, that `sys.setprofile`
 sees in one call after a few of the same to warm up; comprehensions and generator expressions belong to the
-function around them.  Files of kernels are seen only in Triton's interpreter, where kernels are Python; they
-are counted apart, because the journey on a GPU ends at the launch.
+function around them.  Record types are dataclasses and named tuples of both packages that are among the
+variables and results of these functions, or in lists, tuples and dictionaries of them.  Files of kernels are
+seen only in Triton's interpreter, where kernels are Python; they are counted apart, because the journey on a
+GPU ends at the launch.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +36,12 @@ class Journey(NamedTuple):
     Attributes:
         host: How often each (file, function) of `fastreg` was called.
         kernels: The same of `fastreg_kernels`.
+        records: The record types.
     """
 
     host: dict[tuple[str, str], int]
     kernels: dict[tuple[str, str], int]
+    records: set[str]
 
     @property
     def files(self) -> set[str]:
@@ -44,24 +49,26 @@ class Journey(NamedTuple):
         return {file for file, _ in self.host}
 
     def __str__(self) -> str:
-        """Shows files, functions and calls in one line."""
+        """Shows files, functions, calls and record types in one line."""
         parts = []
         for name, functions in (("fastreg", self.host), ("kernels", self.kernels)):
             files = {file for file, _ in functions}
             count = f"{len(files):3} files {len(functions):4} functions {sum(functions.values()):5} calls"
             parts.append(f"{name} {count}")
-        return "   ".join(parts)
+        return "   ".join([*parts, f"{len(self.records)} record types"])
 
 
 def start() -> Journey:
     """Starts a journey, which goes on until `sys.setprofile(None)`."""
-    journey = Journey(collections.Counter(), collections.Counter())
+    journey = Journey(collections.Counter(), collections.Counter(), set())
 
-    def see(frame: types.FrameType, event: str, _: object) -> None:
+    def see(frame: types.FrameType, event: str, result: object) -> None:
         path = Path(frame.f_code.co_filename)
         counts = {"fastreg": journey.host, "fastreg_kernels": journey.kernels}.get(_package(path))
         if event == "call" and counts is not None:
             counts[str(path), _function(frame.f_code)] += 1  # type: ignore[index]
+        if event == "return" and counts is journey.host:
+            journey.records.update(_records([*frame.f_locals.values(), result]))
 
     sys.setprofile(see)
     return journey
@@ -79,6 +86,18 @@ def follow(call: Callable[[], object]) -> Journey:
 
 def _package(path: Path) -> str:
     return next((part for part in reversed(path.parts[:-1]) if part.startswith("fastreg")), "")
+
+
+def _records(value: object) -> Iterator[str]:
+    kind = type(value)
+    if kind.__module__.startswith("fastreg") and (dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")):
+        yield f"{kind.__module__}.{kind.__name__}"
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _records(item)
+    elif type(value) is dict:
+        for item in value.values():
+            yield from _records(item)
 
 
 def _function(code: types.CodeType) -> str:
