@@ -1,6 +1,5 @@
 """Compiles functions of tensors ahead of time for all sizes, and keeps them on disk."""
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -42,19 +41,14 @@ def compile_unguarded(function: Callable[..., Any], examples: tuple[Any, ...]) -
         "size_asserts": False,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
+    # Torch 2.11 has to be told to compile ahead of time, and that numbers stay numbers: it would start again
+    # where it cannot make tensors of them, and fail.
+    config = importlib.import_module("torch._dynamo.config")
+    settings = {"enable_aot_compile": True, "specialize_float": True}
+    patch = config.patch({name: value for name, value in settings.items() if hasattr(config, name)})
     # Called through Dynamo, a step would spend 50 µs on each tensor; compiled ahead and unguarded, 12.
-    with _ahead_of_time(), torch.no_grad():
+    with patch, torch.no_grad():
         compiled = torch.compile(function, dynamic=True, fullgraph=True, options=options)
         ahead = compiled.aot_compile((examples, {}))  # type: ignore[attr-defined]
     ahead.disable_guard_check()
     return ahead
-
-
-def _ahead_of_time() -> contextlib.AbstractContextManager[Any]:
-    """Makes torch 2.11 compile ahead of time in the block; later versions do it by default.
-
-    Numbers stay numbers: torch 2.11 would start again where it cannot make tensors of them, and fail.
-    """
-    config = importlib.import_module("torch._dynamo.config")
-    settings = {"enable_aot_compile": True, "specialize_float": True}
-    return config.patch({name: value for name, value in settings.items() if hasattr(config, name)})

@@ -64,13 +64,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
             f"{kernel.__name__} would take {programs} programs, a GPU launches at most {MOST_PROGRAMS} at a "
             "time: split the batch or the list of tensors"
         )
-    with contextlib.nullcontext() if device.type == "cpu" else _current(device):
+    # Kernels are launched on the current device.
+    on_cpu = device.type == "cpu"
+    with contextlib.nullcontext() if on_cpu else torch.get_device_module(device).device(device):
         kernel[(programs,)](*arguments, **constants)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a device the current one in the block, because kernels are launched on that."""
-    return torch.get_device_module(device).device(device)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -104,7 +101,7 @@ def capturing(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    with _current(device):
+    with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
 
