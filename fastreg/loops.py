@@ -10,7 +10,6 @@ of `Settings` as keyword arguments: epochs, mixed precision, accumulation, sched
 """
 
 import dataclasses
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,14 +199,10 @@ def fine_tune_with_adaptive_regularization(
         "weight_decay": {"rate": weight_decay}, "lr_decay": {"rate": lr_decay},
     }  # fmt: skip
     rates = {
-        "schedule": fall if anneal else 1.0, "layers": functools.partial(_between, first, last),
-        "inject": True, "inputs": checked.inputs,
+        "schedule": fall if anneal else 1.0, "inject": True, "inputs": checked.inputs,
+        "layers": lambda layer, layers: first + (last - first) * layer / max(layers - 1, 1),
     }  # fmt: skip
     return _train(model, dataloader, lr, fields, recipe, optimizer, regularizers, checked, rates)
-
-
-def _between(first: float, last: float, layer: int, layers: int) -> float:
-    return first + (last - first) * layer / max(layers - 1, 1)
 
 
 def _load(name: str, auto_class: str) -> nn.Module:
