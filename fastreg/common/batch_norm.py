@@ -44,8 +44,8 @@ def update_bn(
     """
     if forward_fn is not None and not callable(forward_fn):
         raise TypeError(f"forward_fn must be callable as forward_fn(model, batch), got {forward_fn!r}")
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
+    momenta = {module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm)}
+    if not momenta:
         return
     batches = iter(loader)
     first = next(batches, None)
@@ -53,13 +53,12 @@ def update_bn(
         raise ValueError(
             f"loader must yield a batch, got none from {loader!r}; is it an iterator that is used up?"
         )
-    momenta = [module.momentum for module in norms]
     # A sharded model holds its averages only within this block.
     swapped_in = getattr(model, "swapped_in", contextlib.nullcontext)
     try:
         with preserve_modes(model), swapped_in():
             model.train()
-            for norm in norms:
+            for norm in momenta:
                 norm.reset_running_stats()
                 norm.momentum = None  # for the mean over all batches
             for batch in itertools.chain([first], batches):
@@ -68,7 +67,7 @@ def update_bn(
                 else:
                     forward_fn(model, move_to_device(batch, device))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
 
 

@@ -58,8 +58,7 @@ class _Loop:
     ) -> None:  # fmt: skip
         self.model, self.dataloader, self.settings, self.history = model, dataloader, settings, history
         self.optimizer, self.callbacks = history.optimizer, callbacks
-        tensor = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
-        self.device = tensor.device
+        self.device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
         if settings.amp == "fp16" and history.scaler is None:
             history.scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = history.scaler if settings.amp == "fp16" else torch.amp.GradScaler(enabled=False)

@@ -17,7 +17,6 @@ NAMED = 6
 SLIGHT_TIME = 0.05
 """Differences below this share of the baseline's step time are within what a busy machine adds."""
 
-
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t, two-sided, for 1, 2, ... degrees of freedom: how far means of few seeds may be off."""
 
