@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+Kind = TypeVar("Kind")
 
 _OPTIMIZERS = ("optimizer", "original_optimizer", "base_optimizer")
 """Attributes under which wrappers of accelerate, Opacus and fastreg keep their optimizer."""
@@ -50,3 +52,8 @@ def wrapped_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     while isinstance(optimizer, torch.optim.Optimizer):
         yield optimizer
         optimizer = next((vars(optimizer)[name] for name in _OPTIMIZERS if name in vars(optimizer)), None)
+
+
+def find_optimizer(optimizer: Any, kind: type[Kind]) -> Kind | None:
+    """Returns the outermost optimizer of a kind, alone or in wrappers; `None` if there is none."""
+    return next((layer for layer in wrapped_optimizers(optimizer) if isinstance(layer, kind)), None)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..common.batch_norm import frozen_running_stats
-from ..common.unwrap import wrapped_optimizers
+from ..common.unwrap import find_optimizer, wrapped_optimizers
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from ..optim import SAM, ClipNorm
 from ..optim.fused_optimizer import FusedOptimizer
@@ -36,16 +36,6 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def fused_optimizer_of(optimizer: Any) -> FusedOptimizer | None:
-    """Returns the fastreg optimizer that makes the step, inside any wrappers."""
-    return next((layer for layer in wrapped_optimizers(optimizer) if isinstance(layer, FusedOptimizer)), None)
-
-
-def sam_of(optimizer: Any) -> SAM | None:
-    """Returns the `fastreg.SAM` in an optimizer, if there is one."""
-    return next((layer for layer in wrapped_optimizers(optimizer) if isinstance(layer, SAM)), None)
 
 
 class OptimizerInTrainer:
@@ -67,7 +57,7 @@ class OptimizerInTrainer:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = unwrap_optimizer(optimizer)
-        self.fused, self.sam = fused_optimizer_of(optimizer), sam_of(optimizer)
+        self.fused, self.sam = find_optimizer(optimizer, FusedOptimizer), find_optimizer(optimizer, SAM)
         self._clip: ClipNorm | None = None
         self._norm: Tensor | None = None
         self._accelerated: Any = None

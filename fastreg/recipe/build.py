@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import optim
 from ..common.module_state import preserve_rng
-from ..common.unwrap import unwrap_model, wrapped_optimizers
+from ..common.unwrap import find_optimizer, unwrap_model
 from ..common.validation import check_known
 from ..nn import TransformerWithDropout
 from ..optim.registry import OPTIMIZERS
@@ -65,8 +65,7 @@ def make_callbacks(
         for name in EFFECTS:
             if (settings := vars(recipe)[name]) is not None:
                 callbacks.append(_effect(name, settings, model, steps, seed))
-        layers = wrapped_optimizers(optimizer)
-        if (sam := next((layer for layer in layers if isinstance(layer, optim.SAM)), None)) is not None:
+        if (sam := find_optimizer(optimizer, optim.SAM)) is not None:
             callbacks.append(SharpnessAware(sam, model))
     except BaseException:
         callbacks.remove()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..common.batches import move_to_device
 from ..common.module_state import preserve_modes
-from ..common.unwrap import wrapped_optimizers
+from ..common.unwrap import find_optimizer
 from ..optim import SAM
 from ..recipe import Callbacks
 from .batches import batch_loss, count_samples, count_tokens
@@ -62,7 +62,7 @@ class _Loop:
         if settings.amp == "fp16" and history.scaler is None:
             history.scaler = torch.amp.GradScaler(self.device.type)
         self.scaler = history.scaler if settings.amp == "fp16" else torch.amp.GradScaler(enabled=False)
-        self.sam = next((o for o in wrapped_optimizers(self.optimizer) if isinstance(o, SAM)), None)
+        self.sam = find_optimizer(self.optimizer, SAM)
         self.norms: list[Tensor] = []
         self.bar: Any = None
         self.end = math.inf if settings.max_steps is None else history.steps + settings.max_steps

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastreg
+from fastreg.common.unwrap import find_optimizer
 from fastreg.hf import FastregTrainer
-from fastreg.hf.optimizer import fused_optimizer_of
+from fastreg.optim.fused_optimizer import FusedOptimizer
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -43,7 +44,8 @@ def test_any_other_optimizer_is_left_to_trainer(runs, tools) -> None:
 
 
 def clip_of(trainer: Any) -> fastreg.ClipNorm:
-    (clip,) = [p for p in fused_optimizer_of(trainer.optimizer).components if isinstance(p, fastreg.ClipNorm)]
+    components = find_optimizer(trainer.optimizer, FusedOptimizer).components
+    (clip,) = [component for component in components if isinstance(component, fastreg.ClipNorm)]
     return clip
 
 

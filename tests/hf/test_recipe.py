@@ -8,9 +8,10 @@ import transformers as hf
 from torch import nn
 
 import fastreg
+from fastreg.common.unwrap import find_optimizer
 from fastreg.hf import FastregTrainer
-from fastreg.hf.optimizer import fused_optimizer_of, sam_of
 from fastreg.losses.r_drop import r_drop_loss
+from fastreg.optim.fused_optimizer import FusedOptimizer
 
 EVERYTHING: dict[str, Any] = {
     "optimizer": {"name": "adamw", "eps": 1e-5},
@@ -50,8 +51,8 @@ def test_each_alone_trains(runs, tools, name) -> None:
 def test_everything_together_trains(runs, tools) -> None:
     trainer = runs.train(recipe=EVERYTHING, arguments=FAST)
     assert falls(tools.logged(trainer, "loss"))
-    assert sam_of(trainer.optimizer) is not None
-    kinds = {type(component) for component in fused_optimizer_of(trainer.optimizer).components}
+    assert find_optimizer(trainer.optimizer, fastreg.SAM) is not None
+    kinds = {type(component) for component in find_optimizer(trainer.optimizer, FusedOptimizer).components}
     assert kinds >= {
         fastreg.ClipNorm, fastreg.ClipValue, fastreg.GradientNoise, fastreg.EMA, fastreg.SWA,
         fastreg.SlowWeights, fastreg.L1, fastreg.L2SP,
