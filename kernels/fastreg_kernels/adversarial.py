@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .random import PhiloxPosition, laplace, normal, uniform
+from .rules import sign
 
 
 class Bounds(NamedTuple):
@@ -36,11 +37,6 @@ class Sample(NamedTuple):
     keep: Any  # for the projection
     key: Any  # of the noise
     peak: Any  # index of the one element that moves, for the direction "peak"
-
-
-@triton.jit
-def sign(g):
-    return (g > 0).to(g.dtype) - (g < 0).to(g.dtype)
 
 
 @triton.jit

@@ -11,6 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
+def sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
 def adam(p, u, at, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, step_size, scale, eps):
     exp_avg += one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (u * u)
@@ -48,9 +53,7 @@ def sgd_nesterov(p, u, at, momentum_buffer, momentum, one_minus_beta, lr, lr_mom
 
 @triton.jit
 def lion(p, u, at, exp_avg, beta1, one_minus_beta1, beta2, one_minus_beta2, lr):
-    direction = beta1 * exp_avg + one_minus_beta1 * u
-    sign = (direction > 0).to(p.dtype) - (direction < 0).to(p.dtype)
-    return p, lr * sign, (beta2 * exp_avg + one_minus_beta2 * u,)
+    return p, lr * sign(beta1 * exp_avg + one_minus_beta1 * u), (beta2 * exp_avg + one_minus_beta2 * u,)
 
 
 @triton.jit
