@@ -72,13 +72,11 @@ def run_stages(
         if store:
             for buffer, value in zip(state, new, strict=False):  # buffers that a stage only reads come last
                 buffer.copy_(value)
+        b += len(state)
         k += len(stage.units)
-        b, s, w, n = (
-            b + len(state),
-            s + len(stage.device_scalars),
-            w + len(stage.rng_keys),
-            n + stage.step_scalars,
-        )
+        s += len(stage.device_scalars)
+        w += len(stage.rng_keys)
+        n += stage.step_scalars
     return p, u
 
 

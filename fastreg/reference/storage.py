@@ -42,7 +42,8 @@ def write_float16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tens
 
 def read_split(high: Tensor, low: Tensor) -> Tensor:
     """Returns the float32 whose nearest bfloat16 is `high` and whose lower 16 bits are `low`, an int16."""
-    return _from32((_wide(high.view(torch.int16)) << 16) + low).view(torch.float32)
+    bits = (high.view(torch.int16).to(torch.int64) << 16) + low & 0xFFFFFFFF
+    return (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)
 
 
 def write_split(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor, Tensor]:
@@ -54,19 +55,10 @@ def write_split(weight: Tensor, at: PhiloxPosition) -> tuple[Tensor, Tensor]:
 # Integers are worked on in int64, where nothing wraps around, and narrowed from a range that they fit in.
 
 
-def _wide(bits: Tensor) -> Tensor:
-    return bits.to(torch.int64)
-
-
 def _bits(x: Tensor) -> Tensor:
-    return _wide(x.view(torch.int32)) & 0xFFFFFFFF
+    return x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
 
 def _from16(bits: Tensor) -> Tensor:
     bits = bits & 0xFFFF
     return (bits - ((bits >> 15) << 16)).to(torch.int16)
-
-
-def _from32(bits: Tensor) -> Tensor:
-    bits = bits & 0xFFFFFFFF
-    return (bits - ((bits >> 31) << 32)).to(torch.int32)
