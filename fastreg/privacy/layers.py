@@ -7,7 +7,7 @@ input. The gradients of its weights follow from tensors that the layer saves and
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +49,7 @@ class CoveredLayer:
     def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
         """Returns per-sample gradients of the parameters in `needed`, by name.
 
-        Args:
-            saved: The tensors that `run` returned.
-            grad: Gradient of the output.
-            needed: Names of parameters.
+        They follow from the tensors that `run` returned and the gradient of the output.
         """
         raise NotImplementedError
 
@@ -83,39 +80,31 @@ class CoveredLayer:
 class CoveredLinear(CoveredLayer):
     """`nn.Linear` with inputs of any number of dimensions."""
 
+    transposed = True  # weight: [outputs, inputs]
+
     def run(self, x: Tensor) -> tuple[Tensor, Saved]:
         """Multiplies matrices, because `F.linear` may return a view."""
         x, weight, bias = self._cast(x, self._parameter("weight"), self._parameter("bias"))
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        weight = self._matrix(weight)
+        weight = weight.t() if self.transposed else weight
         out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])), (x,)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.t()
 
     def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
         """Returns outer products for the weight, sums over positions for the bias."""
         x, grad = (_positions(t) for t in (saved[0], grad))
         grads: Grads = {}
         if "weight" in needed:
-            grads["weight"] = self._outer(x, grad)
+            grads["weight"] = OuterProductGrad(*((grad, x) if self.transposed else (x, grad)))
         if "bias" in needed:
             grads["bias"] = _summed(grad)
         return grads
 
-    def _outer(self, x: Tensor, grad: Tensor) -> OuterProductGrad:
-        return OuterProductGrad(grad, x)
-
 
 class CoveredConv1D(CoveredLinear):
-    """transformers' `Conv1D`, a linear layer whose weight is transposed."""
+    """transformers' `Conv1D`, a linear layer with a weight `[inputs, outputs]`."""
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def _outer(self, x: Tensor, grad: Tensor) -> OuterProductGrad:
-        return OuterProductGrad(x, grad)
+    transposed = False
 
 
 class CoveredEmbedding(CoveredLayer):
@@ -165,7 +154,24 @@ class CoveredScaledEmbedding(CoveredEmbedding):
         return super().per_sample_grads(saved, grad * self._scale, needed)
 
 
-class CoveredLayerNorm(CoveredLayer):
+class CoveredNorm(CoveredLayer):
+    """Any norm with output = weight · (x - mean) · deviation + bias over the last dimensions (base class)."""
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Returns what is multiplied with the weight; or x, if means and inverse deviations are saved."""
+        raise NotImplementedError
+
+    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
+        """Returns sums over positions for weight and bias."""
+        (x, *statistics), shape = saved, self.module._parameters[needed[0]].shape
+        flat = len(grad), math.prod(grad.shape[1 : grad.dim() - len(shape)]), math.prod(shape)
+        value = self.normalized(x).reshape(flat) if "weight" in needed else None
+        sums = sample_sums(grad.reshape(flat), value, *(t.reshape(flat[:2]) for t in statistics))
+        named = zip(("weight", "bias"), sums, strict=True)
+        return {n: DenseGrad(t.view(len(grad), *shape)) for n, t in named if n in needed and t is not None}
+
+
+class CoveredLayerNorm(CoveredNorm):
     """`nn.LayerNorm` over the last dimensions."""
 
     def run(self, x: Tensor) -> tuple[Tensor, Saved]:
@@ -178,13 +184,12 @@ class CoveredLayerNorm(CoveredLayer):
         out, mean, deviation = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
         return out, (x, mean.detach(), deviation.detach())
 
-    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
-        """Returns sums over positions for weight and bias."""
-        x, mean, deviation = saved
-        return _scaled(grad, needed, self.module.weight.shape, lambda: x, mean, deviation)
+    def normalized(self, x: Tensor) -> Tensor:
+        """Returns the input, which is normalized where it is summed."""
+        return x
 
 
-class CoveredChannelNorm(CoveredLayer):
+class CoveredChannelNorm(CoveredNorm):
     """`nn.GroupNorm`, and instance norms without running statistics."""
 
     def __init__(self, module: Any) -> None:
@@ -192,21 +197,18 @@ class CoveredChannelNorm(CoveredLayer):
         if getattr(module, "track_running_stats", False):
             raise UnsupportedLayer("running statistics mix samples: build it with track_running_stats=False")
 
+    def normalized(self, x: Tensor) -> Tensor:
+        """Returns the input as normalized by group or by instance, channels last."""
+        if isinstance(self.module, nn.GroupNorm):
+            return _channels_last(F.group_norm(x, self.module.num_groups, None, None, self.module.eps))
+        return _channels_last(F.instance_norm(x, eps=self.module.eps))
+
     def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
         """Returns sums over all dimensions but channels."""
-        (x,) = saved
-
-        def normalized() -> Tensor:
-            if isinstance(self.module, nn.GroupNorm):
-                values = F.group_norm(x, self.module.num_groups, None, None, self.module.eps)
-            else:
-                values = F.instance_norm(x, eps=self.module.eps)
-            return _channels_last(values)
-
-        return _scaled(_channels_last(grad), needed, grad.shape[1:2], normalized)
+        return super().per_sample_grads(saved, _channels_last(grad), needed)
 
 
-class CoveredRMSNorm(CoveredLayer):
+class CoveredRMSNorm(CoveredNorm):
     """Any class named `...RMSNorm` that is linear in a weight over the last dimensions, such as Llama's.
 
     Raises:
@@ -244,15 +246,10 @@ class CoveredRMSNorm(CoveredLayer):
         with self._frozen(weight=weight(self.module._parameters["weight"])):
             return type(self.module).forward(self.module, x)
 
-    def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
-        """Returns sums over positions of gradient times normalized input."""
-        (x,) = saved
-
-        def normalized() -> Tensor:
-            ones = self._with(x, torch.ones_like)
-            return ones - self._with(x, torch.zeros_like) if self._offset else ones
-
-        return _scaled(grad, needed, self.module.weight.shape, normalized)
+    def normalized(self, x: Tensor) -> Tensor:
+        """Returns how much the output changes from a weight of zeros to one of ones."""
+        ones = self._with(x, torch.ones_like)
+        return ones - self._with(x, torch.zeros_like) if self._offset else ones
 
 
 class CoveredConv(CoveredLayer):
@@ -291,34 +288,14 @@ def _summed(grad: Tensor) -> DenseGrad:
     return DenseGrad(sample_sums(grad)[1])
 
 
-def _scaled(
-    grad: Tensor, needed: Sequence[str], shape: torch.Size, x: Callable[[], Tensor],
-    mean: Tensor | None = None, deviation: Tensor | None = None,
-) -> Grads:  # fmt: skip
-    """Returns gradients of output = weight · (x - mean) · deviation + bias, both of `shape`."""
-    positions = math.prod(grad.shape[1 : grad.dim() - len(shape)])
-    flat = len(grad), positions, math.prod(shape)
-    value = x().reshape(flat) if "weight" in needed else None
-    means = (None if t is None else t.reshape(flat[:2]) for t in (mean, deviation))
-    sums = sample_sums(grad.reshape(flat), value, *means)
-    named = zip(("weight", "bias"), sums, strict=True)
-    return {
-        name: DenseGrad(t.view(len(grad), *shape)) for name, t in named if name in needed and t is not None
-    }
-
-
 KINDS: dict[type[nn.Module], type[CoveredLayer]] = {
     nn.Linear: CoveredLinear,
     nn.Embedding: CoveredEmbedding,
     nn.LayerNorm: CoveredLayerNorm,
     nn.RMSNorm: CoveredRMSNorm,
     nn.GroupNorm: CoveredChannelNorm,
-    nn.InstanceNorm1d: CoveredChannelNorm,
-    nn.InstanceNorm2d: CoveredChannelNorm,
-    nn.InstanceNorm3d: CoveredChannelNorm,
-    nn.Conv1d: CoveredConv,
-    nn.Conv2d: CoveredConv,
-    nn.Conv3d: CoveredConv,
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), CoveredChannelNorm),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CoveredConv),
 }
 
 HINTS = {
@@ -349,13 +326,9 @@ def cover_layer(module: nn.Module) -> CoveredLayer:
             kind = candidate
     if isinstance(module, nn.Embedding) and cls.__name__.endswith("ScaledWordEmbedding"):
         kind = CoveredScaledEmbedding
-    if kind is None and cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+    elif kind is None and (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         kind = CoveredConv1D
-    if (
-        kind is None
-        and re.search("RMSNorm$|LayerNorm$", cls.__name__)
-        and set(module._parameters) == {"weight"}
-    ):
+    elif kind is None and re.search("(RMS|Layer)Norm$", cls.__name__) and [*module._parameters] == ["weight"]:
         kind = CoveredRMSNorm
     if kind is None:
         hint = next((hint for name, hint in HINTS.items() if name in cls.__name__), None)
