@@ -35,11 +35,6 @@ NOT_PRIVATE = (
 class BookKeepingSource(BookKeeping):
     """Takes sums from `p.grad`, to which the backward passes of `BookKeeping` add them."""
 
-    @property
-    def sensitivity(self) -> float:
-        """The largest change of all sums together by one sample."""
-        return float(super().sensitivity)
-
     def iterations(self, parameters: Parameters) -> int:
         """Returns 1: backward passes that add up count as one batch."""
         return 1
@@ -89,16 +84,16 @@ class _SummedGradSource:
 
     def discard(self, parameters: Parameters) -> None:
         """Drops sums and gradients; `zero_grad` drops gradients of samples."""
-        self.clear(parameters, False)
+        for p in parameters:
+            p.grad = p.summed_grad = None
+        self.clipped_to = set()
 
     def clear(self, parameters: Parameters, keep_sums: bool) -> None:
-        """Clears gradients, and unless `keep_sums` also sums for a later step."""
-        for p in parameters:
-            p.grad = None
-            if not keep_sums:
-                p.summed_grad = None
+        """Clears gradients, those of samples too, and unless `keep_sums` also sums for a later step."""
         if not keep_sums:
-            self.clipped_to = set()
+            self.discard(parameters)
+        for p in parameters:
+            p.grad = p.grad_sample = None
 
 
 class GradSampleSource(_SummedGradSource):
@@ -165,16 +160,6 @@ class GradSampleSource(_SummedGradSource):
         """Returns clipped sums, including those accumulated before."""
         self.accumulate(parameters)
         return [getattr(p, "summed_grad", None) for p in parameters]
-
-    def discard(self, parameters: Parameters) -> None:
-        """Drops sums and gradients; `zero_grad` drops gradients of samples."""
-        super().clear(parameters, False)
-
-    def clear(self, parameters: Parameters, keep_sums: bool) -> None:
-        """Clears gradients of samples, too."""
-        super().clear(parameters, keep_sums)
-        for p in parameters:
-            p.grad_sample = None
 
 
 def _grad_samples(p: Tensor, name: str) -> list[Tensor]:

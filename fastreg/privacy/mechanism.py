@@ -73,47 +73,33 @@ class Mechanism:
         return sums
 
     @contextlib.contextmanager
-    def fused(
-        self, parameters: Parameters, sums: list[Tensor], std: float, share: float
-    ) -> Iterator[dict[Tensor, Tensor]]:
-        """Lets the optimizer that has the component step by the sums in the block, which adds the noise.
+    def released(
+        self, parameters: Parameters, sums: list[Tensor], std: float, share: float, streams: list[int] | None
+    ) -> Iterator[dict[Tensor, Tensor] | None]:
+        """Lets the optimizer step by noised sums in the block; the sums are discarded in any case.
 
         Args:
             parameters: The trainable parameters.
-            sums: Sums over all processes, which are discarded after the block in any case.
+            sums: Sums over all processes; overwritten if there are `streams`.
             std: Standard deviation of the noise.
             share: Factor on noised sums.
+            streams: Indices of the parameters in their optimizer, to write noised sums to `p.grad`; `None` if
+                the optimizer has the component, which adds the noise.
 
         Yields:
-            The sums by parameter, for `step(gradients=...)`.
+            The sums by parameter, for `step(gradients=...)`; `None` if they are in `p.grad`.
         """
         try:
             with self.component.authorize_step(std, share, self.noise.advance()):
-                yield dict(zip(parameters, sums, strict=True))
-        finally:
-            self.source.discard(parameters)
-
-    @contextlib.contextmanager
-    def written(
-        self, streams: list[int], parameters: Parameters, sums: list[Tensor], std: float, share: float
-    ) -> Iterator[None]:
-        """Writes the noised sums to `p.grad`, and lets the optimizer step by them in the block.
-
-        Args:
-            streams: Indices of the parameters in their optimizer.
-            parameters: The trainable parameters.
-            sums: Sums over all processes; overwritten.
-            std: Standard deviation of the noise.
-            share: Factor on noised sums.
-        """
-        try:
-            with self.component.authorize_step(std, share, self.noise.advance()):
+                if streams is None:
+                    yield dict(zip(parameters, sums, strict=True))
+                    return
                 self._in_place.add_noise(sums, streams)
         finally:
             self.source.discard(parameters)
         self._written = dict(zip(parameters, map(self._write_grad, parameters, sums), strict=True))
         with self.component.authorize_step(0.0, 1.0, 0):  # these gradients have their noise
-            yield
+            yield None
 
     def _write_grad(self, p: Tensor, total: Tensor) -> Tensor:
         """Sets `p.grad` to a noised gradient in the dtype that optimizers expect."""

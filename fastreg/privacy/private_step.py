@@ -105,7 +105,7 @@ class PrivateStep(Wrapper):
     @property
     def sensitivity(self) -> float:
         """The largest change of the sum of clipped gradients by one sample."""
-        return self._source.sensitivity
+        return float(self._source.sensitivity)
 
     @property
     def params(self) -> list[Tensor]:
@@ -248,14 +248,11 @@ class PrivateStep(Wrapper):
         with torch.no_grad():
             sums = mechanism.all_reduce(sums)
         try:
+            streams = None
             if self.fused_optimizer is None or materialize or self.materialize_grad:
-                indices = {p: i for i, p in enumerate(everything)}
-                streams = [indices[p] for p in parameters]
-                with mechanism.written(streams, parameters, sums, sigma * sensitivity, share):
-                    yield None
-            else:
-                with mechanism.fused(parameters, sums, sigma * sensitivity, share) as gradients:
-                    yield gradients
+                streams = [i for i, p in enumerate(everything) if p in parameters]
+            with mechanism.released(parameters, sums, sigma * sensitivity, share, streams) as gradients:
+                yield gradients
         finally:
             self._is_last_step_skipped = False
 
