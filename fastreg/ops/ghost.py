@@ -95,13 +95,10 @@ def _by_kernel(x: Tensor) -> bool:
 
 def ghost_constants(dtype: torch.dtype, chosen: LaunchParameters) -> dict[str, Any]:
     """Returns the compile-time arguments of `ghost_sums_kernel`: float32 is not multiplied as TF32."""
-    precision, depth = (
-        ("ieee", 1) if dtype == torch.float32 else ("tf32", 2)
-    )  # 16-bit elements: as many bytes
-    return {
-        "PRECISION": precision, "WIDEN": backend.interpreted(), "BLOCK": chosen.block,
-        "DEPTH": depth * chosen.depth,
-    }  # fmt: skip
+    wide = dtype == torch.float32
+    depth = chosen.depth if wide else 2 * chosen.depth  # as many bytes
+    precision = "ieee" if wide else "tf32"
+    return {"PRECISION": precision, "WIDEN": backend.interpreted(), "BLOCK": chosen.block, "DEPTH": depth}
 
 
 def sample_constants(chosen: LaunchParameters) -> dict[str, Any]:

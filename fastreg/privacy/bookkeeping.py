@@ -10,6 +10,7 @@ are gradients that reach a covered parameter by another way.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.validation import check_choice, check_int
 from ..ops.ghost import Grams
+from ..runtime.device import capturing
 from . import clipped_sums, grad_tap
 from .bounds import CLIPPING, Bound, clipping_bounds, sensitivity_of
 from .clipped_sums import MeasuredGrad
@@ -197,13 +199,12 @@ class BookKeeping:
             raise ValueError(_NOT_DISTRIBUTED)
         names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         layers: dict[nn.Module, tuple[str, CoveredLayer]] = {}
-        owners: dict[Parameter, int] = {}
+        owners: Counter[Parameter] = Counter()
         for name, module in self.model.named_modules():
             trained = {key: p for key, p in module._parameters.items() if p is not None and p in names}
             if not trained:
                 continue
-            for p in trained.values():
-                owners[p] = owners.get(p, 0) + 1
+            owners.update(trained.values())
             try:
                 if name.rpartition(".")[2] == "relative_attention_bias":
                     raise UnsupportedLayer("it is used without samples: freeze it")
@@ -274,13 +275,9 @@ class BookKeeping:
     # Backward
 
     def record(self, use: LayerUse, saved: tuple[Tensor, ...], grad: Tensor, wanted: list[str]) -> None:
-        """Computes the per-sample gradients of a layer when autograd reaches it.
+        """Computes per-sample gradients of a layer's `wanted` parameters when autograd reaches it.
 
-        Args:
-            use: The call of the layer.
-            saved: Tensors that the layer saved.
-            grad: Gradient of its output.
-            wanted: Names of the parameters whose gradients are requested.
+        They follow from the tensors that the layer saved in this use, and the gradient of its output.
         """
         task = torch._C._current_graph_task_id()
         if use.task != -1:
@@ -307,13 +304,11 @@ class BookKeeping:
         with full_precision_no_grad(grad.device):
             for name, sample_grads in use.layer.per_sample_grads(saved, grad, wanted).items():
                 p = use.layer.module._parameters[name]
-                earlier = self._uses.setdefault(p, [])
-                if earlier:
+                if p in self._uses:
                     self._reused.add(p)
-                if p in self._reused:
-                    earlier.append(MeasuredGrad(sample_grads))  # only the norm of the sum counts
-                else:
-                    earlier.append(clipped_sums.measure(sample_grads, self._grams))
+                alone = p not in self._reused  # otherwise only the norm of the sum counts
+                measured = clipped_sums.measure(sample_grads, self._grams) if alone else None
+                self._uses.setdefault(p, []).append(measured or MeasuredGrad(sample_grads))
 
     def _finish(self, task: int) -> None:
         """Clips and sums when the backward pass has ended."""
@@ -356,8 +351,7 @@ class BookKeeping:
         factors = torch.where(finite, factors, 0.0)
         self._counter(device).add_(torch.stack(((factors < 1).any(0) & finite, ~finite)).sum(1))
         # If all are finite, as almost always, nothing has to be masked.
-        can_read = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-        mask = None if can_read and bool(finite.all()) else finite
+        mask = None if not capturing(device) and bool(finite.all()) else finite
         clipped_sums.add_weighted_sums(owners, measured, factors * scale, mask)
 
     def _limits(self, owners: list[list[Parameter]], device: torch.device, dtype: torch.dtype) -> Tensor:

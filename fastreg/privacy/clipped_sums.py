@@ -27,12 +27,7 @@ class MeasuredGrad(NamedTuple):
 
 
 def measure(grad: PerSampleGrad, grams: Grams) -> MeasuredGrad:
-    """Returns per-sample gradients in their cheapest form with the reductions that their norms need.
-
-    Args:
-        grad: The gradients of the only use of a parameter.
-        grams: Caches the inner products of a layer's input.
-    """
+    """Returns gradients of a parameter's only use in their cheapest form, with what their norms need."""
     grad = grad.materialized() if isinstance(grad, OuterProductGrad | ConvGrad) else grad
     if isinstance(grad, OuterProductGrad) and grad.uses_ghost_norm:
         return MeasuredGrad(grad, ghost_sums(grad.left, grad.right, grams))
@@ -47,11 +42,7 @@ def is_small(grad: PerSampleGrad) -> bool:
 def group_grads(
     uses: dict[Parameter, list[MeasuredGrad]], stack: bool
 ) -> tuple[list[list[Parameter]], list[MeasuredGrad]]:
-    """Joins the uses of each parameter, and stacks small gradients of several parameters.
-
-    Args:
-        uses: The gradients of every use of each parameter.
-        stack: Whether to stack; not if every parameter is clipped by itself.
+    """Joins the uses of each parameter, and stacks small gradients of several parameters if asked to.
 
     Returns:
         Lists of the same length: the parameters that share a gradient, and that gradient.
@@ -74,12 +65,7 @@ def group_grads(
 
 
 def squared_norms(measured: Sequence[MeasuredGrad], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns squared norms and bounds on how much too small they are, `[grads, samples]` each in float64.
-
-    Args:
-        measured: Gradients of the same samples.
-        device: Device of the result.
-    """
+    """Returns squared norms and bounds on how much too small they are, `[grads, samples]` each in float64."""
     results: list[Squares | None] = [m.squares for m in measured]
     ghosts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (grad, sums, squares) in enumerate(measured):
@@ -101,7 +87,7 @@ def squared_norms(measured: Sequence[MeasuredGrad], device: torch.device) -> tup
 def add_weighted_sums(
     owners: list[list[Parameter]], measured: list[MeasuredGrad], weights: Tensor, finite: Tensor | None
 ) -> None:
-    """Adds weighted sums of per-sample gradients to `p.grad`.
+    """Adds weighted sums of per-sample gradients to `p.grad` of the parameters that own them.
 
     Args:
         owners: Parameters of each gradient.
@@ -117,29 +103,19 @@ def add_weighted_sums(
         if key not in cast:
             cast[key] = weights[row].to(device, dtype)
         included = None if finite is None else finite.to(device)
-        out = _accumulator(params[0]) if len(params) == 1 else None
-        total = grad.weighted_sum(cast[key], included, out)
+        out = params[0].grad
+        if len(params) == 1 and out is not None and out.dtype == dtype and out.is_contiguous():
+            grad.weighted_sum(cast[key], included, out)
+            continue
+        total = grad.weighted_sum(cast[key], included, None)
         sizes = grad.sizes if isinstance(grad, StackedGrad) else [total.numel()]
         del grad
         for p, value in zip(params, total.split(sizes) if len(params) > 1 else [total], strict=True):
-            _add_to_grad(p, value.view(p.shape))
-
-
-def _accumulator(p: Parameter) -> Tensor | None:
-    """Returns `p.grad` if a sum can be added to it in place."""
-    grad = p.grad
-    fits = grad is not None and grad.dtype == compute_dtype(p.dtype) and grad.is_contiguous()
-    return grad if fits else None
-
-
-def _add_to_grad(p: Parameter, value: Tensor) -> None:
-    """Adds a value to `p.grad` unless it was added in place already."""
-    if p.grad is None:
-        p.grad = value
-    elif p.grad.dtype != value.dtype:
-        p.grad = value + p.grad
-    elif p.grad.data_ptr() != value.data_ptr():
-        p.grad.add_(value)
+            value = value.view(p.shape)
+            if p.grad is not None and p.grad.dtype == value.dtype:
+                p.grad.add_(value)
+            else:
+                p.grad = value if p.grad is None else value + p.grad
 
 
 class Clipped(NamedTuple):

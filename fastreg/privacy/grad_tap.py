@@ -15,11 +15,7 @@ from .layers import CoveredLayer
 class PatchedForward:
     """Replaces the `forward` method of a layer; copies and pickles of the model get the original one.
 
-    Args:
-        bookkeeping: The `BookKeeping` that runs the layer.
-        name: Name of the layer.
-        layer: How the layer runs.
-        shared: Whether all samples share its input, which then has no batch dimension; `None` if unknown.
+    With `shared`, all samples share its input, which then has no batch dimension; `None` if that is unknown.
     """
 
     def __init__(self, bookkeeping: Any, name: str, layer: CoveredLayer, shared: bool | None) -> None:
@@ -47,11 +43,6 @@ class PatchedForward:
 
     def expand_input(self, x: Tensor, samples: int, dim: int) -> Tensor:
         """Returns the input with a batch dimension of all samples, expanded if all samples share it.
-
-        Args:
-            x: The input of the layer.
-            samples: Number of samples in the batch.
-            dim: Batch dimension.
 
         Raises:
             ValueError: If the input has another number of samples, or may be positions or ids of samples.
@@ -83,12 +74,9 @@ class LayerUse(NamedTuple):
 
     bookkeeping: Any
     layer: CoveredLayer
-    needed: list[str]
-    """Names of its trainable parameters."""
-    task: int
-    """Backward pass in which it ran, for a checkpoint; -1 outside of backward passes."""
-    batch: Any
-    """Identity of the input of the model."""
+    needed: list[str]  # names of its trainable parameters
+    task: int  # backward pass in which it ran, for a checkpoint; -1 outside of backward passes
+    batch: Any  # identity of the input of the model
 
 
 class GradTap(torch.autograd.Function):
@@ -143,13 +131,7 @@ _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_
 
 
 def main_input(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Tensor | None:
-    """Returns the input that tells the batch size: the first tensor, or one with a known name.
-
-    Args:
-        args: Positional arguments of the model.
-        kwargs: Keyword arguments of the model.
-        dim: Batch dimension, which the tensor must have.
-    """
+    """Returns the input that tells the batch size: the first tensor with `dim`, or one with a known name."""
     first = [kwargs[name] for name in _INPUTS if name in kwargs]
     for leaf in torch.utils._pytree.tree_leaves((args, first, kwargs)):
         if isinstance(leaf, Mapping):  # but no dict, such as a BatchEncoding

@@ -13,13 +13,7 @@ from .noise import InPlaceNoise, NoiseKey, PrivateNoise
 
 
 class Mechanism:
-    """Passes sums of clipped gradients to an optimizer, and never without noise.
-
-    Args:
-        source: Provides the sums.
-        noise: Key of the noise and count of steps.
-        group: The processes that share a batch.
-    """
+    """Passes sums of clipped gradients to an optimizer, and never without noise; a `group` shares a batch."""
 
     def __init__(self, source: ClippedGradSource, noise: NoiseKey, group: Any) -> None:
         self.source, self.noise, self._group = source, noise, group
@@ -81,8 +75,8 @@ class Mechanism:
         Args:
             parameters: The trainable parameters.
             sums: Sums over all processes; overwritten if there are `streams`.
-            std: Standard deviation of the noise.
-            share: Factor on noised sums.
+            std: See `PrivateNoise.authorize_step`.
+            share: See `PrivateNoise.authorize_step`.
             streams: Indices of the parameters in their optimizer, to write noised sums to `p.grad`; `None` if
                 the optimizer has the component, which adds the noise.
 

@@ -78,17 +78,15 @@ class NoiseKey:
     def load(self, state: dict[str, int]) -> None:
         """Restores a saved key if `reproducible`, otherwise draws a new one."""
         self.renew()
-        if self.reproducible and state:
+        if self.reproducible and "key" in state:
             self.key, self.count = int(state["key"]), int(state["count"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state of copies and pickles."""
         return {"reproducible": self.reproducible, **self.state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Draws a new key unless one was saved."""
         self.reproducible = state["reproducible"]
-        self.load({name: state[name] for name in ("key", "count") if name in state})
+        self.load(state)
 
 
 class PrivateNoise(Component):
@@ -165,23 +163,14 @@ class _WriteGradient(Component):
 
 
 class InPlaceNoise(MultiTensorOptimizer):
-    """Adds privacy noise to sums in place, for optimizers that are not fastreg's: 8 bytes a parameter.
-
-    Args:
-        component: The noise.
-    """
+    """Adds privacy noise to sums in place, for optimizers that are not fastreg's: 8 bytes a parameter."""
 
     def __init__(self, component: PrivateNoise) -> None:
         self._set_components((component, _WriteGradient()), seed=0)
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": [{"params": []}]})
 
     def add_noise(self, sums: list[Tensor], streams: list[int]) -> None:
-        """Adds noise to sums and scales them in place.
-
-        Args:
-            sums: The sum of each parameter.
-            streams: Indices of the parameters in their optimizer.
-        """
+        """Adds noise to sums of parameters in place, whose indices in their optimizer are `streams`."""
         try:
             self._run_step(Operands(sums, list(sums), [0] * len(sums), streams))
         finally:  # the sums of the next step are other tensors

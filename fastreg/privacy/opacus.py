@@ -145,9 +145,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     """
 
     def _prepare_optimizer(
-        self, *, optimizer: torch.optim.Optimizer, noise_multiplier: float,
-        max_grad_norm: float | list[float], expected_batch_size: float, loss_reduction: str = "mean",
-        distributed: bool = False, clipping: str = "flat", noise_generator: Any = None,
+        self, *, optimizer: torch.optim.Optimizer, clipping: str = "flat", noise_generator: Any = None,
         grad_sample_mode: str = "hooks", **kwargs: Any,
     ) -> OpacusDPOptimizer:  # fmt: skip
         if isinstance(optimizer, base.DPOptimizer):
@@ -159,8 +157,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 f"{clipping=} with {grad_sample_mode=} is not supported by fastreg: use opacus.PrivacyEngine"
             )
         return OpacusDPOptimizer(
-            optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
-            expected_batch_size=expected_batch_size, loss_reduction=loss_reduction,
-            generator=noise_generator, secure_mode=self.secure_mode, clipping=clipping,
+            optimizer, generator=noise_generator, secure_mode=self.secure_mode, clipping=clipping,
             grad_sample_mode=grad_sample_mode, **kwargs,
         )  # fmt: skip

@@ -28,13 +28,7 @@ SAVED = "privacy"
 
 
 class PrivateStep(Wrapper):
-    """Adds noise to sums of clipped gradients and lets any optimizer step by them.
-
-    Args:
-        base: The optimizer.
-        source: Provides the sums.
-        noise: Key of the noise. All other arguments are those of `DPOptimizer`.
-    """
+    """Adds noise to sums of clipped gradients, and lets any optimizer step by them; see `DPOptimizer`."""
 
     _step_supports_amp_scaling = True  # so that a GradScaler passes itself, and is refused
 
@@ -43,7 +37,7 @@ class PrivateStep(Wrapper):
         noise_multiplier: float, expected_batch_size: float | None, loss_reduction: str,
         materialize_grad: bool, process_group: Any = None,
     ) -> None:  # fmt: skip
-        _check_base(base)
+        inner = _checked(base)
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if loss_reduction == "mean":
             if expected_batch_size is None:
@@ -65,12 +59,9 @@ class PrivateStep(Wrapper):
         self._source = source
         self._mechanism = Mechanism(source, noise, process_group)
         self._guard: Any = None
-        if self.fused_optimizer is not None:
-            self.fused_optimizer.add_component(self._mechanism.component)
+        if isinstance(inner, FusedOptimizer):
+            inner.add_component(self._mechanism.component)
         else:
-            inner: Any = base
-            while isinstance(inner, Wrapper):
-                inner = inner.base_optimizer
             self._guard = inner.register_step_pre_hook(lambda *_: self._mechanism.component.prepare())
 
     def detach(self) -> torch.optim.Optimizer:
@@ -129,11 +120,7 @@ class PrivateStep(Wrapper):
     # Accounting
 
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
-        """Calls a function with the optimizer before each step that is taken.
-
-        Args:
-            fn: The function, such as `accountant.get_optimizer_hook_fn(sample_rate)`.
-        """
+        """Calls `fn(optimizer)`, such as an `accountant.get_optimizer_hook_fn(rate)`, before each step."""
         self.step_hook = fn
 
     def epsilon(self, delta: float) -> Accounted:
@@ -226,11 +213,9 @@ class PrivateStep(Wrapper):
     def _release(self, materialize: bool = False) -> Iterator[dict[Tensor, Tensor] | None]:
         """Accounts for a step and lets the base optimizer take it within the block.
 
-        Args:
-            materialize: Whether to write the noised gradients to `p.grad` in any case.
-
         Yields:
-            The gradients to step by, to which the step itself adds the noise; `None`: those in `p.grad`.
+            The gradients to step by, to which the step itself adds the noise; `None`: those in `p.grad`,
+            always so if `materialize`.
         """
         parameters, mechanism = self._trainable(), self._mechanism
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -325,8 +310,8 @@ class PrivateStep(Wrapper):
         )
 
 
-def _check_base(base: torch.optim.Optimizer) -> None:
-    """Refuses optimizers whose use of gradients is not post-processing of the noised sum."""
+def _checked(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Returns the innermost optimizer; refuses those whose use of gradients is no post-processing of sums."""
     inner: Any = base
     while isinstance(inner, Wrapper):
         if isinstance(inner, PrivateStep):
@@ -347,3 +332,4 @@ def _check_base(base: torch.optim.Optimizer) -> None:
                     "private: leave it out, samples are clipped by max_grad_norm; if its `prepare` and "
                     "`finish` read none, set reads_gradients = False, and a phase after Phase.PRIVACY"
                 )
+    return inner

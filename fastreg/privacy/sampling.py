@@ -1,5 +1,6 @@
 """Draws Poisson-sampled batches: each sample is in a batch with the same probability, independently."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,26 +55,14 @@ def poisson_loader(
 ) -> DataLoader[Any]:  # fmt: skip
     """Returns a `DataLoader` of Poisson-sampled batches, `None` for an empty one (a step without gradients).
 
-    Args:
-        dataset: A dataset with a length.
-        sample_rate: See `PoissonSampler`.
-        steps: See `PoissonSampler`.
-        generator: See `PoissonSampler`.
-        collate_fn: Makes a batch of samples.
-        kwargs: Arguments of the `DataLoader`.
-
-    Raises:
-        ValueError: For values out of range, and for numbers that should be whole and are not.
+    `collate_fn` makes a batch of samples, the dataset has a length, and `kwargs` are arguments of the
+    `DataLoader`. All other arguments, and errors, are those of `PoissonSampler`.
     """
     sampler = PoissonSampler(len(dataset), sample_rate, steps, generator)  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_Collate(collate_fn), **kwargs)
+    collate = functools.partial(_collated, collate_fn)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **kwargs)
 
 
-class _Collate:
-    """Collates samples to a batch, and no sample to `None`."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        return self.collate(samples) if samples else None
+def _collated(collate_fn: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """Returns a batch of samples, `None` of no sample."""
+    return collate_fn(samples) if samples else None
