@@ -20,10 +20,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UsageError` where argparse would print the whole usage and exit.
-
-    Descriptions are printed with their own line breaks.
-    """
+    """An argument parser that keeps line breaks, and raises `UsageError` instead of printing the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)

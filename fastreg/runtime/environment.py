@@ -45,7 +45,6 @@ class Info:
     programs: str
 
     def __str__(self) -> str:
-        """Returns one line for each fact."""
         lines = [f"{name:<14}{number}" for name, number in self.versions.items()]
         lines += [f"{'platform':<14}{self.platform}", f"{'backend':<14}{self.forced}"]
         for device in self.devices:

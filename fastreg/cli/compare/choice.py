@@ -19,11 +19,6 @@ class Contender:
     recipe: Regularization | None = None  # its weight decay replaces `--weight-decay`
 
     @property
-    def option(self) -> str:
-        """The option of the command line that asked for it."""
-        return "--with" if self.recipe is None else "--recipe"
-
-    @property
     def summary(self) -> str:
         """Sentences on all parts, with their strengths."""
         if self.recipe is None:

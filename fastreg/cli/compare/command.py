@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             runner.Run(contender, task, args, args.seed)
         except ValueError as error:
-            raise UsageError(f"{contender.option} {contender.label}: {error}") from None
+            option = "--with" if contender.recipe is None else "--recipe"
+            raise UsageError(f"{option} {contender.label}: {error}") from None
     try:
         heading = report.heading(task, args)
     except RuntimeError as error:
