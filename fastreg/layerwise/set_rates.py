@@ -77,7 +77,8 @@ def assert_dropout(
     assert_dropout(model, table)  # of set_dropout
     ```
 
-    Arguments are those of `set_dropout`, with its schedule, or the table it returned, as `expected`.
+    Expected are rates as in the schedule of `set_dropout`, or the table that it returned.  Other
+    arguments are those of `set_dropout`.
 
     Raises:
         AssertionError: With all differences.

@@ -15,13 +15,21 @@ from ..common.validation import check_choice, check_range
 
 
 class RDrop(NamedTuple):
-    """The loss of `r_drop` and its parts."""
+    """The loss of `r_drop` and its parts.
 
-    loss: Tensor  # cross_entropy + alpha · kl, 0-d
-    logits: Tensor  # of the first pass
-    logits2: Tensor  # of the second pass
-    cross_entropy: Tensor  # the mean of the losses of both passes, 0-d
-    kl: Tensor  # the symmetric KL divergence of both passes, ≥ 0, 0-d
+    Args:
+        loss: cross_entropy + alpha · kl, 0-d.
+        logits: Of the first pass.
+        logits2: Of the second pass.
+        cross_entropy: The mean of the losses of both passes, 0-d.
+        kl: The symmetric KL divergence of both passes, ≥ 0, 0-d.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    logits2: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
 
 
 def r_drop_loss(

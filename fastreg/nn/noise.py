@@ -110,9 +110,9 @@ class ActivationNoise(_NoiseBase):
 class InputNoise(ActivationNoise):
     """Adds Gaussian noise to continuous inputs while training, such as pixels, waveforms and measurements.
 
-    Works as `ActivationNoise`, with its arguments, but refuses integers: noise of 0.01 on a token id, rounded
-    down, leaves it or makes it the id before.  Use `TokenNoise` for tokens, and `EmbeddingNoise` for their
-    embeddings.
+    Arguments, shapes and errors are those of `ActivationNoise`, but integers are refused: noise of 0.01 on a
+    token id, rounded down, leaves it or makes it the id before.  Use `TokenNoise` for tokens, and
+    `EmbeddingNoise` for their embeddings.
 
     Reference:
         Bishop 1995, "Training with noise is equivalent to Tikhonov regularization".

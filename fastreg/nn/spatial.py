@@ -1,7 +1,6 @@
-"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`, with their arguments.
+"""Drops whole channels: drop-ins for `torch.nn.Dropout1d`, `Dropout2d` and `Dropout3d`.
 
-The rate is in [0, 1], or one for each channel.  Tompson et al. 2015, "Efficient object localization using
-convolutional networks".
+Tompson et al. 2015, "Efficient object localization using convolutional networks".
 """
 
 from collections.abc import Callable
@@ -41,13 +40,13 @@ class _Spatial(_DropoutBase):
 
 
 class Dropout1d(_Spatial, nn.Dropout1d):
-    """Zeroes whole channels of `[batch, channels, length]` or `[channels, length]` while training."""
+    """Zeroes channels of `[batch, channels, length]` or `[channels, length]` in training, see `Dropout`."""
 
     _dims, _ranks, _torch = 1, (2, 3), staticmethod(nn.functional.dropout1d)
 
 
 class Dropout2d(_Spatial, nn.Dropout2d):
-    """Zeroes whole channels of `[batch, channels, height, width]` while training.
+    """Zeroes whole channels of `[batch, channels, height, width]` while training, see `Dropout`.
 
     As in torch, three dimensions are taken for batch, channels and length, with a warning.
     """
@@ -56,6 +55,9 @@ class Dropout2d(_Spatial, nn.Dropout2d):
 
 
 class Dropout3d(_Spatial, nn.Dropout3d):
-    """Zeroes whole channels of `[batch, channels, depth, height, width]`, or without batch, in training."""
+    """Zeroes whole channels of `[batch, channels, depth, height, width]` while training, see `Dropout`.
+
+    The batch may be missing.
+    """
 
     _dims, _ranks, _torch = 3, (4, 5), staticmethod(nn.functional.dropout3d)
