@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 import fastreg  # noqa: E402
 from fastreg.cli import main, private  # noqa: E402
-from fastreg.cli.compare import contenders  # noqa: E402
+from fastreg.cli.compare import choice, contenders  # noqa: E402
 from fastreg.cli.compare.setup import Setup  # noqa: E402
 
 
@@ -83,8 +83,18 @@ def test_contender_repeats_its_noise():
     assert optimizer.accountant.history == [(1.0, 0.2, 1)] and optimizer.expected_batch_size == 2
 
 
+def test_contender_may_come_before_torch():
+    setup = Setup(torch.nn.Linear(3, 2), 0.1, 0.0, seed=3, steps=4, batch_size=2, windows=10)
+    choice.parse("dp+torch")[0].apply(setup)
+    optimizer, _ = setup.make()
+    assert type(optimizer.base_optimizer) is torch.optim.AdamW and optimizer.expected_batch_size == 2
+
+
 def test_contender_is_refused_where_samples_would_count_twice(capsys):
     pytest.importorskip("transformers")
-    for combination, match in (("dp+fgm", "adversarial makes several passes"), ("dp+sam", "another release")):
+    for combination, match in (
+        ("dp+fgm", "adversarial makes several passes"), ("dp+sam", "another release"),
+        ("dp+dp=2", "dp is given more than once, as 0.5 and 2"),
+    ):  # fmt: skip
         assert main(["compare", "--with", combination]) == 2
         assert match in capsys.readouterr().err

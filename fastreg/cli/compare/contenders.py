@@ -50,6 +50,10 @@ def _use_torch(setup: Setup, _: None) -> None:
 
 
 def _make_private(setup: Setup, noise_multiplier: float) -> None:
+    if setup.noise_multiplier is not None:
+        raise ValueError(
+            f"dp is given more than once, as {setup.noise_multiplier:g} and {noise_multiplier:g}"
+        )
     setup.noise_multiplier = noise_multiplier
 
 
