@@ -70,10 +70,8 @@ def epsilon(
         ValueError: For values out of range, and for the accountant `"gdp"`.
     """
     source = _check(delta, sample_rate, accountant, backend)
-    noise_multiplier, steps = (
-        check_range("noise_multiplier", noise_multiplier, 0),
-        check_int("steps", steps, 0),
-    )
+    noise_multiplier = check_range("noise_multiplier", noise_multiplier, 0)
+    steps = check_int("steps", steps, 0)
     if not steps or not noise_multiplier:
         return Accounted(0.0 if not steps else math.inf, source, delta)
     if backend == "opacus":

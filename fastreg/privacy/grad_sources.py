@@ -70,7 +70,12 @@ class BookKeepingSource(BookKeeping):
 
 
 class _SummedGradSource:
-    """Keeps sums in `p.summed_grad`, as the optimizers of Opacus do."""
+    """Keeps sums in `p.summed_grad`, as the optimizers of Opacus do.
+
+    Args:
+        max_grad_norm: The bound, or a list with one for each parameter for `"per_layer"`.
+        clipping: `"flat"` or `"per_layer"`.
+    """
 
     def __init__(self, max_grad_norm: float | Sequence[float], clipping: str = "flat") -> None:
         self.max_grad_norm, self.clipping = max_grad_norm, clipping
@@ -97,16 +102,9 @@ class _SummedGradSource:
 
 
 class GradSampleSource(_SummedGradSource):
-    """Sums `p.grad_sample` of Opacus' `GradSampleModule`: `[samples, *shape]`, or a list of such tensors.
+    """Sums `p.grad_sample` of Opacus' `GradSampleModule`: `[samples, *shape]`, or a list of such tensors."""
 
-    Args:
-        max_grad_norm: The bound, or a list with one for each parameter for `"per_layer"`.
-        clipping: `"flat"` or `"per_layer"`.
-    """
-
-    def __init__(self, max_grad_norm: float | Sequence[float], clipping: str) -> None:
-        super().__init__(max_grad_norm, clipping)
-        self.clipped: list[Clipped] = []  # norms and factors of the samples summed last, by batch
+    clipped: list[Clipped]  # norms and factors of the samples summed last, by batch
 
     def bounds(self, count: int) -> list[float]:
         """Returns one bound, or with per-layer clipping one for each of `count` parameters.
@@ -178,11 +176,7 @@ def _grad_samples(p: Tensor, name: str) -> list[Tensor]:
 
 
 class OpacusGhostSource(_SummedGradSource):
-    """Takes sums from `p.grad` after the second of both backward passes of Opacus' ghost clipping.
-
-    Args:
-        max_grad_norm: The bound that Opacus clipped to.
-    """
+    """Takes sums from `p.grad` after the second of both backward passes of Opacus' ghost clipping."""
 
     def iterations(self, parameters: Parameters) -> int:
         """Returns 1, as Opacus does not count batches here."""

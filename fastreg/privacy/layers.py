@@ -93,12 +93,8 @@ class CoveredLinear(CoveredLayer):
     def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
         """Returns outer products for the weight, sums over positions for the bias."""
         x, grad = (_positions(t) for t in (saved[0], grad))
-        grads: Grads = {}
-        if "weight" in needed:
-            grads["weight"] = OuterProductGrad(*((grad, x) if self.transposed else (x, grad)))
-        if "bias" in needed:
-            grads["bias"] = _summed(grad)
-        return grads
+        outer = OuterProductGrad(*((grad, x) if self.transposed else (x, grad)))
+        return _weight_and_bias(outer, grad, needed)
 
 
 class CoveredConv1D(CoveredLinear):
@@ -266,12 +262,7 @@ class CoveredConv(CoveredLayer):
 
     def per_sample_grads(self, saved: Saved, grad: Tensor, needed: Sequence[str]) -> Grads:
         """Returns gradients of the weight, and sums over positions for the bias."""
-        grads: Grads = {}
-        if "weight" in needed:
-            grads["weight"] = ConvGrad(self.module, saved[0], grad)
-        if "bias" in needed:
-            grads["bias"] = _summed(_channels_last(grad))
-        return grads
+        return _weight_and_bias(ConvGrad(self.module, saved[0], grad), _channels_last(grad), needed)
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -284,8 +275,10 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
-def _summed(grad: Tensor) -> DenseGrad:
-    return DenseGrad(sample_sums(grad)[1])
+def _weight_and_bias(weight: PerSampleGrad, grad: Tensor, needed: Sequence[str]) -> Grads:
+    """Returns gradients of a weight, and sums over positions of the output's gradient, if they are needed."""
+    grads = {"weight": weight} if "weight" in needed else {}
+    return grads | ({"bias": DenseGrad(sample_sums(grad)[1])} if "bias" in needed else {})
 
 
 KINDS: dict[type[nn.Module], type[CoveredLayer]] = {

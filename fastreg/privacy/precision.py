@@ -1,30 +1,24 @@
 """Controls the precision of matrix products in a block."""
 
-from __future__ import annotations
-
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 
-class full_precision_no_grad(contextlib.ExitStack):  # noqa: N801  (used like a function)
+@contextlib.contextmanager
+def full_precision_no_grad(device: torch.device) -> Iterator[None]:
     """Disables autograd, autocast and TF32-like products within the block."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._kind = device.type
-
-    def __enter__(self) -> full_precision_no_grad:
-        super().__enter__()
-        self.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(self._kind):
-            self.enter_context(torch.autocast(self._kind, enabled=False))
-        for setting in _PRODUCTS.get(self._kind, ()):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        for setting in _PRODUCTS.get(device.type, ()):
             if setting.fp32_precision != "ieee":
-                self.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
+                stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
                 setting.fp32_precision = "ieee"
-        return self
+        yield
 
 
 _PRODUCTS: dict[str, tuple[Any, ...]] = {

@@ -6,6 +6,7 @@ base optimizer    steps by nothing else, which is post-processing
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,18 +59,16 @@ class PrivateStep(Wrapper):
         self._names: dict[Tensor, str] = {}
         self._source = source
         self._mechanism = Mechanism(source, noise, process_group)
-        self._guard: Any = None
+        component = self._mechanism.component
         if isinstance(inner, FusedOptimizer):
-            inner.add_component(self._mechanism.component)
+            inner.add_component(component)
+            self._restore: Callable[[], None] = functools.partial(inner.remove_component, component)
         else:
-            self._guard = inner.register_step_pre_hook(lambda *_: self._mechanism.component.prepare())
+            self._restore = inner.register_step_pre_hook(lambda *_: component.prepare()).remove
 
     def detach(self) -> torch.optim.Optimizer:
         """Restores the optimizer and returns it."""
-        if self.fused_optimizer is not None:
-            self.fused_optimizer.remove_component(self._mechanism.component)
-        if self._guard is not None:
-            self._guard.remove()
+        self._restore()
         return self.base_optimizer
 
     # Values that may be read and changed between steps
@@ -124,10 +123,7 @@ class PrivateStep(Wrapper):
         self.step_hook = fn
 
     def epsilon(self, delta: float) -> Accounted:
-        """Returns the ε of (ε, δ)-differential privacy spent so far, from the accountant.
-
-        Args:
-            delta: δ, in (0, 1).
+        """Returns the ε of (ε, δ)-differential privacy spent so far for a δ in (0, 1), from the accountant.
 
         Raises:
             RuntimeError: Without an accountant.
