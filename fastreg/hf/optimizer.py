@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy
@@ -50,9 +50,6 @@ class OptimizerInTrainer:
 
     Averages: `optimizer.eval()` lets parameters hold averages until `optimizer.train()`.  Trainer calls the
     one before an evaluation and the other before every micro-batch, but neither where it saves.
-
-    Args:
-        optimizer: The optimizer, also as `Accelerator.prepare` returns it.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -77,11 +74,7 @@ class OptimizerInTrainer:
     def clip_by(self, max_grad_norm: float) -> None:
         """Lets the step clip by its `ClipNorm`, or else by `max_grad_norm`; by 0 it only measures.
 
-        Args:
-            max_grad_norm: Of the `TrainingArguments`.
-
-        Raises:
-            ValueError: If both are set, to different norms.
+        Raises `ValueError` if both are set, to different norms.
         """
         if self.fused is None:
             return
@@ -112,11 +105,7 @@ class OptimizerInTrainer:
     # Steps ----------------------------------------------------------------------------------------------
 
     def begin(self, optimizer: Any) -> None:
-        """Prepares the optimizer for a run.
-
-        Args:
-            optimizer: The optimizer as `Accelerator.prepare` returned it.
-        """
+        """Prepares the optimizer, as `Accelerator.prepare` returned it, for a run."""
         self._accelerated, self._scaler = optimizer, getattr(optimizer, "scaler", None)
         if self._scaler is None:
             return
@@ -178,10 +167,7 @@ class SecondPass:
 
     Each micro-batch of a step gets a backward pass at the weights, as Trainer makes it.  After the last one
     come `first_step`, and all micro-batches once more at the perturbed weights.  Trainer's `optimizer.step()`
-    is the second step.
-
-    Args:
-        same_masks: Whether dropout and other random operations draw the same numbers in both passes.
+    is the second step.  With `same_masks`, dropout and the like draw the same numbers in both passes.
     """
 
     def __init__(self, same_masks: bool) -> None:
@@ -190,7 +176,7 @@ class SecondPass:
 
     def clear(self) -> None:
         """Discards micro-batches that are kept, such as those of an interrupted run."""
-        self._kept: list[tuple[Any, Any, RandomState | None]] = []
+        self._kept: list[tuple[Any, Any, contextlib.ExitStack]] = []
         self._devices: set[torch.device] | None = None
         self._norms = False
 
@@ -199,16 +185,7 @@ class SecondPass:
     ) -> Tensor:
         """Makes the pass over a micro-batch, and after the last of a step the second pass over all.
 
-        Args:
-            sam: The optimizer.
-            backward: Makes one pass.
-            accelerator: The accelerator of the loop; its `sync_gradients` is true for the last micro-batch.
-            model: As prepared.
-            inputs: The micro-batch.
-            items: How many items all micro-batches of the step have, by which the loss is scaled.
-
-        Returns:
-            The loss at the weights themselves.
+        The last is the one with `accelerator.sync_gradients`.  Returns the loss at the weights themselves.
         """
         if sam.perturbed:  # as loaded from a checkpoint that was saved between both passes
             sam.restore()
@@ -217,7 +194,7 @@ class SecondPass:
         if self._devices is None:
             self._devices = {p.device for p in model.parameters()}
             self._norms = any(isinstance(module, _NormBase) for module in model.modules())
-        state = RandomState(self._devices) if self.same_masks else None
+        state = random_state(self._devices) if self.same_masks else contextlib.ExitStack()
         local = not sam.sync_perturbation and hasattr(model, "no_sync")
         with sam.maybe_no_sync(model) if local else contextlib.nullcontext():
             loss = backward(model, inputs, items)
@@ -226,37 +203,21 @@ class SecondPass:
             kept, self._kept = self._kept, []
             sam.first_step(zero_grad=True)
             with frozen_running_stats(model) if self._norms else contextlib.nullcontext():
-                self._repeat(kept, backward, accelerator, model)
+                for number, (inputs, items, state) in enumerate(kept, 1):
+                    state.close()
+                    with accelerator.no_sync(model) if number < len(kept) else contextlib.nullcontext():
+                        backward(model, inputs, items)
         return loss
 
-    def _repeat(self, kept: list[Any], backward: BackwardPass, accelerator: Any, model: nn.Module) -> None:
-        for index, (inputs, items, state) in enumerate(kept, 1):
-            if state is not None:
-                state.restore()
-            with accelerator.no_sync(model) if index < len(kept) else contextlib.nullcontext():
-                backward(model, inputs, items)
 
-
-class RandomState:
-    """The states of the random number generators that a forward pass may draw from.
-
-    Args:
-        devices: Devices of the model.
-    """
-
-    def __init__(self, devices: set[torch.device]) -> None:
-        self._python, self._numpy = random.getstate(), numpy.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._others = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in devices
-            if device.type not in ("cpu", "meta")
-        }
-
-    def restore(self) -> None:
-        """Sets the generators to these states."""
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+def random_state(devices: Iterable[torch.device]) -> contextlib.ExitStack:
+    """Returns a stack whose `close` sets the generators that a forward pass may draw from as they are now."""
+    stack = contextlib.ExitStack()
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(numpy.random.set_state, numpy.random.get_state())
+    stack.callback(torch.set_rng_state, torch.get_rng_state())
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            module = torch.get_device_module(device)
+            stack.callback(module.set_rng_state, module.get_rng_state(device), device)
+    return stack

@@ -21,20 +21,14 @@ OPTIMIZER_ARGUMENTS = ("optim", "optim_args", "weight_decay", "adam_beta1", "ada
 
 
 def check(args: Any) -> None:
-    """Refuses arguments for an optimizer that the recipe replaces.
-
-    Raises:
-        ValueError: If one has another value than by default.
-    """
-    for field in dataclasses.fields(TrainingArguments):
-        if field.name not in OPTIMIZER_ARGUMENTS:
-            continue
-        default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if (value := getattr(args, field.name)) != default:
+    """Refuses arguments for an optimizer, which the recipe replaces, that differ from their defaults."""
+    for name in OPTIMIZER_ARGUMENTS:
+        field = TrainingArguments.__dataclass_fields__[name]
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        if (value := getattr(args, name)) != default:
             raise ValueError(
-                f"the recipe makes the optimizer, and TrainingArguments has {field.name}={value!r}: say it "
+                f"the recipe makes the optimizer, and TrainingArguments has {name}={value!r}: say it "
                 "in the recipe (weight_decay=..., optimizer={'betas': ...}) and leave the argument out"
             )
 
@@ -44,13 +38,8 @@ class AppliedRecipe:
 
     Two things are not among the callbacks, since Trainer does them differently: SAM's second pass, which is
     made for all micro-batches of a step together, and R-Drop, whose loss is scaled with that of the model.
-
-    Args:
-        recipe: The recipe.
-        trainer: The Trainer, with learning rate, seed and number of steps in its arguments.
-
-    Raises:
-        ValueError: If arguments of the Trainer contradict the recipe.
+    Learning rate, seed and number of steps are those of the Trainer's arguments, which must not contradict
+    the recipe.
     """
 
     def __init__(self, recipe: Regularization, trainer: Any) -> None:
@@ -78,12 +67,7 @@ class AppliedRecipe:
         self._fresh = False
 
     def optimizer(self, model: nn.Module, steps: int | None) -> Any:
-        """Returns the optimizer for a model, and applies the recipe to it.
-
-        Args:
-            model: The model.
-            steps: Optimizer steps of the whole run.
-        """
+        """Returns the optimizer for a run of so many steps, and applies the recipe to the model."""
         self.remove()
         lr, seed = self._args.learning_rate, self._args.seed
         optimizer = make_optimizer(self._recipe, make_groups(self._recipe, model, lr), lr, steps, seed)
@@ -109,11 +93,7 @@ class AppliedRecipe:
             torch.save(self.callbacks.state_dict(), os.path.join(folder, SAVED))
 
     def load(self, folder: str) -> None:
-        """Restores the state that `save` wrote.
-
-        Raises:
-            ValueError: If the state is that of another recipe.
-        """
+        """Restores the state that `save` wrote; `ValueError` if it is that of another recipe."""
         if os.path.isfile(file := os.path.join(folder, SAVED)):
             self.callbacks.load_state_dict(torch.load(file, weights_only=True))
 
@@ -129,10 +109,6 @@ class RDropModel:
     Models that take `num_items_in_batch` and leave it unused (T5 and BART of transformers 5.23) return the
     mean over each micro-batch as their loss, which Trainer adds up instead of averaging; the divergence stays
     a mean and weighs less.  `trainer.model_accepts_loss_kwargs = False` mends both.
-
-    Args:
-        model: The model, as prepared.
-        alpha: Weight of the divergence.
     """
 
     def __init__(self, model: nn.Module, alpha: float) -> None:

@@ -44,7 +44,8 @@ class FastregTrainerMixin:
 
     Raises:
         ValueError: If there is an optimizer besides the recipe, or arguments of one; if embeddings would get
-            noise twice; with DeepSpeed, which steps by itself.
+            noise twice; with DeepSpeed, which steps by itself; where training begins, if `max_grad_norm` and
+            a `ClipNorm` contradict each other.
     """
 
     def __init__(
@@ -77,15 +78,12 @@ class FastregTrainerMixin:
     # The optimizer --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns Trainer's optimizer, or the recipe's; one of fastreg's clips by `max_grad_norm`.
-
-        Raises:
-            ValueError: If optimizer and `max_grad_norm` contradict each other; with DeepSpeed.
-        """
+        """Returns Trainer's optimizer, or the recipe's; one of fastreg's clips by `max_grad_norm`."""
         trainer: Any = self
         if self._applied is not None:
             model = args[0] if args else kwargs.get("model")
-            model, steps = trainer.model if model is None else model, self._steps()
+            model = trainer.model if model is None else model
+            steps = trainer.state.max_steps or max(trainer.args.max_steps, 0)  # 0: not known yet
             if trainer.optimizer is None:
                 trainer.optimizer = self._applied.optimizer(model, steps or None)
             else:
@@ -98,11 +96,6 @@ class FastregTrainerMixin:
             optimizer.clip_by(trainer.args.max_grad_norm)
         self._fastreg_optimizer = optimizer
         return trainer.optimizer
-
-    def _steps(self) -> int:
-        """Returns the steps of the whole run; 0 where they are not known yet."""
-        trainer: Any = self
-        return trainer.state.max_steps or max(trainer.args.max_steps, 0)
 
     # Clipping -------------------------------------------------------------------------------------------
 
