@@ -14,7 +14,7 @@ from ..engine.multi_tensor_optimizer import Gradients
 from ..engine.plan import Operands
 from ..engine.state import init_buffer
 from .slow_weights import SlowWeights
-from .swap_averages import TRAINED, AveragingOptimizer, active_average
+from .swap_averages import TRAINED, AveragingOptimizer
 from .weight_averages import FIRST_MOMENTS
 from .wrapper import Wrapper
 
@@ -29,10 +29,7 @@ class Lookahead(Wrapper):
 
     Args:
         optimizer: Any optimizer.
-        k: Steps between, ≥ 1; `lookahead_k` of the groups, which is saved.
-        alpha: Share of the way that slow weights go, in [0, 1]; `lookahead_alpha` of the groups.
-        pullback_momentum: What happens to the first moment then: `"none"`, `"reset"`, or `"pullback"`
-            towards a slow moment.
+        k, alpha, pullback_momentum: See `SlowWeights`.
 
     Raises:
         TypeError: If optimizer is no optimizer.
@@ -77,7 +74,7 @@ class Lookahead(Wrapper):
         holder: Any = self._sync or self.fused_optimizer
         component = next(c for c in holder.components if isinstance(c, SlowWeights))
         buffer = component.slow_buffer
-        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+        for index, p in enumerate(self._parameters):
             state = holder.state[p]
             if buffer.name not in state:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
@@ -100,13 +97,7 @@ class Lookahead(Wrapper):
     ) -> Any:  # fmt: skip
         """Takes one step of the base optimizer, and every k-th of the slow weights.
 
-        Args:
-            closure: Reevaluates the model and returns the loss.
-            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
-            gradients: Gradients to use instead of those in `p.grad`, see `FusedOptimizer.step`.
-
-        Returns:
-            What the base optimizer returns.
+        Arguments and result are those of the base optimizer, see `FusedOptimizer.step`.
 
         Raises:
             RuntimeError: While the slow weights are swapped in.
@@ -117,7 +108,7 @@ class Lookahead(Wrapper):
             if grad_scaler is not None or hasattr(self, "grad_scale"):
                 arguments["grad_scaler"] = amp.scaling(self, grad_scaler)
             return base.step(closure, **arguments)
-        if active_average(self._sync) is not None:
+        if self._sync.active_average is not None:
             raise RuntimeError("step() would train the slow weights: call optimizer.train() first")
         loss = base.step(closure, **arguments)
         self._sync.after_step()
@@ -143,7 +134,6 @@ class _Always(SlowWeights):
     """The slow weights of a pass that only runs when they are due."""
 
     def due(self, group: dict[str, Any], step: int) -> bool:
-        """Returns True: the pass knows when to run."""
         return True
 
 
@@ -159,7 +149,6 @@ class _Sync(AveragingOptimizer):
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": base.param_groups})
 
     def after_step(self) -> None:
-        """Counts a step of the base optimizer, and synchronises the groups that are due."""
         self.param_groups = self._base.param_groups
         for group in self.param_groups:
             group["lookahead_step"] += 1
@@ -172,7 +161,6 @@ class _Sync(AveragingOptimizer):
 
     @torch.no_grad()
     def _pull_back_moments(self, operands: Operands) -> None:
-        """Resets first moments, or pulls them back to those of the slow weights."""
         if self.component.pullback_momentum == "none":
             return
         for p, group in zip(operands.parameters, operands.groups, strict=True):

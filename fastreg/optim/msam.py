@@ -140,7 +140,6 @@ class _Rule(Component):
         self._rule, self._msam, self._decay_kind, self._optimizer = rule, msam, decay_kind, optimizer
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage of the rule, marked."""
         stage = self._rule.stage(group)
         if stage is None or stage.reference not in _RULES:
             raise ValueError(f"MSAM needs momentum: SGD(momentum=0.9), Adam or AdamW; got {self._optimizer}")
@@ -149,9 +148,7 @@ class _Rule(Component):
         return replace(stage, device_scalars=("prev_perturbation",), momentum=True)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the scalars of the rule."""
         return self._rule.step_scalars(group, step)
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Returns the size of the perturbation in the weights."""
         return (self._msam.prev_perturbation(device),)

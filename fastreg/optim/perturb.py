@@ -26,8 +26,6 @@ from ..reference import ascent as reference
 from ..reference.norm import Measured
 from .msam import TINY
 
-ROUNDINGS = ("stochastic", "nearest")
-
 
 class _ReadBackup(Component):
     """Copies the backup to the parameter."""
@@ -39,11 +37,9 @@ class _ReadBackup(Component):
         self.unless: dict[torch.device, Tensor] = {}
 
     def storage(self, group: dict[str, Any], dtype: torch.dtype) -> Storage | None:
-        """Returns the storage that reads the backup, which has the dtype of the parameter."""
         return self._storage
 
     def skip(self, device: torch.device) -> Tensor | None:
-        """Returns the flag of the step that restores the weights itself unless it is skipped."""
         return self.unless.get(device)
 
 
@@ -56,12 +52,7 @@ class Restore(MultiTensorOptimizer):
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": []})
 
     def run(self, backups: dict[Tensor, Tensor], unless: dict[torch.device, Tensor]) -> None:
-        """Copies backups to their parameters.
-
-        Args:
-            backups: The backup of each parameter.
-            unless: For a device, `[1]`: not 0 if parameters there are to stay as they are.
-        """
+        """Copies the backup of each parameter to it; `unless` is that of `Perturb.restore`."""
         self._component.unless = unless
         for p, backup in backups.items():
             self.state[p][BACKUP.name] = backup
@@ -71,12 +62,8 @@ class Restore(MultiTensorOptimizer):
 
 
 def perturbed_rounding(rounding: str) -> Rounding:
-    """Returns the rounding of perturbed 16-bit weights, whose last digit mostly exceeds a perturbation.
-
-    Raises:
-        ValueError: If it is not `"stochastic"` or `"nearest"`.
-    """
-    check_choice("rounding", rounding, ROUNDINGS)
+    """Returns the rounding of perturbed 16-bit weights, whose last digit mostly exceeds a perturbation."""
+    check_choice("rounding", rounding, ("stochastic", "nearest"))
     return Rounding(rounding, Purpose.PERTURBATION)
 
 
@@ -91,9 +78,7 @@ class Perturb(MultiTensorOptimizer):
     def restore(self, parameters: Iterable[Tensor], unless: dict[torch.device, Tensor] | None = None) -> None:
         """Restores perturbed weights from their backups.
 
-        Args:
-            parameters: The perturbed parameters.
-            unless: For a device, `[1]`: not 0 if weights there are to stay as they are.
+        They stay as they are where a flag `unless` of their device, `[1]`, is not 0.
         """
         backups = {p: self.state[p][BACKUP.name] for p in parameters}
         if not backups:
@@ -114,11 +99,9 @@ class _ScaleByWeights(Component):
     """Whether any group is adaptive: then all groups have the stage, so that they share one norm."""
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """Returns the stage if any group needs it."""
         return self._stage if self.enabled else None
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the factor of |p|, and what is added to it."""
         return (1.0, float(group["eta"])) if group["adaptive"] else (0.0, 1.0)
 
 
@@ -137,20 +120,16 @@ class _Ascend(Component):
         self.result: Measured | None = None
 
     def stage(self, group: dict[str, Any]) -> Stage:
-        """Returns the stage, which scales once more where gradients are scaled by weights."""
         return self._adaptive if self._scale.enabled else self._plain
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns ρ, behind the scalars of the scale."""
         scale = self._scale.step_scalars(group, step) if self._scale.enabled else ()
         return (*scale, float(group["rho"]))
 
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Returns one over the norm; 0 where that is not finite."""
         return (self._inverse_norms[device],)
 
     def prepare(self, work: Work) -> None:
-        """Measures one norm of all gradients."""
         spec = NormSpec(stages=int(self._scale.enabled))
         self.result = Measured(*measure_norm(work, NO_CLIPPING.__getitem__, spec))
         inverse = torch.where(self.result.bad == 0, 1 / (self.result.norm + TINY), 0.0)
@@ -161,9 +140,7 @@ class _Ascend(Component):
 class PerturbByGradient(Perturb):
     """Moves weights along their gradients, as SAM and FGM do.
 
-    Args:
-        groups: Groups with `rho`, `adaptive` and `eta`, which belong to another optimizer.
-        rounding: `"stochastic"` or `"nearest"`.
+    The groups, with `rho`, `adaptive` and `eta`, belong to another optimizer.
     """
 
     _KEPT = (*Perturb._KEPT, "_scale", "_ascend")

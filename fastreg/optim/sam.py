@@ -19,11 +19,8 @@ from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.state import BACKUP
 from .fused_optimizer import FusedOptimizer
-from .perturb import ROUNDINGS, PerturbByGradient
-from .swap_averages import active_average
-from .wrapper import Wrapper, evaluated, no_gradients
-
-CLOSURES = ("second", "both")
+from .perturb import PerturbByGradient
+from .wrapper import Wrapper, evaluated
 
 
 class SAM(Wrapper):
@@ -93,8 +90,7 @@ class SAM(Wrapper):
                 f"base_optimizer must be a class, got {base_optimizer!r:.60}; "
                 f"write SAM(model.parameters(), {name}, lr=...)"
             )
-        check_choice("closure", closure, CLOSURES)
-        check_choice("rounding", rounding, ROUNDINGS)
+        check_choice("closure", closure, ("second", "both"))
         self._options = {
             "rho": check_range("rho", rho, 0), "adaptive": check_flag("adaptive", adaptive),
             "eta": check_range("eta", eta, 0), "perturbed": False, "sam_step": 0,
@@ -122,11 +118,7 @@ class SAM(Wrapper):
         return options
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group to the base optimizer.
-
-        Raises:
-            ValueError: For a `rho` or `eta` out of range, and as in torch.
-        """
+        """Adds a parameter group; `ValueError` for a `rho` or `eta` out of range, and as in torch."""
         _check({**self._options, **param_group})
         super().add_param_group(param_group)
 
@@ -144,11 +136,6 @@ class SAM(Wrapper):
         return count >= 0 and count % self.interval == 0
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the base optimizer.
-
-        Raises:
-            RuntimeError: For `eval` and `averaged` between `first_step` and `second_step`.
-        """
         if name in ("eval", "averaged") and self.perturbed:
             raise RuntimeError(
                 f"{name}() between first_step() and second_step(): finish the step or call restore() first"
@@ -183,7 +170,7 @@ class SAM(Wrapper):
         Raises:
             RuntimeError: While averages are swapped in.
         """
-        if self.fused_optimizer is not None and active_average(self.fused_optimizer) is not None:
+        if self.fused_optimizer is not None and self.fused_optimizer.active_average is not None:
             raise RuntimeError("first_step() would perturb the averages: call optimizer.train() first")
         self.restore()
         if self.due:
@@ -228,23 +215,20 @@ class SAM(Wrapper):
         if not self.perturbed:
             raise RuntimeError("accumulate() comes after first_step() and a second backward pass")
         self.restore()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p in self._accumulated:
-                    self._accumulated[p].add_(p.grad)
-                else:
-                    # A view, such as into a bucket of DistributedDataParallel, is written again.
-                    self._accumulated[p] = p.grad.clone() if p.grad._is_view() else p.grad
-                p.grad = None
+        for p in self._parameters:
+            if p.grad is None:
+                continue
+            if p in self._accumulated:
+                self._accumulated[p].add_(p.grad)
+            else:
+                # A view, such as into a bucket of DistributedDataParallel, is written again.
+                self._accumulated[p] = p.grad.clone() if p.grad._is_view() else p.grad
+            p.grad = None
 
     def second_step(self, zero_grad: bool = False, *, grad_scaler: Any = None) -> None:
         """Restores the weights and steps by the gradients of the perturbed ones.
 
-        Args:
-            zero_grad: Whether to clear gradients afterwards.
-            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+        Arguments are those of `first_step` and `step`.
 
         Raises:
             RuntimeError: Before `first_step`.
@@ -257,14 +241,9 @@ class SAM(Wrapper):
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
-        """Takes the second step while perturbed, or both with a closure.
+        """Takes the second step while perturbed, or both with a closure; returns its first loss.
 
-        Args:
-            closure: See the class.
-            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
-
-        Returns:
-            The first loss of the closure, `None` without one.
+        For the closure see the class; `torch.amp.GradScaler.step(optimizer)` passes itself as `grad_scaler`.
 
         Raises:
             RuntimeError: Without a closure if `first_step` has not been called and is due; if a scaler has
@@ -283,7 +262,9 @@ class SAM(Wrapper):
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
         """Computes the gradients to step by, and returns the first loss."""
-        first = not self.perturbed and (self.closure == "both" or no_gradients(self.param_groups))
+        first = not self.perturbed and (
+            self.closure == "both" or all(p.grad is None for p in self._parameters)
+        )
         loss = evaluated(closure) if first else None
         if not self.perturbed:
             if not self.due:
@@ -350,11 +331,8 @@ class SAM(Wrapper):
     def maybe_no_sync(self, model: Any) -> Any:
         """Keeps gradients of the first pass local in the block, unless perturbations are shared.
 
-        Args:
-            model: A `DistributedDataParallel` model.
-
         Raises:
-            TypeError: If the model has no `no_sync` and perturbations are not shared.
+            TypeError: If they are not, and the model is no `DistributedDataParallel`, with a `no_sync`.
         """
         if self.sync_perturbation or self.perturbed:
             yield
@@ -382,12 +360,8 @@ class SAM(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint; one of perturbed weights goes on with the second pass."""
         super().load_state_dict(state_dict)
-        self._perturbed = [
-            p
-            for group in self.param_groups
-            for p in group["params"]
-            if BACKUP.name in self._pass.state.get(p, {})
-        ]
+        state = self._pass.state
+        self._perturbed = [p for p in self._parameters if BACKUP.name in state.get(p, {})]
         self._accumulated, self._bad = {}, None
 
 

@@ -42,15 +42,15 @@ class AveragingOptimizer(MultiTensorOptimizer):
             ValueError: If there is no such average.
             RuntimeError: If averages are swapped in already, as after `eval()`.
         """
-        if active_average(self) is not None:
+        if self.active_average is not None:
             raise RuntimeError("averages are swapped in already")
-        average = find(self, name)
+        average = self._average(name)
         self._inside = True
         try:
-            swap_in(self, average)
+            self._swap_in(average)
             yield
         finally:
-            swap_out(self)
+            self._swap_out()
             self._inside = False
 
     def eval(self) -> None:
@@ -59,9 +59,9 @@ class AveragingOptimizer(MultiTensorOptimizer):
         Nothing happens without one, and where it is swapped in already.  Checkpoints may be saved in between:
         with those of the model, which holds the averages, training resumes exactly after `train()`.
         """
-        if active_average(self) is None and (averages := averages_of(self)):
+        if self.active_average is None and self._averages():
             self._settle()
-            swap_in(self, averages[0])
+            self._swap_in(self._average(None))
 
     def train(self) -> None:
         """Lets parameters hold what is trained, as before `eval()`.
@@ -69,9 +69,14 @@ class AveragingOptimizer(MultiTensorOptimizer):
         Raises:
             RuntimeError: Inside `averaged()`.
         """
-        if active_average(self) is not None:
+        if self.active_average is not None:
             self._refuse_inside("train()", "end it early")
-            swap_out(self)
+            self._swap_out()
+
+    @property
+    def active_average(self) -> str | None:
+        """The name of the average that parameters hold now; `None` if they hold what is trained."""
+        return self.param_groups[0].get(ACTIVE) if self.param_groups else None
 
     def _settle(self) -> None:
         """Waits until step counts are right."""
@@ -80,70 +85,58 @@ class AveragingOptimizer(MultiTensorOptimizer):
         if self._inside:
             raise RuntimeError(f"{call} inside `with optimizer.averaged():` would {consequence}")
 
+    def _averages(self) -> dict[str, Average]:
+        """Returns the averages by name: first those of the weights, then slow, then computed ones."""
+        averages = [component for component in self.components if isinstance(component, Average)]
+        averages.sort(key=lambda component: (component.computed, isinstance(component, SlowWeights)))
+        return {component.name: component for component in averages}
 
-def averages_of(optimizer: MultiTensorOptimizer) -> list[Average]:
-    """Returns the averages of an optimizer: first those of the weights, then slow, then computed ones."""
-    averages = [component for component in optimizer.components if isinstance(component, Average)]
-    return sorted(averages, key=lambda component: (component.computed, isinstance(component, SlowWeights)))
+    def _average(self, name: str | None) -> Average:
+        """Returns the average of this name, or the first; `ValueError` if there is none."""
+        averages = self._averages()
+        if not averages:
+            raise ValueError("averaged() needs an average: pass regularizers=[fastreg.EMA(0.999)]")
+        if name is not None and name not in averages:
+            raise ValueError(f"no average is called {name!r}, only {', '.join(map(repr, averages))}")
+        return averages[next(iter(averages)) if name is None else name]
+
+    @torch.no_grad()
+    def _swap_in(self, average: Average) -> None:
+        """Lets parameters hold an average, where there is one yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                exists = average.computed or average.name in state
+                if exists and average.begun(int(state.get("step", 0))):
+                    _exchange(p, state, average)
+            group[ACTIVE] = average.name
+        layout.reshard(p for group in self.param_groups for p in group["params"])
+        average.module_buffers.swap_in()
+
+    @torch.no_grad()
+    def _swap_out(self) -> None:
+        """Lets parameters hold again what is trained."""
+        if (name := self.active_average) is not None:
+            self._average(name).module_buffers.swap_out()
+        for group in self.param_groups:
+            name = group.pop(ACTIVE, None)
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if TRAINED not in state:
+                    continue
+                trained, average = state.pop(TRAINED), state.get(name)
+                if average is not None and average.data_ptr() == p.data_ptr():
+                    weight = trained.clone()
+                    state[name] = trained.copy_(average)
+                    trained = weight
+                p.copy_(trained)
+        layout.reshard(p for group in self.param_groups for p in group["params"])
 
 
-def find(optimizer: MultiTensorOptimizer, name: str | None) -> Average:
-    """Returns the average of this name, or the first.
-
-    Raises:
-        ValueError: If there is no such average.
-    """
-    averages = {component.name: component for component in averages_of(optimizer)}
-    if not averages:
-        raise ValueError("averaged() needs an average: pass regularizers=[fastreg.EMA(0.999)]")
-    if name is not None and name not in averages:
-        raise ValueError(f"no average is called {name!r}, only {', '.join(map(repr, averages))}")
-    return averages[next(iter(averages)) if name is None else name]
-
-
-def active_average(optimizer: MultiTensorOptimizer) -> str | None:
-    """Returns the name of the average that parameters hold now."""
-    return optimizer.param_groups[0].get(ACTIVE) if optimizer.param_groups else None
-
-
-@torch.no_grad()
-def swap_in(optimizer: MultiTensorOptimizer, average: Average) -> None:
-    """Lets parameters hold an average."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            exists = average.computed or average.name in state
-            if exists and average.begun(int(state.get("step", 0))):
-                _swap_in(p, state, average)
-        group[ACTIVE] = average.name
-    layout.reshard(p for group in optimizer.param_groups for p in group["params"])
-    average.module_buffers.swap_in()
-
-
-def _swap_in(p: Tensor, state: dict[str, Any], average: Average) -> None:
+def _exchange(p: Tensor, state: dict[str, Any], average: Average) -> None:
     weight, trained = average.value(p, state), p.detach().clone()
     p.copy_(weight)
     if not average.computed and weight.dtype == p.dtype:
         # The average is in the parameter now: its memory keeps the weight.
         trained, state[average.name] = weight.copy_(trained), p.detach()
     state[TRAINED] = trained
-
-
-@torch.no_grad()
-def swap_out(optimizer: MultiTensorOptimizer) -> None:
-    """Lets parameters hold again what is trained."""
-    if (name := active_average(optimizer)) is not None:
-        find(optimizer, name).module_buffers.swap_out()
-    for group in optimizer.param_groups:
-        name = group.pop(ACTIVE, None)
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if TRAINED not in state:
-                continue
-            trained, average = state.pop(TRAINED), state.get(name)
-            if average is not None and average.data_ptr() == p.data_ptr():
-                weight = trained.clone()
-                state[name] = trained.copy_(average)
-                trained = weight
-            p.copy_(trained)
-    layout.reshard(p for group in optimizer.param_groups for p in group["params"])

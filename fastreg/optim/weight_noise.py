@@ -28,12 +28,10 @@ class _Noise(Component):
     _stage = Stage("ascent.noise", reference.noise, (BACKUP,), rng_keys=("key",), step_scalars=2)
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the standard deviation, in units of 1 and of |p|."""
         std = check_range("std", group["std"], 0)
         return (0.0, std) if group["relative"] else (std, 0.0)
 
     def rng_keys(self, seed: int) -> tuple[int, ...]:
-        """Returns the key of the noise."""
         return (key(seed, Purpose.WEIGHT_NOISE),)
 
 
@@ -48,10 +46,6 @@ class PerturbByNoise(Perturb):
     def parameters(self) -> list[Tensor]:
         """The parameters of all groups."""
         return [p for group in self.param_groups for p in group["params"]]
-
-    def perturb(self) -> None:
-        """Adds noise to all weights."""
-        self._run_step(self._operands(self.parameters))  # the stage reads no gradients
 
 
 class WeightNoise:
@@ -147,14 +141,10 @@ class WeightNoise:
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Adds noise to the weights until `restore`.
-
-        Raises:
-            RuntimeError: If they are perturbed already.
-        """
+        """Adds noise to the weights until `restore`; raises as `perturbed` does."""
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        self._pass.perturb()
+        self._pass._run_step(self._pass._operands(self._pass.parameters))  # which reads no gradients
         self._perturbed = True
         layout.reshard(self._pass.parameters)
 
@@ -177,11 +167,7 @@ class WeightNoise:
         return {"seed": self.seed, "step": int(next(counts, 0))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads seed and count from a `state_dict`.
-
-        Raises:
-            RuntimeError: While the weights are perturbed.
-        """
+        """Loads seed and count from a `state_dict`; raises as that does."""
         self._refuse_perturbed("load_state_dict")
         key(state_dict["seed"], Purpose.WEIGHT_NOISE)  # refuses a seed that does not fit
         self._pass._seed = int(state_dict["seed"])

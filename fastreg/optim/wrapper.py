@@ -7,17 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
 from .fused_optimizer import FusedOptimizer
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Base of the optimizers that wrap another one.
-
-    Attributes:
-        base_optimizer: The wrapped optimizer.
-    """
+    """Base of the optimizers that wrap another one, their `base_optimizer`."""
 
     base_optimizer: torch.optim.Optimizer
 
@@ -41,6 +38,10 @@ class Wrapper(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -90,7 +91,7 @@ class Wrapper(torch.optim.Optimizer):
         if holder is None:
             return saved
         state = dict(saved["state"])
-        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+        for index, p in enumerate(self._parameters):
             values = holder.state.get(p, {})
             added = {name: values[key] for key, name in self._saved_names().items() if key in values}
             if added:
@@ -98,11 +99,7 @@ class Wrapper(torch.optim.Optimizer):
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint; the wrapper's state is copied in the precision in which it was saved.
-
-        Raises:
-            ValueError: As in torch.
-        """
+        """Loads a checkpoint; the wrapper's state is copied in the precision in which it was saved."""
         keys = {name: key for key, name in self._loadable_names().items()}
         base_state, added = {}, {}
         for index, value in state_dict["state"].items():
@@ -122,8 +119,7 @@ class Wrapper(torch.optim.Optimizer):
         holder.state.clear()
         holder.reset_cache()
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
-        parameters = (p for group in self.param_groups for p in group["params"])
-        for index, p in zip(indices, parameters, strict=True):
+        for index, p in zip(indices, self._parameters, strict=True):
             if added.get(index):
                 holder.state[p] = {
                     key: value.to("cpu" if key == "step" else p.device, copy=True)
@@ -136,19 +132,11 @@ class Wrapper(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what copies and pickles keep: all but the patched step."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("step", "_zero_grad_profile_name")
-        }
+        dropped = ("step", "_zero_grad_profile_name")
+        return {name: value for name, value in vars(self).items() if name not in dropped}
 
 
 def evaluated(closure: Callable[[], Any]) -> Any:
     """Returns what a closure returns, called with gradients enabled."""
     with torch.enable_grad():
         return closure()
-
-
-def no_gradients(groups: list[dict[str, Any]]) -> bool:
-    """Returns whether no parameter of some groups has a gradient."""
-    return all(p.grad is None for group in groups for p in group["params"])
