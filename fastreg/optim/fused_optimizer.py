@@ -27,7 +27,6 @@ from .weight_averages import Average
 
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """Keys of a group that say how a step is computed, not what: a checkpoint does not change them."""
-NONFINITE = ("propagate", "skip", "raise")
 
 
 class FusedOptimizer(AveragingOptimizer):
@@ -42,34 +41,20 @@ class FusedOptimizer(AveragingOptimizer):
         seed: int | None = None, bf16: str = "stochastic", state_dtype: torch.dtype | None = None,
         nonfinite: str = "propagate", **unknown: Any,
     ) -> None:  # fmt: skip
-        """Puts the components together.
+        """Puts the components together, and refuses wrong and `unknown` options, all as documented by `Adam`.
 
-        Args:
-            rule: The update rule.
-            decay_kind: See `decay`; `None`: what the group's `decoupled_weight_decay` says.
-            regularizers: The components that the user adds.
-            seed: Base of the random numbers.
-            bf16: How 16-bit weights are rounded, see `Rounding`.
-            state_dtype: Of the state buffers; `None`: that of the parameter, float32 beside a remainder.
-            nonfinite: What to do about gradients that are not finite.
-            unknown: Refused.
-
-        Raises:
-            TypeError: If a regularizer is not a component, or state_dtype not a dtype; for unknown options.
-            ValueError: For values out of range, and regularizers that exclude each other.
+        A `decay_kind` of `None` leaves the kind to the group's `decoupled_weight_decay`.
         """
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {next(iter(unknown))!r}")
         if not isinstance(regularizers, Iterable):
             raise TypeError(f"regularizers must be a list of components, got {regularizers!r}; write [...]")
         regularizers = tuple(regularizers)
-        for component in regularizers:
-            _check_component(component)
         if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
             raise TypeError(f"state_dtype must be a torch.dtype such as torch.bfloat16, got {state_dtype!r}")
         if state_dtype is not None and not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating-point dtype, got {state_dtype}")
-        check_choice("nonfinite", nonfinite, NONFINITE)
+        check_choice("nonfinite", nonfinite, ("propagate", "skip", "raise"))
         self._decay_kind = decay_kind
         self._state_dtype, self._nonfinite = state_dtype, nonfinite
         self._grad_norm = GradNorm()
@@ -84,7 +69,13 @@ class FusedOptimizer(AveragingOptimizer):
         self, regularizers: tuple[Component, ...], built_in: Iterable[Component], seed: int | None
     ) -> None:
         """Puts the user's components between the built-in ones, and lets `GradNorm` serve them."""
-        names = [_name(component) for component in regularizers]
+        for c in regularizers:
+            if not isinstance(c, Component):
+                raise TypeError(f"regularizers must be components such as fastreg.ClipNorm(1.0), got {c!r}")
+        names = [
+            c.name if isinstance(c, Average) and not isinstance(c, SlowWeights) else type(c).__name__
+            for c in regularizers
+        ]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
@@ -99,14 +90,11 @@ class FusedOptimizer(AveragingOptimizer):
         self._regularizers, self._grad_norm.clip = regularizers, clip
         self._grad_norm.needed_by_others = bool(needed)
         self._grad_norm.nonfinite = "raise" if clip and clip.error_if_nonfinite else self._nonfinite
+        self._grad_norm.stages_before = sum(component.phase < Phase.CLIP for component in self._components)
 
     def _replace_regularizers(self, regularizers: tuple[Component, ...]) -> None:
         built_in = [c for c in self._components if c not in self._regularizers]
         self._set_regularizers(regularizers, built_in, self._seed)
-
-    def _set_components(self, components: Iterable[Component], seed: int | None = None) -> None:
-        super()._set_components(components, seed)
-        self._grad_norm.stages_before = sum(component.phase < Phase.CLIP for component in self._components)
 
     def reset_cache(self) -> None:
         """Forgets all that is kept between steps; call it after replacing state or groups."""
@@ -203,11 +191,7 @@ class FusedOptimizer(AveragingOptimizer):
         """torch's constructors set it; here it follows from the groups and components."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as in torch, with the options of components, and the seed if random numbers are used.
-
-        Raises:
-            ValueError: For options that are not supported, and as in torch.
-        """
+        """Adds a group as in torch, with the options of components, and the seed of their random numbers."""
         self._check_buffers({**self.defaults, **param_group})
         super().add_param_group(param_group)
         decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
@@ -231,10 +215,8 @@ class FusedOptimizer(AveragingOptimizer):
         return group
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if group.get("differentiable"):
-            self._refuse_differentiable(group)
-
-    def _refuse_differentiable(self, group: dict[str, Any]) -> None:
+        if not group.get("differentiable"):
+            return
         if group.get("fused"):
             raise RuntimeError("`fused` does not support `differentiable`")
         name = type(self).__name__
@@ -265,26 +247,25 @@ class FusedOptimizer(AveragingOptimizer):
             {name: value for name, value in group.items() if name != ACTIVE} for group in self.param_groups
         ]
 
+        def merged(group: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+            return {**kept, **group, **{name: kept[name] for name in IMPLEMENTATION if name in kept}}
+
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             for group, kept in zip(state_dict["param_groups"], previous, strict=False):
-                self.chain({**kept, **group, **_implementation(kept)}, torch.float32)
+                self.chain(merged(group, kept), torch.float32)
             loaded.update(state_dict)
 
         def keep(optimizer: torch.optim.Optimizer) -> None:
             for group, kept in zip(self.param_groups, previous, strict=True):
-                group.update({**kept, **group, **_implementation(kept)})
+                group.update(merged(group, kept))
             self._keep_precise(loaded)
 
         # As the last hook before and the first after, between which nobody else's hooks run.
-        hooks = (
+        with (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(keep, prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _keep_precise(self, state_dict: dict[str, Any]) -> None:
         """Copies again all tensors that torch rounded or shares, in the dtype that they have here."""
@@ -337,7 +318,6 @@ class FusedOptimizer(AveragingOptimizer):
             TypeError: If it is not a component.
             ValueError: If the constructor would refuse it, and for `MSAM`, which changes the update rule.
         """
-        _check_component(component)
         if isinstance(component, MSAM):
             raise ValueError(
                 "MSAM changes the update rule: give it to the constructor, in regularizers=[...]"
@@ -364,20 +344,3 @@ class FusedOptimizer(AveragingOptimizer):
             removable = [other for other in self._regularizers if not isinstance(other, MSAM)]
             raise ValueError(f"component must be one of {removable}, got {component!r}")
         self._replace_regularizers(tuple(other for other in self._regularizers if other is not component))
-
-
-def _check_component(component: Any) -> None:
-    if not isinstance(component, Component):
-        raise TypeError(f"regularizers must be components such as fastreg.ClipNorm(1.0), got {component!r}")
-
-
-def _name(component: Component) -> str:
-    """Returns the name that no two regularizers may share."""
-    if isinstance(component, Average) and not isinstance(component, SlowWeights):
-        return component.name
-    return type(component).__name__
-
-
-def _implementation(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of a group that a checkpoint does not change."""
-    return {name: group[name] for name in IMPLEMENTATION if name in group}
