@@ -33,23 +33,7 @@ MultiAvgFn = Callable[[Any, Any, Any], None]
 
 
 class ExponentialAverage:
-    """The update that `get_ema_multi_avg_fn` returns, which can be pickled."""
-
-    def __init__(self, decay: float = 0.999) -> None:
-        self.decay = check_range("decay", decay, 0, 1)
-
-    def __call__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n_averaged: Any) -> None:
-        """Updates averages of one device and dtype in place, as torch's function does."""
-        swa_utils.get_ema_multi_avg_fn(self.decay)(list(averages), list(weights), n_averaged)
-
-    def __repr__(self) -> str:
-        return f"get_ema_multi_avg_fn({self.decay!r})"
-
-
-def get_ema_multi_avg_fn(decay: float = 0.999) -> ExponentialAverage:
-    """Returns an exponential moving average for `AveragedModel`.
-
-    average ← average + (1 - decay)(p - average)
+    """Exponential moving average for `AveragedModel`: average ← average + (1 - decay)(p - average).
 
     It can be pickled, and also be passed to torch's `AveragedModel`.
 
@@ -62,7 +46,19 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> ExponentialAverage:
     Reference:
         Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging".
     """
-    return ExponentialAverage(decay)
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay = check_range("decay", decay, 0, 1)
+
+    def __call__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], n_averaged: Any) -> None:
+        """Updates averages of one device and dtype in place, as torch's function does."""
+        swa_utils.get_ema_multi_avg_fn(self.decay)(list(averages), list(weights), n_averaged)
+
+    def __repr__(self) -> str:
+        return f"get_ema_multi_avg_fn({self.decay!r})"
+
+
+get_ema_multi_avg_fn = ExponentialAverage  # as torch calls the function that makes one
 
 
 class _Entry(NamedTuple):
@@ -141,12 +137,9 @@ class AveragedModel(swa_utils.AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Updates the averages by the weights of the model.
 
-        Args:
-            model: The model that is trained; its parameters and buffers have the shapes of the averages.
-
         Raises:
             RuntimeError: While averages are swapped in.
-            ValueError: If the model does not fit.
+            ValueError: If parameters and buffers of the model have other shapes than the averages.
         """
         if self._inside:
             raise RuntimeError("update_parameters() while averages are swapped in would average them again")
@@ -213,8 +206,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def _build(self, precise: dict[str, Tensor] | None = None) -> None:
         """Finds the averages, and makes those that are missing beside the module.
 
-        Args:
-            precise: Averages that the module held before it was cast to something narrower.
+        `precise` are averages that the module held before it was cast to something narrower.
         """
         if self._inside:
             return

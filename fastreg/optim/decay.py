@@ -22,9 +22,7 @@ KINDS = ("l2", "decoupled", "independent", "cautious")
 class Decay(Component):
     """Base of `Penalty` and `Shrinkage`: finds the kind of decay of a group.
 
-    Args:
-        kind: The kind of groups that do not say so themselves, as `decay`; `None`: what torch's
-            `decoupled_weight_decay` says.
+    `kind` is that of groups without a `decay`; `None`: what torch's `decoupled_weight_decay` says.
     """
 
     def __init__(self, kind: str | None) -> None:
@@ -43,10 +41,8 @@ class Decay(Component):
 class Penalty(Decay):
     """Kind `"l2"`: adds `weight_decay` · p to the gradient, as torch's SGD and Adam do.
 
-    Args:
-        kind: See `Decay`.
-        at_zero: Whether it takes part also where the rate is 0, so that groups that differ only there share a
-            launch.  `False` for MSAM: its norm would otherwise read the weights even for a rate of 0.
+    `at_zero`: Whether it takes part also where the rate is 0, so that groups that differ only there share a
+    launch.  Not for MSAM, whose norm would then read the weights for a rate of 0, too.
     """
 
     phase = Phase.PENALTY

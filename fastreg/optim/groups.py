@@ -61,9 +61,8 @@ def param_groups(
         )
     if not depth_of:
         raise ValueError(f"{type(model).__name__} has no parameters")
-    norms = {
-        id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)
-    }
+    norm_layers = (module for module in model.modules() if "norm" in type(module).__name__.lower())
+    norms = {id(p) for module in norm_layers for p in module.parameters(recurse=False)}
     groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         depth = depth_of[name] if layered else last
@@ -97,12 +96,8 @@ def depths(model: nn.Module) -> tuple[dict[str, int], int]:
     result: dict[str, int] = {}
     starts = []
     for stack in all_stacks:
-        inside = {
-            name: depth
-            for depth, (block, _) in enumerate(stack, 1)
-            for name in names
-            if name.startswith(f"{block}.")
-        }
+        blocks = list(enumerate(stack, 1))
+        inside = {name: i for i, (block, _) in blocks for name in names if name.startswith(f"{block}.")}
         starts.append((stack[0][0].split("."), min(map(names.index, inside), default=0)))
         result |= inside
     for index, name in enumerate(names):
@@ -127,7 +122,3 @@ def _rate(weight_decay: float | Callable[[float], float], depth: float) -> float
 
 def _describe(depth: int, last: int) -> str:
     return "before the blocks" if depth == 0 else "after the blocks" if depth == last else f"block {depth}"
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

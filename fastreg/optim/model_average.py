@@ -26,7 +26,6 @@ class _Averaged(Component):
     updates = 0
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the weight of the new p, and a dither."""
         # `AveragedModel` stores the count of updates.  With a weight of 0 averages do not move at all.
         return self.weight, dither(self.updates) if self.weight else 0.0
 
@@ -38,16 +37,13 @@ class _Rounded(Component):
     _stage = Stage("regularizers.rounded", reference.rounded, (Buffer("rounded"),))
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
-        """Returns the stage for the group of averages that have such a copy."""
         return self._stage if group["rounded"] else None
 
 
 class UpdateAverages(MultiTensorOptimizer):
-    """Updates many averages in one pass.
+    """Updates many averages, tensors or DTensors of any placement, in one pass.
 
-    Args:
-        averages: Tensors or DTensors of any placement.
-        rounded: For each the tensor of its shape that receives the average in another dtype, or `None`.
+    Where `rounded` has a tensor for an average, of its shape, it receives that in another dtype.
     """
 
     def __init__(self, averages: Sequence[Tensor], rounded: Sequence[Tensor | None]) -> None:
@@ -59,7 +55,7 @@ class UpdateAverages(MultiTensorOptimizer):
         fused = [_alike(average, copy) for average, copy in zip(shards, copies, strict=True)]
         entries = list(zip(shards, copies, fused, strict=True))
         self._copied = [(copy, a) for a, copy, in_pass in entries if copy is not None and not in_pass]
-        self._rounded = [copy for _, copy, in_pass in entries if copy is not None and in_pass]
+        self._in_pass = [(copy, a) for a, copy, in_pass in entries if copy is not None and in_pass]
         self._order = sorted(range(len(shards)), key=fused.__getitem__)
         super().__init__(
             [
@@ -68,17 +64,13 @@ class UpdateAverages(MultiTensorOptimizer):
             ],
             {},
         )
-        for average, copy, in_pass in entries:
-            if in_pass:
-                self.state[average]["rounded"] = copy
+        for copy, average in self._in_pass:
+            self.state[average]["rounded"] = copy
 
     def run(self, weights: Sequence[Tensor], weight: float, updates: int) -> None:
         """Updates all averages, average ← average + weight · (p - average), and their rounded copies.
 
-        Args:
-            weights: The p, sharded as the averages.
-            weight: In [0, 1]; 1 copies.
-            updates: Number of updates before this one.
+        The p in `weights` are sharded as the averages; a weight of 1 copies; `updates` were made before.
         """
         self._averaged.weight, self._averaged.updates = weight, updates
         self._run_step(self._operands([local_part(weights[i]) for i in self._order]))
@@ -87,15 +79,11 @@ class UpdateAverages(MultiTensorOptimizer):
     @torch.no_grad()
     def round(self, fused: bool = True) -> None:
         """Rounds all averages again; without `fused`, only those that the pass does not round."""
-        for copy, average in self._copied:
+        for copy, average in (*self._copied, *self._in_pass) if fused else self._copied:
             copy.copy_(average)
-        if fused:
-            for average, state in self.state.items():
-                if "rounded" in state:
-                    state["rounded"].copy_(average)
-        elif self._rounded:
+        if self._in_pass and not fused:
             # Written behind torch's back: what autograd saved of them is out of date.
-            torch.autograd.graph.increment_version(self._rounded)
+            torch.autograd.graph.increment_version([copy for copy, _ in self._in_pass])
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -220,31 +220,21 @@ class L2SP(Component):
     """
 
     phase = Phase.PENALTY
-    _stage = Stage(
-        "regularizers.l2_sp",
-        reference.l2_sp,
-        (Buffer("l2_sp_start", "parameter", "parameter"),),
-        step_scalars=1,
-    )
+    _start = Buffer("l2_sp_start", "parameter", "parameter")
+    _stage = Stage("regularizers.l2_sp", reference.l2_sp, (_start,), step_scalars=1)
 
     def __init__(self, strength: float, towards: Iterable[Tensor] | None = None) -> None:
         self.strength = check_range("strength", strength, 0)
-        self._towards = (
-            None
-            if towards is None
-            else [t.detach() for t in check_tensors("towards", towards, "model.parameters()")]
-        )
+        self._towards: list[Tensor] | None = None
+        if towards is not None:
+            self._towards = [t.detach() for t in check_tensors("towards", towards, "model.parameters()")]
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         """Returns the strength of the penalty."""
         return (self.strength,)
 
     def initial(self, name: str, index: int, parameter: Tensor) -> Tensor | None:
-        """Returns the weight to pull a parameter towards.
-
-        Raises:
-            ValueError: If there is none, or it has another shape.
-        """
+        """Returns the weight to pull a parameter towards; `ValueError` if it is missing or does not fit."""
         if self._towards is None:
             return None
         if index >= len(self._towards) or self._towards[index].shape != parameter.shape:

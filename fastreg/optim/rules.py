@@ -35,13 +35,10 @@ class SGD(Component):
     """Gradient descent; reads `lr`, `momentum`, `dampening` and `nesterov` of the group."""
 
     phase = Phase.RULE
+    _buffers = (Buffer("momentum_buffer"),)
     _plain = Stage("rules.sgd", reference.sgd, step_scalars=1)
-    _momentum = Stage(
-        "rules.sgd_momentum", reference.sgd_momentum, (Buffer("momentum_buffer"),), step_scalars=3
-    )
-    _nesterov = Stage(
-        "rules.sgd_nesterov", reference.sgd_nesterov, (Buffer("momentum_buffer"),), step_scalars=4
-    )
+    _momentum = Stage("rules.sgd_momentum", reference.sgd_momentum, _buffers, step_scalars=3)
+    _nesterov = Stage("rules.sgd_nesterov", reference.sgd_nesterov, _buffers, step_scalars=4)
 
     def stage(self, group: dict[str, Any]) -> Stage:
         """Returns the stage, which has no buffer without momentum."""
@@ -84,11 +81,7 @@ class Maximize(Component):
 
 
 class Descend(Component):
-    """Subtracts the update from the weight, in all optimizers.
-
-    Args:
-        momentum: Whether the rule hands on its momentum beside the update, for MSAM.
-    """
+    """Subtracts the update from the weight, in all optimizers; for MSAM it has the `momentum` beside it."""
 
     phase = Phase.DESCEND
     _plain = Stage("rules.descend", reference.descend)

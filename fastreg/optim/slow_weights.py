@@ -45,16 +45,10 @@ class SlowWeights(Average):
         self.pullback_momentum, self.name = pullback_momentum, check_name(name)
         slow, moment = Buffer(name, "compute", "parameter"), Buffer("slow_momentum", "compute")
         self.slow_buffer = slow
-        self._stage = (
-            Stage(
-                "regularizers.lookahead_pullback",
-                reference.lookahead_pullback,
-                (slow, moment),
-                step_scalars=2,
-            )
-            if pullback_momentum == "pullback"
-            else Stage("regularizers.lookahead", reference.lookahead, (slow,), step_scalars=2)
-        )
+        self._stage = Stage("regularizers.lookahead", reference.lookahead, (slow,), step_scalars=2)
+        if pullback_momentum == "pullback":
+            kernel, maths = "regularizers.lookahead_pullback", reference.lookahead_pullback
+            self._stage = Stage(kernel, maths, (slow, moment), step_scalars=2)
 
     def options(self) -> dict[str, Any]:
         """Returns k and alpha, which groups may change."""
@@ -92,13 +86,9 @@ class SlowWeights(Average):
                     self.pull_back(buffers[name][i], slow, alpha, sync)
 
     def pull_back(self, moment: Tensor, slow: Tensor | None, alpha: Any, sync: Any) -> None:
-        """Resets a first moment, or pulls it back to a slow one.
+        """Pulls a first moment back to a slow one, which goes the share `alpha`; without one, resets it.
 
-        Args:
-            moment: The moment.
-            slow: The slow moment, which follows by `alpha`; `None` to reset.
-            alpha: Share of the way that the slow moment goes.
-            sync: 1, or 0 to leave the moment as it is.
+        `sync` is 1, or 0 to leave the moment as it is.
         """
         if slow is None:
             moment.mul_(1 - sync)

@@ -17,11 +17,7 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class ModuleBuffers:
-    """Averages of the buffers of modules, such as the running statistics of BatchNorm.
-
-    Args:
-        buffers: The buffers, by default none; those that are not floating-point are copied.
-    """
+    """Averages of buffers of modules, such as running statistics; those not floating-point are copied."""
 
     def __init__(self, buffers: Iterable[Tensor] = ()) -> None:
         self._buffers = list(buffers)
@@ -63,11 +59,7 @@ class ModuleBuffers:
 
     @torch.no_grad()
     def load(self, state: dict[str, list[Tensor]]) -> None:
-        """Loads a `state`, to the devices where the buffers are.
-
-        Raises:
-            ValueError: If it is the state of other buffers.
-        """
+        """Loads a `state` to the devices of the buffers; `ValueError` if it is that of others."""
         shapes = [b.shape for b in self._buffers]
         if [a.shape for a in state["averages"]] != shapes:
             raise ValueError(
@@ -99,10 +91,8 @@ class Average(Component):
 
 
 def dither(updates: Any) -> Any:
-    """Returns the dither that `reference.approach` adds at an update.
-
-    Multiples of the golden ratio are spread most evenly.
-    """
+    """Returns the dither that `reference.approach` adds at an update."""
+    # Multiples of the golden ratio are spread most evenly.
     return ((updates + 1) * 0.6180339887498949 % 1 - 0.5) * 2.0**-23
 
 
@@ -116,16 +106,13 @@ class _Buffered(Average):
         self.name, self.start, self.every = check_name(name), start, check_int("every", every, 1)
         average = Buffer(name, "compute", "parameter")
         self._stage = Stage("regularizers.average", reference.average, (average,), step_scalars=2)
-        self.module_buffers = ModuleBuffers(
-            () if buffers is None else check_tensors("buffers", buffers, "model.buffers()")
-        )
+        averaged = () if buffers is None else check_tensors("buffers", buffers, "model.buffers()")
+        self.module_buffers = ModuleBuffers(averaged)
 
     def due(self, group: dict[str, Any], step: int) -> bool:
-        """Returns whether a step updates the average."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     def step_scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
-        """Returns the weight of the new parameter, and a dither."""
         if not isinstance(step, Tensor):
             updates = (step - self.start) // self.every
             return self.weight(updates), dither(updates)
@@ -139,11 +126,9 @@ class _Buffered(Average):
         raise NotImplementedError
 
     def begun(self, step: int) -> bool:
-        """Returns whether there has been an update."""
         return step >= self.start
 
     def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
-        """Averages the buffers of the modules as the weights have been."""
         if not self.module_buffers:
             return
         batch = work.batches[0]
@@ -154,12 +139,10 @@ class _Buffered(Average):
             self.module_buffers.update(weight if flag is None else weight * (1 - flag[0]))
 
     def save(self, groups: list[dict[str, Any]]) -> None:
-        """Saves the averages of module buffers."""
         if self.module_buffers:
             groups[0][f"{self.name}_buffers"] = self.module_buffers.state()
 
     def load(self, groups: list[dict[str, Any]]) -> None:
-        """Loads the averages of module buffers."""
         if self.module_buffers and f"{self.name}_buffers" in groups[0]:
             self.module_buffers.load(groups[0][f"{self.name}_buffers"])
 
