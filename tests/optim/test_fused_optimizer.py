@@ -189,7 +189,7 @@ def test_different_step_counts_share_a_launch(Race):
     race.gradients(1)
     optimizer.step()
     race.gradients()
-    (batch,) = optimizer._plan_step(optimizer._operands().with_gradient())[0].batches
+    (batch,) = optimizer._plan_step(optimizer._operands().with_gradient()).batches
     assert batch.steps == [2, 1] and batch.rows == [0, 1]
 
 
