@@ -1,10 +1,4 @@
-"""Trainer with regularization in the optimizer's step.
-
-create_optimizer    the recipe's, or the one that the user made; it clips by `max_grad_norm` (optimizer.py)
-training_step       SAM's second pass after the last micro-batch of a step (optimizer.py)
-optimizer.step      one pass over gradients and weights; Trainer makes none of its own
-checkpoints         hold averages, and so does the model at the end (optimizer.py)
-"""
+"""Trainer with regularization in the optimizer's step: one pass over gradients and weights."""
 
 import contextlib
 import functools

@@ -1,11 +1,4 @@
-"""A model of averaged weights beside the trained one: torch's `AveragedModel`, in one pass.
-
-Where an average is kept:
-
-    float32, float64, complex   in the parameter of `.module`
-    bfloat16, float16           in `.averages`, float32; `.module` has it rounded
-    FSDP2                       in `.averages`, as shards; `.module` is the trained model
-"""
+"""A model of averaged weights beside the trained one: torch's `AveragedModel`, in one pass."""
 
 from __future__ import annotations
 
@@ -22,7 +15,7 @@ from ..engine import layout
 from ..reference.step import compute_dtype
 from .fsdp import abandon_forward, fsdp_modules, reshard
 from .model_average import UpdateAverages, local_part
-from .tensor_tree import TensorTree, aliases, first_names, named_tensors, unsaved_buffers
+from .tensor_tree import TensorTree, first_names, named_tensors, unsaved_buffers
 
 NARROW = (torch.bfloat16, torch.float16)
 AVERAGED = (*NARROW, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -74,13 +67,13 @@ class AveragedModel(swa_utils.AveragedModel):
 
     A drop-in for `torch.optim.swa_utils.AveragedModel`: an update with equal weights, or with
     `fastreg.get_ema_multi_avg_fn`, is one pass over memory.  Averages of bfloat16 and float16 weights are
-    kept in float32, so that they do not stall; `.module` keeps the dtypes of the model and has them rounded.
-    The state dict has the float32 averages under `averages`; without them, as saved by torch, averages start
-    from `module`.  Parameters and buffers that are not floating point are copied.
+    kept in `.averages`, in float32, so that they do not stall; `.module` keeps the dtypes of the model and
+    has them rounded.  Without `averages` in a state dict, as saved by torch, averages start from `module`.
+    Parameters and buffers that are not floating point are copied.
 
     A model sharded by FSDP2 (`fully_shard`) cannot be copied.  `.module` is then the model itself, averages
-    are kept as shards, and a call runs the model with averages instead of its weights, without gradients;
-    afterwards it has its weights again, bit for bit.
+    are shards in `.averages`, and a call runs the model with averages instead of its weights, without
+    gradients; afterwards it has its weights again, bit for bit.
 
     The first update copies the weights.
 
@@ -329,8 +322,8 @@ class AveragedModel(swa_utils.AveragedModel):
         beside, live = dict(self.averages.named_buffers()), dict(named_tensors(self.module))
         for key in [key for key in state_dict if key.startswith(averages)]:
             if (name := key.removeprefix(averages)) not in beside:  # the saved module was narrower
-                value = state_dict.pop(key)
-                for alias in aliases(name, live):
+                value, tensor = state_dict.pop(key), live.get(name)
+                for alias in [other for other in live if live[other] is tensor] or [name]:
                     state_dict[module + alias] = value
         for alias, name in self._aliases.items():
             if (saved := state_dict.get(module + alias)) is None:

@@ -41,8 +41,8 @@ class Decay(Component):
 class Penalty(Decay):
     """Kind `"l2"`: adds `weight_decay` · p to the gradient, as torch's SGD and Adam do.
 
-    `at_zero`: Whether it takes part also where the rate is 0, so that groups that differ only there share a
-    launch.  Not for MSAM, whose norm would then read the weights for a rate of 0, too.
+    With `at_zero` it takes part also where the rate is 0, so that groups that differ only there share a
+    launch; not with MSAM, whose norm would read the weights even for a rate of 0.
     """
 
     phase = Phase.PENALTY

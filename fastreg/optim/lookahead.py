@@ -12,7 +12,6 @@ from ..engine import grad_scaler as amp
 from ..engine import layout
 from ..engine.multi_tensor_optimizer import Gradients
 from ..engine.plan import Operands
-from ..engine.state import init_buffer
 from .slow_weights import SlowWeights
 from .swap_averages import TRAINED, AveragingOptimizer
 from .weight_averages import FIRST_MOMENTS
@@ -72,14 +71,12 @@ class Lookahead(Wrapper):
     def _start(self) -> None:
         """Starts slow weights as the parameters are, where there are none."""
         holder: Any = self._sync or self.fused_optimizer
-        component = next(c for c in holder.components if isinstance(c, SlowWeights))
-        buffer = component.slow_buffer
-        for index, p in enumerate(self._parameters):
-            state = holder.state[p]
-            if buffer.name not in state:
+        buffer = next(c.slow_buffer for c in holder.components if isinstance(c, SlowWeights))
+        for p in self._parameters:
+            if buffer.name not in holder.state[p]:
                 chain = holder.chain(self.param_groups[0], layout.local(p).dtype)
                 dtype = holder.buffer_dtype(chain, buffer, p)
-                state[buffer.name] = init_buffer(buffer, p, index, dtype, (), {})
+                holder.state[p][buffer.name] = p.detach().to(dtype, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, whose slow weights start as its parameters are."""

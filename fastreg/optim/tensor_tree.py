@@ -44,11 +44,6 @@ def first_names(module: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in reversed(named_tensors(module))}
 
 
-def aliases(name: str, tensors: dict[str, Tensor]) -> list[str]:
-    """Returns all names of the tensor of a name; that one alone if there is none."""
-    return [other for other in tensors if tensors[other] is tensors.get(name)] or [name]
-
-
 def unsaved_buffers(module: nn.Module) -> set[str]:
     """Returns the names of the buffers that are not saved."""
     return {
