@@ -212,7 +212,7 @@ class _Best:
     def __init__(self, losses: Losses, ball: Ball, targeted: bool) -> None:
         self._losses, self._layout, self._sign = losses, ball.layout, -1 if targeted else 1
         self.points = ball.clean
-        self._gains: Tensor | None = None
+        self._gains = torch.full((len(ball.clean),), torch.nan, device=ball.clean.device)
 
     @torch.no_grad()
     def offer(self, points: Tensor, losses: Tensor | None = None) -> None:
@@ -229,9 +229,6 @@ class _Best:
                 "it with reduction='none'"
             )
         gains = self._sign * losses.float()
-        if self._gains is None:
-            self.points, self._gains = points, gains
-        else:
-            better = (gains > self._gains) | self._gains.isnan()
-            self.points = torch.where(better[:, None], points, self.points)
-            self._gains = torch.where(better, gains, self._gains)
+        better = (gains > self._gains) | self._gains.isnan()  # the first ones are
+        self.points = torch.where(better[:, None], points, self.points)
+        self._gains = torch.where(better, gains, self._gains)
