@@ -132,21 +132,19 @@ class AttachedEmbeddingNoise(Attached):
         super().__init__([noise])
         self.noise, self.embedding = noise, embedding
         self._mask: Any = None
-        self._position: int | None = None
+        self._names: list[str] = []
         self._alone = model is embedding
         self._hooks = [embedding.register_forward_hook(self._add)]
         if noise.length == "true" and not self._alone:
-            self._position = _position_of_mask(model)
+            self._names = _names_with_mask(model)
             self._hooks += [
                 model.register_forward_pre_hook(self._take_mask, with_kwargs=True),
                 model.register_forward_hook(self._drop_mask, always_call=True),
             ]
 
     def _take_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None and self._position is not None and len(args) > self._position:
-            mask = args[self._position]
-        self._mask = mask
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._mask = arguments.get("attention_mask")
 
     def _drop_mask(self, *_: Any) -> None:
         self._mask = None
@@ -257,10 +255,10 @@ def _refuse_twice(embedding: nn.Module) -> None:
         )
 
 
-def _position_of_mask(model: nn.Module) -> int | None:
-    """Returns which positional argument of the model is its attention mask, `None` if that is unknown."""
+def _names_with_mask(model: nn.Module) -> list[str]:
+    """Returns the names of the arguments of the model, none if no attention mask is among them."""
     for candidate in (model, unwrap_model(model, peft=True)):
         names = list(inspect.signature(candidate.forward).parameters)
         if "attention_mask" in names:
-            return names.index("attention_mask")
-    return None
+            return names
+    return []

@@ -18,11 +18,10 @@ class AttachedTokenNoise(Attached):
 
     def __init__(self, embedding: nn.Module, noise: TokenNoise) -> None:
         super().__init__([noise])
-        self._noise = noise
         self._hooks = [embedding.register_forward_pre_hook(self._replace)]
 
     def _replace(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (self._noise(args[0]), *args[1:]) if embedding.training else None
+        return (self._noises[0](args[0]), *args[1:]) if embedding.training else None
 
 
 def attach_token_noise(
