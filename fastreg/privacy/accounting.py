@@ -153,10 +153,9 @@ def spent(accountant: Any, delta: float) -> Accounted:
     _check_delta(delta)
     package = type(accountant).__module__.partition(".")[0]
     mechanism = getattr(type(accountant), "mechanism", type(accountant).__name__.lower)()
-    history = getattr(accountant, "history", None)
-    if history is not None and not all(sigma for sigma, *_ in history):
-        return Accounted(math.inf, _source(package, mechanism), delta)
-    return Accounted(accountant.get_epsilon(delta), _source(package, mechanism), delta)
+    noised = all(sigma for sigma, *_ in getattr(accountant, "history", None) or ())
+    result = accountant.get_epsilon(delta) if noised else math.inf
+    return Accounted(result, _source(package, mechanism), delta)
 
 
 def _check(delta: float, sample_rate: float, accountant: str, backend: str) -> str:

@@ -31,15 +31,12 @@ def ghost_sums(left: Tensor, right: Tensor, right_gram: Tensor | None = None) ->
     """Returns the sums that give the norm of Σ_t left_t ⊗ right_t and its error, for every sample.
 
     With the inner products L_ts = ⟨left_t, left_s⟩ and R_ts: Σ L_ts R_ts, which is the squared norm
-    (Goodfellow 2015), Σ L², Σ R², Σ_t L_tt and Σ_t R_tt.
+    (Goodfellow 2015), Σ L², Σ R², Σ_t L_tt and Σ_t R_tt; `[5, samples]` in compute precision.
 
     Args:
         left: `[samples, positions, p]`.
         right: `[samples, positions, d]`.
         right_gram: `gram(right)`, if it is known.
-
-    Returns:
-        `[5, samples]` in compute precision.
     """
     outer, inner = gram(left), gram(right) if right_gram is None else right_gram
     flat = outer.flatten(1), inner.flatten(1)
@@ -85,14 +82,13 @@ def sample_sums(
 ) -> tuple[Tensor | None, Tensor]:
     """Returns Σ_t grad_t · (x_t - mean_t) · deviation_t and Σ_t grad_t of every sample.
 
+    Both are `[samples, features]` in compute precision; the first is `None` without x.
+
     Args:
         grad: `[samples, positions, features]`.
         x: Of the same shape; `None` if only the second sum is wanted.
         mean: `[samples, positions]`; `None`, with `deviation`, if x is normalized already.
         deviation: `[samples, positions]`, the factor of x - mean.
-
-    Returns:
-        Two tensors `[samples, features]` in compute precision; the first is `None` without x.
     """
     compute = compute_dtype(grad.dtype)
     if x is None:
