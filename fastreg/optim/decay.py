@@ -81,9 +81,3 @@ class Shrinkage(Decay):
             largest = max(group["lr_max"], float(group.get("max_lr", 0)))
             return (1 - (lr / largest if largest else 0 * lr) * rate,)
         return (1 - lr * rate,)
-
-
-def complete(group: dict[str, Any], kind: str | None) -> None:
-    """Adds the largest learning rate to a new group whose decay follows the schedule alone."""
-    if group.get("decay", kind) == "independent":
-        group.setdefault("lr_max", float(group["lr"]))

@@ -194,7 +194,9 @@ class FusedOptimizer(AveragingOptimizer):
         """Adds a group as in torch, with the options of components, and the seed of their random numbers."""
         self._check_buffers({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        decay.complete(self._completed(self.param_groups[-1]), self._decay_kind)
+        group = self._completed(self.param_groups[-1])
+        if group.get("decay", self._decay_kind) == "independent":  # it follows the schedule alone
+            group.setdefault("lr_max", float(group["lr"]))
         self._share_seed()
 
     def _check_buffers(self, group: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ def param_groups(
         raise ValueError(f"{type(model).__name__} has no parameters")
     norm_layers = (module for module in model.modules() if "norm" in type(module).__name__.lower())
     norms = {id(p) for module in norm_layers for p in module.parameters(recurse=False)}
+    ends = {0: "before the blocks", last: "after the blocks" if layered else "all layers"}
     groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         depth = depth_of[name] if layered else last
@@ -70,7 +71,7 @@ def param_groups(
         still = perturb == "norms" and id(p) not in norms
         if (depth, exempt, still) not in groups:
             rate = _rate(weight_decay, depth / last)
-            where = _describe(depth, last) if layered else "all layers"
+            where = ends.get(depth, f"block {depth}")
             group = {"params": [], "weight_decay": rate, "name": where}
             if exempt:
                 group |= {"weight_decay": 0.0, "name": f"{where}, no decay"}
@@ -118,7 +119,3 @@ def _rate(weight_decay: float | Callable[[float], float], depth: float) -> float
         where = f" at depth {depth:g}" if callable(weight_decay) else ""
         raise ValueError(f"weight_decay must be finite and >= 0, got {rate!r}{where}")
     return float(rate)
-
-
-def _describe(depth: int, last: int) -> str:
-    return "before the blocks" if depth == 0 else "after the blocks" if depth == last else f"block {depth}"

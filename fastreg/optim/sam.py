@@ -334,14 +334,12 @@ class SAM(Wrapper):
         Raises:
             TypeError: If they are not, and the model is no `DistributedDataParallel`, with a `no_sync`.
         """
-        if self.sync_perturbation or self.perturbed:
-            yield
-            return
-        if not hasattr(model, "no_sync"):
+        local = not (self.sync_perturbation or self.perturbed)
+        if local and not hasattr(model, "no_sync"):
             raise TypeError(
                 f"sync_perturbation=False needs a DistributedDataParallel model, got {type(model).__name__}"
             )
-        with model.no_sync():
+        with model.no_sync() if local else contextlib.nullcontext():
             yield
 
     # Checkpoints ----------------------------------------------------------------------------------------
