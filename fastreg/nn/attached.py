@@ -3,7 +3,6 @@
 import fnmatch
 import re
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,9 +43,7 @@ class Attached:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.remove()
 
 
