@@ -166,13 +166,11 @@ class Recorder(TorchFunctionMode):
             return site.role
         if site.layer is None and self.blocks:
             return "embedding" if use.blocks < self.blocks else "head"
-        if use.linear and not self._in_attention(site):
-            return "activation"
+        if use.linear:
+            owner = self.model.get_submodule(site.path.rpartition(".")[0])
+            if "attention" not in type(owner).__name__.lower():
+                return "activation"
         return "hidden" if site.layer is not None or site.role != "head" else "head"
-
-    def _in_attention(self, site: DropoutSite) -> bool:
-        owner = self.model.get_submodule(site.path.rpartition(".")[0])
-        return "attention" in type(owner).__name__.lower()
 
 
 def _dropout_arguments(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, float, bool]:

@@ -213,9 +213,8 @@ def one_by_one(
     apply: Callable[..., Tensor], info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Tensor, int]:
     """Computes the `vmap` of an `autograd.Function`, given its `apply`, sample by sample."""
-    samples = zip(*map(functools.partial(_samples, info.batch_size), inputs, in_dims), strict=True)
-    return torch.stack([apply(*arguments) for arguments in samples]), 0
-
-
-def _samples(count: int, value: Any, dim: Any) -> Sequence[Any]:
-    return value.unbind(dim) if isinstance(value, Tensor) and dim is not None else [value] * count
+    columns = (
+        value.unbind(dim) if isinstance(value, Tensor) and dim is not None else [value] * info.batch_size
+        for value, dim in zip(inputs, in_dims, strict=True)
+    )
+    return torch.stack([apply(*arguments) for arguments in zip(*columns, strict=True)]), 0
