@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Work
+from .plan import Plan
 from .stage import Stage, Storage
 
 
@@ -61,7 +61,7 @@ class Component:
 
     @property
     def needs_norm(self) -> bool:
-        """Whether `prepare` reads the norm of all gradients from `Work.measured`."""
+        """Whether `prepare` reads the norm of all gradients from `Plan.measured`."""
         return False
 
     def stage(self, group: dict[str, Any]) -> Stage | None:
@@ -99,14 +99,14 @@ class Component:
         """Returns the device scalars of the stage: the same tensors at every step, written by `prepare`."""
         return ()
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Runs once per step before any parameter changes, with all gradients and how they are sharded."""
 
-    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+    def finish(self, plan: Plan, flags: dict[torch.device, Tensor]) -> None:
         """Runs once per step after the parameters have changed.
 
         Args:
-            work: The same as in `prepare`.
+            plan: The same as in `prepare`.
             flags: For each device that may skip the step, `[1]`: not 0 if it did.
         """
 

@@ -20,7 +20,7 @@ from .device_scalars import DeviceScalars
 from .grad_scaler import UNSCALED
 from .launch import combine, measure
 from .layout import Shards
-from .plan import Work
+from .plan import Plan
 from .stage import Stage
 
 
@@ -60,14 +60,14 @@ class GradNorm(Component):
         """Returns the factor to scale by."""
         return (Measured(*self._results[device]).factor,)
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Measures one norm over everything, if any component needs it."""
-        devices, record = work.devices, self.scaling.record
+        devices, record = plan.devices, self.scaling.record
         guards = self.nonfinite != "propagate"
         if self.clip or self.needed_by_others or guards or record is not None:
             largest = bool(self.clip) and self.clip.norm_type == math.inf
             spec = NormSpec(self.stages_before, "largest" if largest else "l2")
-            result = measure_norm(work, self._limit, spec)
+            result = measure_norm(plan, self._limit, spec)
         elif self.scaling.scale is not None:  # checked by the scaler, nothing else to know
             result = torch.zeros(5, dtype=scalar_dtype(devices[0]), device=devices[0])
             result[4] = self._limit(devices[0])[1]
@@ -75,7 +75,7 @@ class GradNorm(Component):
             return
         for device in devices:
             self._results[device].copy_(result, non_blocking=True)
-            work.measured[device] = Measured(*self._results[device])
+            plan.measured[device] = Measured(*self._results[device])
         if record is not None:
             found_inf, bad = self.scaling.found_inf, result[0].float()
             record[devices[0]] = bad if found_inf is None else torch.maximum(bad, found_inf.to(bad))
@@ -104,11 +104,11 @@ class GradNorm(Component):
         return {**vars(self), "scaling": UNSCALED}
 
 
-def measure_norm(work: Work, limit: Callable[[torch.device], Tensor], spec: NormSpec) -> Tensor:
+def measure_norm(plan: Plan, limit: Callable[[torch.device], Tensor], spec: NormSpec) -> Tensor:
     """Measures one norm over everything: over devices by copying a scalar, over shards by summing one.
 
     Args:
-        work: The batches of the step.
+        plan: The batches of the step.
         limit: Returns (max_norm, 1 / scale) on a device.
         spec: The norm to measure.
 
@@ -116,7 +116,7 @@ def measure_norm(work: Work, limit: Callable[[torch.device], Tensor], spec: Norm
         `reference.norm.Measured`, on the device of the first batch.
     """
     parts: dict[tuple[torch.device, Shards | None], list[Batch]] = {}
-    for batch in work.batches:
+    for batch in plan.batches:
         parts.setdefault((batch.device, batch.shards), []).append(batch)
     results = {key: measure(batches, limit(key[0]), spec) for key, batches in parts.items()}
     (home, shards), result = next(iter(results.items()))

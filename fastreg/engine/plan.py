@@ -133,9 +133,6 @@ class Plan:
             batch.release()
 
 
-Work = Plan
-
-
 def sort_into_batches(
     parameters: Sequence[Tensor], tensors: list[Tensor], gradients: list[Tensor],
     states: list[dict[str, Any]], streams: Sequence[int],

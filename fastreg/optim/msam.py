@@ -17,7 +17,7 @@ from ..engine.batch import NormSpec
 from ..engine.component import Component, Phase
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
 from ..engine.grad_norm import measure_norm
-from ..engine.plan import Work
+from ..engine.plan import Plan
 from ..engine.stage import Stage
 from ..reference import ascent, rules
 from ..reference.norm import Measured
@@ -93,23 +93,23 @@ class MSAM(Average):
         """Returns the size of the perturbation in the weights."""
         return self._perturbations[device][0]
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Measures the momentum that this step will have."""
-        for tensor, state in zip(work.tensors, work.states, strict=True):
+        for tensor, state in zip(plan.tensors, plan.states, strict=True):
             if (prev := state.pop("msam_size", None)) is not None:  # from before it had no gradient
                 momentum = layout.local(_momentum(state)).to(tensor.dtype)
                 tensor.add_(momentum * (prev - self.prev_perturbation(tensor.device)).to(tensor.dtype))
-        result = Measured(*measure_norm(work, NO_CLIPPING.__getitem__, NormSpec(kind="momentum")))
+        result = Measured(*measure_norm(plan, NO_CLIPPING.__getitem__, NormSpec(kind="momentum")))
         size = torch.where(result.bad == 0, self.rho / (result.norm + TINY), 0.0)
-        for device in work.devices:
+        for device in plan.devices:
             self._perturbations[device][1].copy_(size, non_blocking=True)
 
-    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+    def finish(self, plan: Plan, flags: dict[torch.device, Tensor]) -> None:
         """Commits the new size unless the step was skipped; parameters without gradient keep theirs."""
-        for tensor, state in work.absent:
+        for tensor, state in plan.absent:
             if any(name in state for name in FIRST_MOMENTS):
                 state.setdefault("msam_size", self.prev_perturbation(tensor.device).clone())
-        for device in work.devices:
+        for device in plan.devices:
             prev, new = self._perturbations[device]
             prev.copy_(torch.where(flags[device][0] == 0, new, prev) if device in flags else new)
 

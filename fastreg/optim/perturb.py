@@ -18,7 +18,7 @@ from ..engine.component import Component, Phase
 from ..engine.device_scalars import NO_CLIPPING, DeviceScalars
 from ..engine.grad_norm import measure_norm
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
-from ..engine.plan import Work
+from ..engine.plan import Plan
 from ..engine.rounding import Rounding
 from ..engine.stage import Stage, Storage
 from ..engine.state import BACKUP
@@ -129,11 +129,11 @@ class _Ascend(Component):
     def device_scalars(self, device: torch.device) -> tuple[Tensor, ...]:
         return (self._inverse_norms[device],)
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         spec = NormSpec(stages=int(self._scale.enabled))
-        self.result = Measured(*measure_norm(work, NO_CLIPPING.__getitem__, spec))
+        self.result = Measured(*measure_norm(plan, NO_CLIPPING.__getitem__, spec))
         inverse = torch.where(self.result.bad == 0, 1 / (self.result.norm + TINY), 0.0)
-        for device in work.devices:
+        for device in plan.devices:
             self._inverse_norms[device].copy_(inverse, non_blocking=True)
 
 

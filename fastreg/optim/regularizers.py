@@ -14,7 +14,7 @@ from ..engine.component import Component, Phase
 from ..engine.device_scalars import DeviceScalars
 from ..engine.launch import unit_squares
 from ..engine.layout import Shards
-from ..engine.plan import Work
+from ..engine.plan import Plan
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from .rules import values
@@ -105,15 +105,15 @@ class AdaptiveClip(Component):
         self.clipping = check_range("clipping", clipping, 0, above=True)
         self.eps = check_range("eps", eps, 0, above=True)
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Computes the factor of each unit, in one read of weights and gradients."""
-        for batch in work.batches:
+        for batch in plan.batches:
             squares = unit_squares(batch)
             if batch.shards is not None:
                 self._reduce_vectors(squares, batch, batch.shards)
             weight, gradient = squares.sqrt().unbind(1)
-            if batch.device in work.measured:
-                gradient = gradient * work.measured[batch.device].factor.to(gradient.dtype)
+            if batch.device in plan.measured:
+                gradient = gradient * plan.measured[batch.device].factor.to(gradient.dtype)
             largest = self.clipping * weight.clamp(min=self.eps)
             batch.unit(self._name).copy_((largest / gradient.clamp(min=1e-30)).clamp(max=1.0))
 
@@ -193,11 +193,11 @@ class GradientNoise(Component):
         """Returns ‖g‖ / √n for relative noise."""
         return (self._sizes[device],) if self.relative else ()
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Computes the size of relative noise from the norm."""
         if self._is_relative:
-            for device, measured in work.measured.items():
-                torch.mul(measured.clipped, max(work.elements, 1) ** -0.5, out=self._sizes[device])
+            for device, measured in plan.measured.items():
+                torch.mul(measured.clipped, max(plan.elements, 1) ** -0.5, out=self._sizes[device])
 
 
 class L2SP(Component):

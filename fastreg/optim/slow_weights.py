@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common.validation import check_choice, check_int, check_name, check_range
 from ..engine.component import Phase
-from ..engine.plan import Work
+from ..engine.plan import Plan
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from .weight_averages import FIRST_MOMENTS, Average
@@ -66,11 +66,11 @@ class SlowWeights(Average):
         due = (step % group["lookahead_k"] == 0).to(step.dtype)
         return alpha * due, due
 
-    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+    def finish(self, plan: Plan, flags: dict[torch.device, Tensor]) -> None:
         """Resets or pulls back first moments; where the device counts or skips, by its own scalars."""
         if self.pullback_momentum == "none":
             return
-        for batch in work.batches:
+        for batch in plan.batches:
             if self._stage not in batch.chain.stages:
                 continue
             buffers = dict(zip((buffer.name for buffer in batch.chain.buffers), batch.buffers, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..common.validation import check_choice, check_int, check_name, check_range, check_tensors
 from ..engine.component import Component, Phase
-from ..engine.plan import Work
+from ..engine.plan import Plan
 from ..engine.stage import Buffer, Stage
 from ..reference import regularizers as reference
 from ..reference.step import compute_dtype
@@ -128,10 +128,10 @@ class _Buffered(Average):
     def begun(self, step: int) -> bool:
         return step >= self.start
 
-    def finish(self, work: Work, flags: dict[torch.device, Tensor]) -> None:
+    def finish(self, plan: Plan, flags: dict[torch.device, Tensor]) -> None:
         if not self.module_buffers:
             return
-        batch = work.batches[0]
+        batch = plan.batches[0]
         steps: Any = max(batch.steps) if isinstance(batch.steps, list) else batch.steps.double().amax()
         if isinstance(steps, Tensor) or self.due({}, steps):
             weight, _ = self.step_scalars({}, steps)

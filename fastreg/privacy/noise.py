@@ -19,7 +19,7 @@ from ..common.random import Purpose, key
 from ..common.validation import check_flag, check_int
 from ..engine.component import Component, Phase
 from ..engine.multi_tensor_optimizer import MultiTensorOptimizer
-from ..engine.plan import Operands, Work
+from ..engine.plan import Operands, Plan
 from ..engine.stage import Stage
 from ..reference import regularizers as reference
 
@@ -132,7 +132,7 @@ class PrivateNoise(Component):
         finally:
             self._authorized = None
 
-    def prepare(self, work: Work | None = None) -> None:
+    def prepare(self, plan: Plan | None = None) -> None:
         """Refuses a step that is not authorized.
 
         Raises:

@@ -171,8 +171,8 @@ class TrustRatio(fastreg.Component):
     def device_scalars(self, device):
         return self.shared, self.scales
 
-    def prepare(self, work):
-        (batch,) = work.batches
+    def prepare(self, plan):
+        (batch,) = plan.batches
         self.scales.copy_(torch.stack([p.sum() for p in batch.parameters]))
 
 

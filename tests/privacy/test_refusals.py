@@ -91,12 +91,12 @@ def test_bases_whose_steps_are_no_post_processing():
 class Reads(fastreg.Component):
     phase = fastreg.Phase.CLIP
 
-    def prepare(self, work):
+    def prepare(self, plan):
         pass
 
 
 class ReadsAtTheEnd(fastreg.EMA):
-    def finish(self, work, flags):
+    def finish(self, plan, flags):
         pass
 
 
