@@ -49,8 +49,18 @@ def l2_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
 def l1_penalty(params: Parameters, strength: float | Tensor = 1.0) -> Tensor:
     """Returns strength · Σ |p| over all elements of all tensors, as `sum(p.abs().sum() for p in params)`.
 
-    The gradient is g · sign(p), 0 where p is 0.  Arguments, result and errors are those of `l2_penalty`, and
-    complex tensors are a `TypeError`.
+    The gradient is g · sign(p), 0 where p is 0. See `l2_penalty` for the rest.
+
+    Args:
+        params: See `l2_penalty`; complex tensors are not supported.
+        strength: See `l2_penalty`.
+
+    Returns:
+        0-d, on the device of the first tensor; float32, or float64 where a tensor is.
+
+    Raises:
+        TypeError: For other types and dtypes, and for complex tensors.
+        ValueError: If there are no parameters, for a negative strength, and for DTensors of partial sums.
 
     Reference:
         Tibshirani 1996, "Regression shrinkage and selection via the lasso".

@@ -88,8 +88,8 @@ def r_drop(
     r_drop(model, batch, alpha=1.0).loss.backward()
     ```
 
-    Each input passes twice, with different dropout masks, see `r_drop_loss`.  The cross-entropy is the loss
-    that the model returns, including shifted labels, class weights and auxiliary losses; or it is `loss_fn`.
+    Each input passes twice, with different dropout masks.  The cross-entropy is the loss that the model
+    returns, including shifted labels, class weights and auxiliary losses; or it is `loss_fn`.
 
     Args:
         model: A Hugging Face model, or any that returns logits `[..., classes]`; for a mapping as batch, a
@@ -112,6 +112,9 @@ def r_drop(
         TypeError: For other batches.
         ValueError: Without labels or logits, for tensors that cannot be doubled with the batch, for
             regression and several labels at a time, and for values out of range.
+
+    Reference:
+        Liang et al. 2021, "R-Drop: regularized dropout for neural networks".
     """
     check_choice("passes", passes, ("together", "apart"))
     labels = _labels(batch)

@@ -112,9 +112,19 @@ def bias_act_dropout(
 def drop_path(
     input: Tensor, drop_prob: float = 0.0, training: bool = True, scale_by_keep: bool = True
 ) -> Tensor:
-    """Sets whole samples of the input `[batch, ...]` to 0 with probability `drop_prob`, see `nn.DropPath`.
+    """Sets whole samples to 0 with probability `drop_prob`, and scales the others by 1 / (1 - drop_prob).
 
-    If not `training`, the input is returned.
+    Args:
+        input: `[batch, ...]`, the output of a residual branch.
+        drop_prob: The rate in [0, 1].
+        training: Whether to drop; if not, the input is returned.
+        scale_by_keep: Whether to scale.
+
+    Raises:
+        ValueError: If the rate is out of range.
+
+    Reference:
+        Huang et al. 2016, "Deep networks with stochastic depth".
     """
     check_rate("drop_prob", drop_prob)
     if not training or drop_prob == 0:
@@ -161,8 +171,18 @@ def uniform_noise(
 ) -> Tensor:
     """Adds uniform noise of 16 random bits to each element: input + magnitude · U(-1, 1).
 
-    Arguments, result and errors are those of `gaussian_noise`, with the magnitude, the noise's largest
-    absolute value, as `std`.
+    Args:
+        input: See `gaussian_noise`.
+        magnitude: Its largest absolute value, >= 0; see `std` of `gaussian_noise`.
+        training: See `gaussian_noise`.
+        mask: See `gaussian_noise`.
+
+    Returns:
+        Of the shape and dtype of the input.
+
+    Raises:
+        TypeError: If the input is not of a floating dtype.
+        ValueError: If the magnitude is out of range or takes a gradient, or a shape does not fit.
     """
     return _noisy(input, check_level(magnitude, "magnitude"), training, "uniform", mask)
 
@@ -199,9 +219,24 @@ def token_noise(
 ) -> Tensor:  # fmt: skip
     """Replaces each token by a random one with probability `rate`.
 
-    Random numbers are torch's, set by `torch.manual_seed`.  Arguments, shapes and errors are those of
-    `nn.TokenNoise` and its `forward`; the mask is its `attention_mask`.  If not `training`, the input is
-    returned.
+    The new token is drawn evenly from all that are not special; it may equal the old one.  Random numbers are
+    torch's, set by `torch.manual_seed`.  See `TokenNoise`.
+
+    Args:
+        input: Tokens, of an integer dtype and any shape.
+        rate: In [0, 1], rounded to 1/65536.
+        vocab_size: Number of tokens in the vocabulary.
+        training: Whether to replace; if not, the input is returned.
+        special_tokens: Those that are neither replaced nor drawn.
+        mask: Of the shape of the input: where it is 0 (padding), tokens stay.
+
+    Returns:
+        Of the shape and dtype of the input.
+
+    Raises:
+        TypeError: If the input is not of an integer dtype.
+        ValueError: If the rate or a special token is out of range, the mask has another shape, or the dtype
+            does not hold every token.
     """
     check_rate("rate", rate)
     special = torch.tensor(check_special_tokens(special_tokens, vocab_size), dtype=torch.int64)

@@ -68,7 +68,14 @@ class DropoutAdd(_FusedDropoutBase):
 
 
 class BiasDropoutAdd(_FusedDropoutBase):
-    """Computes residual + dropout(x + bias) in one pass, see `BiasActDropout`."""
+    """Computes residual + dropout(x + bias) in one pass, after `nn.Linear(..., bias=False)`.
+
+    Args:
+        features: Size of the bias.
+        p: The rate in [0, 1], or one for each feature.
+        device: Of the bias.
+        dtype: Of the bias.
+    """
 
     def __init__(
         self, features: int, p: Rate = 0.5, *, device: Any = None, dtype: torch.dtype | None = None
@@ -96,4 +103,12 @@ class BiasActDropout(_FusedDropoutBase):
 
 
 class BiasActDropoutAdd(_FusedDropoutBase):
-    """Computes residual + dropout(activation(x + bias)) in one pass, see `BiasActDropout`."""
+    """Computes residual + dropout(activation(x + bias)) in one pass.
+
+    Args:
+        features: Size of the bias.
+        p: The rate in [0, 1], or one for each feature.
+        activation: `"gelu"`, `"gelu_tanh"`, `"relu"`, `"silu"` or `"identity"`.
+        device: Of the bias.
+        dtype: Of the bias.
+    """

@@ -110,9 +110,18 @@ class ActivationNoise(_NoiseBase):
 class InputNoise(ActivationNoise):
     """Adds Gaussian noise to continuous inputs while training, such as pixels, waveforms and measurements.
 
-    Arguments, shapes and errors are those of `ActivationNoise`, but integers are refused: noise of 0.01 on a
-    token id, rounded down, leaves it or makes it the id before.  Use `TokenNoise` for tokens, and
-    `EmbeddingNoise` for their embeddings.
+    Works as `ActivationNoise`, but refuses integers: noise of 0.01 on a token id, rounded down, leaves it or
+    makes it the id before.  Use `TokenNoise` for tokens, and `EmbeddingNoise` for their embeddings.
+
+    Args:
+        std: Standard deviation, >= 0: in units of the inputs, or as a share of them.
+        kind: `"additive"` or `"multiplicative"`.
+
+    Raises:
+        ValueError: If std is out of range, or there is no such kind.
+
+    Shape:
+        Any; the output has the same.
 
     Reference:
         Bishop 1995, "Training with noise is equivalent to Tikhonov regularization".

@@ -40,24 +40,35 @@ class _Spatial(_DropoutBase):
 
 
 class Dropout1d(_Spatial, nn.Dropout1d):
-    """Zeroes channels of `[batch, channels, length]` or `[channels, length]` in training, see `Dropout`."""
+    """Zeroes whole channels of `[batch, channels, length]` or `[channels, length]` while training.
+
+    Args:
+        p: The rate in [0, 1], or one for each channel.
+        inplace: Whether to change the input.
+    """
 
     _dims, _ranks, _torch = 1, (2, 3), staticmethod(nn.functional.dropout1d)
 
 
 class Dropout2d(_Spatial, nn.Dropout2d):
-    """Zeroes whole channels of `[batch, channels, height, width]` while training, see `Dropout`.
+    """Zeroes whole channels of `[batch, channels, height, width]` while training.
 
     As in torch, three dimensions are taken for batch, channels and length, with a warning.
+
+    Args:
+        p: The rate in [0, 1], or one for each channel.
+        inplace: Whether to change the input.
     """
 
     _dims, _ranks, _torch = 2, (4,), staticmethod(nn.functional.dropout2d)
 
 
 class Dropout3d(_Spatial, nn.Dropout3d):
-    """Zeroes whole channels of `[batch, channels, depth, height, width]` while training, see `Dropout`.
+    """Zeroes whole channels of `[batch, channels, depth, height, width]`, or without batch, while training.
 
-    The batch may be missing.
+    Args:
+        p: The rate in [0, 1], or one for each channel.
+        inplace: Whether to change the input.
     """
 
     _dims, _ranks, _torch = 3, (4, 5), staticmethod(nn.functional.dropout3d)

@@ -70,7 +70,27 @@ class AdamW(Adam, torch.optim.AdamW):
 
     m ← β₁m + (1-β₁)g,  v ← β₂v + (1-β₂)g²,  p ← p - lr·λ·p - lr · m̂/(√v̂ + ε)
 
-    Arguments and errors are those of `Adam`; weight decay is decoupled by default.
+    Args:
+        params: Parameters, named parameters or groups, as for any torch optimizer.
+        lr: Learning rate, ≥ 0.
+        betas: Decay of the running averages of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator, ≥ 0.
+        weight_decay: Decoupled weight decay λ, ≥ 0.
+        amsgrad: Divide by the largest v so far.
+        maximize: Ascend instead of descend.
+        foreach: Taken as in torch, without effect: all tensors are always updated together.
+        capturable: For CUDA graphs.
+        differentiable: Not supported.
+        fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
+        decay: As for `Adam`, like all that follow; `"decoupled"` by default.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
+        bf16: How 16-bit weights are rounded.
+        state_dtype: Of the running averages.
+        nonfinite: What to do if a gradient is NaN or infinite.
+        seed: Base of the random numbers.
+
+    Raises:
+        ValueError: For values out of range, with torch's messages, and for options that are not supported.
 
     Reference:
         Loshchilov & Hutter 2019, "Decoupled weight decay regularization".

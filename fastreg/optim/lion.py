@@ -17,13 +17,22 @@ class Lion(FusedOptimizer):
 
     p ← p - lr·λ·p - lr · sign(β₁m + (1-β₁)g),  m ← β₂m + (1-β₂)g
 
-    Other arguments: see `Adam`.
-
     Args:
+        params: Parameters, named parameters or groups, as for any torch optimizer.
         lr: Learning rate, ≥ 0; 3 to 10 times smaller than for AdamW.
         betas: Interpolation for the update and decay of the momentum, each in [0, 1).
-        weight_decay: Weight decay λ, ≥ 0; 3 to 10 times larger than for AdamW.
-        decay: `"decoupled"` by default.
+        weight_decay: Decoupled weight decay λ, ≥ 0; 3 to 10 times larger than for AdamW.
+        maximize: Ascend instead of descend.
+        foreach: Taken as by torch's optimizers, without effect: all tensors are always updated together.
+        capturable: For CUDA graphs.
+        differentiable: Not supported.
+        fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
+        decay: As for `Adam`, like all that follow; `"decoupled"` by default.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
+        bf16: How 16-bit weights are rounded.
+        state_dtype: Of the momentum.
+        nonfinite: What to do if a gradient is NaN or infinite.
+        seed: Base of the random numbers.
 
     Raises:
         ValueError: For values out of range.

@@ -28,7 +28,10 @@ class Lookahead(Wrapper):
 
     Args:
         optimizer: Any optimizer.
-        k, alpha, pullback_momentum: See `SlowWeights`.
+        k: Steps between, ≥ 1; `lookahead_k` of the groups, which is saved.
+        alpha: Share of the way that slow weights go, in [0, 1]; `lookahead_alpha` of the groups.
+        pullback_momentum: What happens to the first moment then: `"none"`, `"reset"`, or `"pullback"`
+            towards a slow moment.
 
     Raises:
         TypeError: If optimizer is no optimizer.

@@ -118,7 +118,11 @@ class SAM(Wrapper):
         return options
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; `ValueError` for a `rho` or `eta` out of range, and as in torch."""
+        """Adds a parameter group to the base optimizer.
+
+        Raises:
+            ValueError: For a `rho` or `eta` out of range, and as in torch.
+        """
         _check({**self._options, **param_group})
         super().add_param_group(param_group)
 
@@ -228,7 +232,9 @@ class SAM(Wrapper):
     def second_step(self, zero_grad: bool = False, *, grad_scaler: Any = None) -> None:
         """Restores the weights and steps by the gradients of the perturbed ones.
 
-        Arguments are those of `first_step` and `step`.
+        Args:
+            zero_grad: Whether to clear gradients afterwards.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
 
         Raises:
             RuntimeError: Before `first_step`.
@@ -241,9 +247,14 @@ class SAM(Wrapper):
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scaler: Any = None) -> Any:
-        """Takes the second step while perturbed, or both with a closure; returns its first loss.
+        """Takes the second step while perturbed, or both with a closure.
 
-        For the closure see the class; `torch.amp.GradScaler.step(optimizer)` passes itself as `grad_scaler`.
+        Args:
+            closure: See the class.
+            grad_scaler: For `torch.amp.GradScaler.step(optimizer)`, which passes itself.
+
+        Returns:
+            The first loss of the closure, `None` without one.
 
         Raises:
             RuntimeError: Without a closure if `first_step` has not been called and is due; if a scaler has
@@ -331,8 +342,11 @@ class SAM(Wrapper):
     def maybe_no_sync(self, model: Any) -> Any:
         """Keeps gradients of the first pass local in the block, unless perturbations are shared.
 
+        Args:
+            model: A `DistributedDataParallel` model.
+
         Raises:
-            TypeError: If they are not, and the model is no `DistributedDataParallel`, with a `no_sync`.
+            TypeError: If the model has no `no_sync` and perturbations are not shared.
         """
         local = not (self.sync_perturbation or self.perturbed)
         if local and not hasattr(model, "no_sync"):

@@ -17,13 +17,26 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     g ← g + λp,  b ← μb + (1-τ)g,  p ← p - lr·b  (Nesterov: p ← p - lr·(g + μb); μ = 0: p ← p - lr·g)
 
-    Other arguments and errors: see `Adam`.
-
     Args:
+        params: Parameters, named parameters or groups, as for any torch optimizer.
+        lr: Learning rate, ≥ 0.
         momentum: Momentum μ, ≥ 0; 0 needs no buffer.
         dampening: Dampening τ of what enters the buffer after the first step.
+        weight_decay: Weight decay λ, ≥ 0.
         nesterov: Nesterov momentum; needs momentum > 0 and no dampening.
-        decay: `"l2"` by default.
+        maximize: Ascend instead of descend.
+        foreach: Taken as in torch, without effect: all tensors are always updated together.
+        differentiable: Not supported.
+        fused: The step is always fused; `True` leaves unscaling to it under a `torch.amp.GradScaler`.
+        decay: As for `Adam`, like all that follow; `"l2"` by default.
+        regularizers: Components such as `ClipNorm`, `GradientNoise`, `EMA`.
+        bf16: How 16-bit weights are rounded.
+        state_dtype: Of the momentum buffer.
+        nonfinite: What to do if a gradient is NaN or infinite.
+        seed: Base of the random numbers.
+
+    Raises:
+        ValueError: For values out of range, with torch's messages, and for options that are not supported.
 
     Reference:
         Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".

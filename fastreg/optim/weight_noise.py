@@ -47,6 +47,10 @@ class PerturbByNoise(Perturb):
         """The parameters of all groups."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def perturb(self) -> None:
+        """Adds noise to all weights."""
+        self._run_step(self._operands(self.parameters))  # the stage reads no gradients
+
 
 class WeightNoise:
     """Adds Gaussian noise to all weights while gradients are computed: w + std · N(0, 1), then restores them.
@@ -141,10 +145,14 @@ class WeightNoise:
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Adds noise to the weights until `restore`; raises as `perturbed` does."""
+        """Adds noise to the weights until `restore`.
+
+        Raises:
+            RuntimeError: If they are perturbed already.
+        """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already: call restore() first")
-        self._pass._run_step(self._pass._operands(self._pass.parameters))  # which reads no gradients
+        self._pass.perturb()
         self._perturbed = True
         layout.reshard(self._pass.parameters)
 
@@ -167,7 +175,11 @@ class WeightNoise:
         return {"seed": self.seed, "step": int(next(counts, 0))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads seed and count from a `state_dict`; raises as that does."""
+        """Loads seed and count from a `state_dict`.
+
+        Raises:
+            RuntimeError: While the weights are perturbed.
+        """
         self._refuse_perturbed("load_state_dict")
         key(state_dict["seed"], Purpose.WEIGHT_NOISE)  # refuses a seed that does not fit
         self._pass._seed = int(state_dict["seed"])
