@@ -23,7 +23,9 @@ from .sections import ANNEALING, SECTIONS, call, resolve_duration
 if TYPE_CHECKING:
     from .regularization import Regularization
 
-COMPONENTS = ("clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp")
+COMPONENTS = (
+    "clip", "gradient_noise", "ema", "swa", "lookahead", "msam", "l1", "l2sp",
+)  # fmt: skip
 """Sections that go into the optimizer's pass; of several averages, the first is evaluated."""
 
 EFFECTS: dict[str, Callable[[Any, Any], Callback]] = {
