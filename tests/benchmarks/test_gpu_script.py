@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(*arguments, out, **environment):
-    settings = os.environ | {"OUT": str(out), "PYTHON": sys.executable} | environment
-    settings.pop("TRITON_INTERPRET", None)
+    ours = {name: os.environ[name] for name in os.environ.keys() - {"TRITON_INTERPRET", "TRITON_CACHE_DIR"}}
+    settings = ours | {"OUT": str(out), "PYTHON": sys.executable} | environment
     return subprocess.run(
         [ROOT / "benchmarks" / "gpu.sh", *arguments],
         env=settings,
