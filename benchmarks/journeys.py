@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
@@ -63,10 +64,10 @@ def start() -> Journey:
     journey = Journey(collections.Counter(), collections.Counter(), set())
 
     def see(frame: types.FrameType, event: str, result: object) -> None:
-        path = Path(frame.f_code.co_filename)
+        path = frame.f_code.co_filename
         counts = {"fastreg": journey.host, "fastreg_kernels": journey.kernels}.get(_package(path))
         if event == "call" and counts is not None:
-            counts[str(path), _function(frame.f_code)] += 1  # type: ignore[index]
+            counts[path, _function(frame.f_code)] += 1  # type: ignore[index]
         if event == "return" and counts is journey.host:
             journey.records.update(_records([*frame.f_locals.values(), result]))
 
@@ -84,8 +85,9 @@ def follow(call: Callable[[], object]) -> Journey:
     return journey
 
 
-def _package(path: Path) -> str:
-    return next((part for part in reversed(path.parts[:-1]) if part.startswith("fastreg")), "")
+@functools.cache
+def _package(path: str) -> str:
+    return next((part for part in reversed(Path(path).parts[:-1]) if part.startswith("fastreg")), "")
 
 
 def _records(value: object) -> Iterator[str]:
