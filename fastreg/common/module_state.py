@@ -11,7 +11,7 @@ _WITHOUT_GENERATOR = ("cpu", "meta", "mps")
 
 @contextlib.contextmanager
 def preserve_modes(model: nn.Module | None, training: bool | None = None) -> Iterator[None]:
-    """Restores the training mode of every module of a model, if there is one, after the block.
+    """Restores the training mode of every module after the block; a model of `None` has none.
 
     In the block all have the mode `training`; `None` leaves them as they are.
     """

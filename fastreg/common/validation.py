@@ -24,7 +24,7 @@ _RANGES = {
 
 @contextlib.contextmanager
 def complete_torch_errors(**arguments: Any) -> Iterator[None]:
-    """Appends the allowed range to the messages of torch's constructors, which were called with arguments."""
+    """Appends the allowed range to the messages of a constructor of torch's that got these arguments."""
     try:
         yield
     except ValueError as error:

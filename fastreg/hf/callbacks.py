@@ -39,7 +39,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 def check_noise(source: str, args: Any) -> None:
-    """Raises `ValueError` if arguments of the Trainer add noise to embeddings besides a source of it."""
+    """Raises `ValueError` if the Trainer's arguments add noise to embeddings, as `source` does already."""
     if args.neftune_noise_alpha is not None:
         raise ValueError(
             f"embeddings would get noise twice: by {source} and by neftune_noise_alpha="

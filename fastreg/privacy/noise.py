@@ -170,7 +170,7 @@ class InPlaceNoise(MultiTensorOptimizer):
         self.__setstate__({"defaults": {}, "state": defaultdict(dict), "param_groups": [{"params": []}]})
 
     def add_noise(self, sums: list[Tensor], streams: list[int]) -> None:
-        """Adds noise to sums of parameters in place, whose indices in their optimizer are `streams`."""
+        """Adds noise to the sums of parameters in place; `streams` are their indices in the optimizer."""
         try:
             self._run_step(Operands(sums, list(sums), [0] * len(sums), streams))
         finally:  # the sums of the next step are other tensors

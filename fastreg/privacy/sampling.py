@@ -64,5 +64,5 @@ def poisson_loader(
 
 
 def _collated(collate_fn: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    """Returns a batch of samples, `None` of no sample."""
+    """Returns a batch made of samples; `None` if there are none."""
     return collate_fn(samples) if samples else None
