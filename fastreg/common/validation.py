@@ -56,7 +56,7 @@ def check_range(
     inside = (value > lowest if above else value >= lowest) and (
         value < highest if below else value <= highest
     )
-    if not inside or (finite and math.isinf(value)):
+    if not inside or (finite and abs(value) == math.inf):  # Dynamo traces no math.isinf
         if highest == math.inf:
             wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {lowest:g}"
         else:
@@ -66,16 +66,17 @@ def check_range(
 
 
 def check_rate(name: str, value: float) -> float:
-    """Returns a value as a float if it is a number in [0, 1]; raises as `check_range` does."""
+    """Returns a value as a float if it is a number in [0, 1]; errors are those of `check_range`."""
     return check_range(name, value, 0, 1)
 
 
 def check_int(name: str, value: int, lowest: int = 1) -> int:
-    """Returns a value as an int if it is a whole number, such as 3 or 3.0, but not `True`.
+    """Returns a value as an int if it is a whole number, such as 3, 3.0 or a 0-d tensor of 3, not `True`.
 
     Raises:
         ValueError: If the value is not a whole number, or below `lowest`.
     """
+    value = value.item() if isinstance(value, Tensor) and not value.dim() else value
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not math.isfinite(value) or int(value) != value or value < lowest:
         raise ValueError(f"{name} must be a whole number >= {lowest}, {_got(name, value)}")

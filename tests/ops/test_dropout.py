@@ -307,3 +307,23 @@ def test_opcheck(dtype):
     full = (x.detach(), torch.randn(8, dtype=dtype), x.detach(), seed, plain, 1, "gelu")
     torch.library.opcheck(dropout_ops.bias_act_dropout_add, full)
     torch.library.opcheck(dropout_ops.bias_act_dropout_backward, full)
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda x, p: functional.dropout(x, p),
+        lambda x, p: functional.bias_act_dropout_add(x, x[0], x, p, True, "gelu"),
+        lambda x, p: functional.drop_path(x, p),
+        lambda x, p: functional.token_noise(x.long(), p, 100),
+    ),
+    ids=("dropout", "bias_act_dropout_add", "drop_path", "token_noise"),
+)
+def test_rates_compile_into_one_graph(function, counting):
+    """A rate that changes is a symbol for Dynamo, and its checks must not break the graph."""
+    torch.compiler.reset()
+    graphs, compiler = counting
+    compiled = torch.compile(function, backend=compiler, fullgraph=True)
+    for p in (0.1, 0.2, 0.3, 0.4):
+        compiled(torch.ones(4, 8), p)
+    assert len(graphs) <= 2
