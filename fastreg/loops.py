@@ -12,7 +12,7 @@ of `Settings` as keyword arguments: epochs, mixed precision, accumulation, sched
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,12 +172,13 @@ def fine_tune_with_adaptive_regularization(
         bias for transfer learning with convolutional networks"; Howard & Ruder 2018, "Universal language
         model fine-tuning for text classification".
     """
-    if not isinstance(dropout, Sequence) or len(dropout) != 2:
+    ends = tuple(dropout) if isinstance(dropout, Iterable) and not isinstance(dropout, str) else ()
+    if len(ends) != 2:
         raise ValueError(
             "dropout must be two rates, of the first and the last layer, such as (0.05, 0.15), "
             f"got {dropout!r}"
         )
-    first, last = (check_rate("dropout", rate) for rate in dropout)
+    first, last = (check_rate("dropout", rate) for rate in ends)
     checked = _FineTuningSettings.from_options(settings)
     planned = checked.steps(dataloader)
     if planned is None:

@@ -1,5 +1,6 @@
 """Lion in one pass over memory."""
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +53,8 @@ class Lion(FusedOptimizer):
             raise ValueError(f"Tensor lr must be 1-element, got {lr=}")
         if not isinstance(lr, Tensor):
             check_range("lr", lr, 0, finite=False)
-        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+        numeric = all(isinstance(beta, (numbers.Real, Tensor)) for beta in betas)
+        if len(betas) != 2 or not numeric or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas=}")
         check_range("weight_decay", weight_decay, 0)
         if fused and foreach:

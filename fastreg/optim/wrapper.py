@@ -30,6 +30,8 @@ class Wrapper(torch.optim.Optimizer):
             inner = inner.base_optimizer
         return inner if isinstance(inner, FusedOptimizer) else None
 
+    engine = fused_optimizer  # the old name, for one release
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the base optimizer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -169,7 +170,7 @@ def _check(delta: float, sample_rate: float, accountant: str, backend: str) -> s
 
 
 def _check_delta(delta: float) -> None:
-    if not isinstance(delta, (int, float)) or not 0 < delta < 1:
+    if not isinstance(delta, numbers.Real) or not 0 < delta < 1:
         raise ValueError(
             f"delta must be in (0, 1), such as less than one by the number of samples, got {delta=}"
         )

@@ -326,4 +326,5 @@ def test_what_the_base_optimizer_offers():
         optimizer.nonsense  # noqa: B018
     assert optimizer.state is optimizer.base_optimizer.state
     assert optimizer.defaults is optimizer.base_optimizer.defaults
+    assert optimizer.engine is optimizer.fused_optimizer is optimizer.base_optimizer
     assert not hasattr(SAM(weights(), torch.optim.SGD, lr=0.1), "averaged")

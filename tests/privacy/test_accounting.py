@@ -6,6 +6,7 @@ import math
 import pickle
 import sys
 
+import numpy as np
 import pytest
 from opacus.accountants import GaussianAccountant, RDPAccountant
 
@@ -57,6 +58,7 @@ def test_known_noise_multipliers(target, rate, steps, expected):
     result = noise_multiplier_for(target, sample_rate=rate, steps=steps, delta=1e-5)
     assert math.isclose(result, expected, abs_tol=1e-5)
     assert epsilon(noise_multiplier=result, sample_rate=rate, steps=steps, delta=1e-5) <= target
+    assert epsilon(noise_multiplier=result, sample_rate=rate, steps=steps, delta=np.float64(1e-5)) <= target
     other = noise_multiplier_for(target, sample_rate=rate, steps=steps, delta=1e-5, backend="dp_accounting")
     assert abs(other - result) < 0.01 and "dp_accounting" in other.source
 
