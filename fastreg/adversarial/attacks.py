@@ -128,8 +128,8 @@ def ffgsm(
 ) -> Tensor:  # fmt: skip
     """Returns inputs after one step of FGSM from a random start in the ball, for fast adversarial training.
 
-    This is one step of `pgd` for `"linf"`, of length alpha, by default 1.25 epsilon.  Arguments, result and
-    errors are those of `pgd`; options are `mode`, `model` and `generator`.
+    This is one step of `pgd` for `"linf"`, of length alpha, by default 1.25 epsilon.  All other arguments,
+    result and errors are those of `fgsm`; options are `mode`, `model`, and `generator` as in `pgd`.
 
     Reference:
         Wong, Rice, Kolter 2020, "Fast is better than free: revisiting adversarial training".
@@ -229,6 +229,6 @@ class _Best:
                 "it with reduction='none'"
             )
         gains = self._sign * losses.float()
-        better = (gains > self._gains) | self._gains.isnan()  # the first ones are
+        better = (gains > self._gains) | self._gains.isnan()  # NaN before the first offer
         self.points = torch.where(better[:, None], points, self.points)
         self._gains = torch.where(better, gains, self._gains)

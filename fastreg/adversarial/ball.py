@@ -25,7 +25,7 @@ Range = tuple[Limit, Limit] | None
 
 
 class Layout:
-    """Reshapes tensors as x, `[samples, ...]`, to a row for each sample, in memory order, and back."""
+    """Reshapes tensors like x, `[samples, ...]`, to one row per sample, in memory order, and back."""
 
     def __init__(self, x: Tensor) -> None:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)

@@ -48,7 +48,7 @@ class Component:
     """
 
     def __init_subclass__(cls) -> None:
-        """Refuses methods by their old names, and sets `reads_gradients` of new `prepare` or `finish`."""
+        """Refuses methods with old names; sets `reads_gradients` of classes with a `prepare` or `finish`."""
         super().__init_subclass__()
         renamed = {"numbers": "step_scalars", "scalars": "device_scalars", "words": "rng_keys"}
         if old := vars(cls).keys() & renamed:

@@ -281,7 +281,8 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         """Returns the components that take part in a variant."""
         if variant is None:
             return list(self._components)
-        periodic = zip(self._overriding["due"], variant[1:], strict=len(variant) > 1)
+        _, *due_flags = variant
+        periodic = zip(self._overriding["due"], due_flags, strict=bool(due_flags))
         absent = [component for component, due in periodic if not due]
         return [component for component in self._components if component not in absent]
 

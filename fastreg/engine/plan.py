@@ -53,7 +53,7 @@ class PlannedBatch(Batch):
     """
 
     capturable: bool = False
-    variant: Variant = ()
+    variant: Variant = (False,)
     positions: list[int] = field(default_factory=list)  # among the parameters of this step
     groups: dict[int, int] = field(default_factory=dict)  # groups of these parameters: 0 for the first one
     owners: list[int] = field(default_factory=list)  # to which of these groups each parameter belongs
@@ -84,14 +84,16 @@ class PlannedBatch(Batch):
 
 @dataclass
 class Plan:
-    """The batches of a step, kept while the same is done to the same parameters, as components see them.
+    """The batches of a step, which components get in `prepare` and `finish`.
+
+    It is kept as long as steps do the same to the same parameters.
 
     Args:
         variants: The variant of all parameters, or of each.
         batches: The parameters that have gradients.
         elements: How many elements they have, shards elsewhere included.
         options: Options of the groups, for which the chains have been checked.
-        tensors: The local tensors of the parameters; like all that follows, of this step.
+        tensors: The local tensors of the parameters. These and all that follows are dropped after a step.
         states: Their states.
         absent: Local tensors and states of the other parameters that have been stepped before.
         measured: The norm of all gradients together, on each device, if any component needs it.

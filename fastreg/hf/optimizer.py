@@ -211,7 +211,7 @@ class SecondPass:
 
 
 def random_state(devices: Iterable[torch.device]) -> contextlib.ExitStack:
-    """Returns a stack whose `close` sets the generators that a forward pass may draw from as they are now."""
+    """Returns a stack; its `close` restores the generators of a forward pass to their present states."""
     stack = contextlib.ExitStack()
     stack.callback(random.setstate, random.getstate())
     stack.callback(numpy.random.set_state, numpy.random.get_state())

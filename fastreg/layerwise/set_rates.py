@@ -144,8 +144,7 @@ def choose(
     def inside(site: DropoutSite) -> bool:
         return only is None or site.stack.startswith(tuple(only))
 
-    targets = [site for site in audited.sites if site.role in roles and inside(site)]
-    targets = [site for site in targets if only is None or site.stack]
+    targets = [s for s in audited.sites if s.role in roles and inside(s) and (only is None or s.stack)]
     used = {(site.role, site.stack) for site in targets if site.uses != 0}
     for role in roles:
         candidates = injection_sites(model) if role == "hidden" else ()

@@ -26,7 +26,9 @@ MultiAvgFn = Callable[[Any, Any, Any], None]
 
 
 class ExponentialAverage:
-    """Exponential moving average for `AveragedModel`: average ← average + (1 - decay)(p - average).
+    """An exponential moving average, as an update for `AveragedModel`.
+
+    average ← average + (1 - decay)(p - average)
 
     It can be pickled, and also be passed to torch's `AveragedModel`.
 

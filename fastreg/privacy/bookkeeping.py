@@ -306,9 +306,11 @@ class BookKeeping:
                 p = use.layer.module._parameters[name]
                 if p in self._uses:
                     self._reused.add(p)
-                alone = p not in self._reused  # otherwise only the norm of the sum counts
-                measured = clipped_sums.measure(sample_grads, self._grams) if alone else None
-                self._uses.setdefault(p, []).append(measured or MeasuredGrad(sample_grads))
+                if p in self._reused:
+                    measured = MeasuredGrad(sample_grads)  # only the norm of the sum counts
+                else:
+                    measured = clipped_sums.measure(sample_grads, self._grams)
+                self._uses.setdefault(p, []).append(measured)
 
     def _finish(self, task: int) -> None:
         """Clips and sums when the backward pass has ended."""

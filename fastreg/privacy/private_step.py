@@ -307,7 +307,7 @@ class PrivateStep(Wrapper):
 
 
 def _checked(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Returns the innermost optimizer; refuses those whose use of gradients is no post-processing of sums."""
+    """Returns the innermost optimizer; refuses any that does more than post-process the noised sums."""
     inner: Any = base
     while isinstance(inner, Wrapper):
         if isinstance(inner, PrivateStep):

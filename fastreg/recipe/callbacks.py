@@ -136,7 +136,7 @@ class Callbacks(list[Callback]):
     ) -> Tensor:
         """Makes a whole step: all passes over the batch, the optimizer's step, and cleared gradients.
 
-        Arguments and result are those of `gradients`; `watch` is entered around all the optimizer does.
+        `loss` and the result are those of `gradients`; `watch` is entered around all that the optimizer does.
         """
         watch = _IDLE if watch is None else watch
         value = self.gradients(loss, watch=watch)

@@ -99,7 +99,10 @@ class Section:
         """Returns the settings of a section that is part of another one or of a list, and on."""
         settings = self.read(name, value)
         if not isinstance(settings, dict):
-            raise ValueError(f"{name} must be settings, or true for defaults, got {value!r}: leave it out")
+            raise ValueError(
+                f"{name} must be settings by name, or true for the defaults, got {value!r}; "
+                "to switch it off, leave it out"
+            )
         return settings
 
     def make(

@@ -48,7 +48,7 @@ def dropout_backward(
 
 
 def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns x + bias in the precision of the arithmetic."""
+    """Returns x + bias in the precision of the arithmetic, see `reference.step.compute_dtype`."""
     compute = torch.promote_types(dtype, torch.float32)
     return x.to(compute) if bias is None else x.to(compute) + bias.to(compute)
 

@@ -42,7 +42,7 @@ def write_float16(weight: Tensor, at: PhiloxPosition, key: Tensor) -> tuple[Tens
 
 def read_split(high: Tensor, low: Tensor) -> Tensor:
     """Returns the float32 whose nearest bfloat16 is `high` and whose lower 16 bits are `low`, an int16."""
-    bits = (high.view(torch.int16).to(torch.int64) << 16) + low & 0xFFFFFFFF
+    bits = ((high.view(torch.int16).to(torch.int64) << 16) + low) & 0xFFFFFFFF
     return (bits - ((bits >> 31) << 32)).to(torch.int32).view(torch.float32)
 
 

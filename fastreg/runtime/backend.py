@@ -26,7 +26,7 @@ COMPILE_FROM = 1_000_000
 
 VARIABLE = "FASTREG_BACKEND"
 override: str | None = None
-"""The backend that `use_backend` asks for; before its first use, `None`: the environment variable counts."""
+"""The backend that `use_backend` has chosen; if it was never called, `None`, and the variable decides."""
 
 _compiles = True
 

@@ -29,7 +29,9 @@ HEADER = tl.constexpr(5)
 class Stage(NamedTuple):
     """One stage of the chain, as the kernel sees it."""
 
-    fn: Any  # device function (p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)
+    # device function (p, u, at, *buffers, *units, *device_scalars, *rng_keys, *step_scalars)
+    # -> (p, u, new buffers)
+    fn: Any
     state: tuple  # table columns: addresses of its buffers
     dtypes: tuple  # and what these hold
     device_scalars: tuple  # table columns: addresses of float64 device scalars
