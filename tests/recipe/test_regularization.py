@@ -107,7 +107,7 @@ WRONG = [
     ({"msam": 0.3, "weight_decay": {"kind": "cautious"}}, "MSAM does not go with decay='cautious'"),
     ({"ema": 1.0}, "ema: decay must be in [0, 1)"),
     ({"ema": [{"decay": 0.9}, {"decay": 0.99}]}, "each average needs a name of its own, got 'ema'"),
-    ({"ema": [{"name": "a"}, None]}, "ema[1] must be settings, or true for defaults, got None"),
+    ({"ema": [{"name": "a"}, None]}, "ema[1] must be settings by name, or true for the defaults, got None"),
     (
         {"swa": math.nan},
         "swa must be a whole number of steps, or a share",
