@@ -121,5 +121,5 @@ def check_known(
     for name in names:
         if name not in known:
             similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-            hint = f"did you mean {similar[0]!r}? " if similar else ""
-            raise error(f"{start} {name!r}; {hint}There are {', '.join(known) or 'none'}")
+            hint = f"did you mean {similar[0]!r}? There" if similar else "there"
+            raise error(f"{start} {name!r}; {hint} are {', '.join(known) or 'none'}")

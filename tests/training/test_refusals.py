@@ -30,7 +30,7 @@ quiet = {"progress": False}
         ({"warmup": -1}, ValueError, "warmup must be a whole number >= 0"),
         ({"amp": "int8"}, ValueError, "amp must be"),
         ({"epoch": 3}, TypeError, "there is no setting 'epoch'; did you mean 'epochs'"),
-        ({"clip": 3}, TypeError, "there is no setting 'clip'; There are epochs, max_steps"),
+        ({"clip": 3}, TypeError, "there is no setting 'clip'; there are epochs, max_steps"),
         ({"loss_fn": F.mse_loss, "compute_loss": F.mse_loss}, ValueError, "not both"),
         ({"optimizer": torch.optim.SGD, "regularizers": [fastreg.EMA(0.9)]}, TypeError, "no regularizers"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, TypeError, "must be a class"),
