@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastreg.cli import document
 from fastreg.runtime import kernel_cache
@@ -90,16 +91,30 @@ def items(
     return made
 
 
+class ZeroedMemory(TorchFunctionMode):
+    """Gives zeros instead of uninitialized memory.
+
+    No kernel runs here, so a flag that the host reads would be left over from earlier tensors. If it were not
+    0, the step would count as skipped, and the kernels of the steps after it would not be compiled.
+    """
+
+    ZEROED = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.ZEROED.get(func, func)(*args, **(kwargs or {}))
+
+
 def run(item: Item) -> None:
     """Launch what an item needs, on tiny tensors."""
     dtype = DTYPES.get(item.kind, torch.bfloat16)
     chain = chains.known(item.family)
     shapes = [(3, 5, item.features)]
     inputs = families.Inputs(dtype, "cpu", "triton", shapes, storage=item.kind if chain else None)
-    if chain:
-        families.stepped(item.family, inputs, item.nonfinite)
-    else:
-        families.run(item.family, inputs)
+    with ZeroedMemory():
+        if chain:
+            families.stepped(item.family, inputs, item.nonfinite)
+        else:
+            families.run(item.family, inputs)
 
 
 def fill(

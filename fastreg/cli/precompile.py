@@ -14,7 +14,7 @@ Compile the kernels that fastreg ships into Triton's cache, for a container imag
 time is short. No GPU is needed. A run finds them where fastreg, triton and Python have the same versions, in
 the folder that --out names: set TRITON_CACHE_DIR to it, or leave --out away. The folder must keep its path,
 because Triton stores paths in it; and for its own launchers, Triton still needs a C compiler where it runs.
-All kernels take about a minute on two cores and 19 MB for each target; --only takes those of some chains."""
+All kernels take about a minute on two cores and 18 MB for each target; --only takes those of some chains."""
 
 
 def add_parser(commands: Any) -> None:

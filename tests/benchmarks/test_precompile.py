@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import fastreg
 from fastreg.cli import main
@@ -119,6 +120,19 @@ def test_keys_do_not_depend_on_what_came_before():
             if isinstance(value, constexpr)
         ]
         assert not named, f"{function.__name__} names {named}"
+
+
+@pytest.mark.parametrize("chain", ["AdamW+Lookahead", "AdamW+pullback"])
+def test_uninitialized_flags_skip_no_step(chain, monkeypatch):
+    """If the first step counted as skipped, the second would not synchronise the slow weights."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # `torch.empty` holds NaN
+    try:
+        with stub.stub_driver():
+            precompile.run(precompile.Item(chain, "fp32", "skip"))
+            assert stub.variants()["step_kernel"] == 2  # where slow weights are due, and where they are not
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_all_that_is_shipped_is_compiled_by_default():
