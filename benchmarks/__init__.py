@@ -1,4 +1,4 @@
-"""Benchmarks and the code audit."""
+"""Benchmarks of fastreg and the audit of its machine code."""
 
 SUITES = (
     "rules", "regularizers", "norm", "penalty", "sam", "averages", "dropout", "noise", "adversarial",

@@ -1,4 +1,4 @@
-"""Measures the memory a training step keeps for its backward pass, with stored masks and without.
+"""Measures the memory that a training step keeps for its backward pass, with and without stored masks.
 
 python -m fastreg_benchmarks.activation --json benchmarks/results/activation.json
 """
@@ -23,7 +23,7 @@ from fastreg.cli import document
 
 @dataclass
 class Saved:
-    """Storages that autograd has kept, each counted once."""
+    """Storages of tensors that autograd has saved, each counted once, without known ones."""
 
     storages: dict[int, Tensor] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
@@ -35,7 +35,7 @@ class Saved:
 
 @contextmanager
 def saved_bytes(known: Any = ()) -> Iterator[Saved]:
-    """Counts what the block keeps for the backward pass, except tensors known before."""
+    """Counts the bytes that the block keeps for its backward pass, except those of known tensors."""
     saved = Saved(known={t.untyped_storage().data_ptr() for t in known})
 
     def pack(tensor: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def saved_bytes(known: Any = ()) -> Iterator[Saved]:
 
 
 def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> list[dict[str, Any]]:
-    """Measures what a training step of GPT-2 keeps for its backward pass, with torch's and fastreg's dropout.
+    """Measures the bytes that GPT-2 keeps for its backward pass, with the dropout of torch and of fastreg.
 
-    The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte an element on CUDA.
+    The masks of `nn.Dropout` have the dtype of the activations on a CPU, and a byte per element on CUDA.
     """
     transformers: Any = importlib.import_module("transformers")
     results = []
@@ -74,7 +74,7 @@ def activation_memory(rows: int = 1, columns: int = 256, layers: int = 12) -> li
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints, and writes the results."""
+    """Measures and prints the results, and writes them to a file if one is named; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.activation", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)

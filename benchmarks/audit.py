@@ -1,7 +1,7 @@
-"""The code audit: every kernel compiled ahead of time, with no GPU needed, and its machine code read.
+"""Audits the machine code of every kernel, compiled ahead of time without a GPU.
 
 A kernel that computes the right numbers can still load one element at a time, spill its registers or do
-arithmetic on scalars in the wrong precision.  No test of results sees that; this does.
+arithmetic on scalars in the wrong precision.  Tests of results do not notice that; the audit does.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from .kernels import Entry
 from .stub import TARGETS
 
 H200_LANES = 132 * 128 * 1.98e9
-"""Instructions an H200 can issue per second, over all lanes."""
+"""Instructions that an H200 can issue per second, counted once for each lane of a warp."""
 H200_BYTES = 4.3e12
-"""Bytes per second of a copy on an H200."""
+"""Bytes that a copy on an H200 moves per second."""
 SHARE = 8
-"""Elements of a chunk that a thread works on at least."""
+"""Fewest elements of a chunk that a thread works on."""
 
 
 @dataclass
 class Report:
-    """What the compiled kernel is like."""
+    """Properties of a compiled kernel, read from its machine code."""
 
     entry: Entry
     target: str
     registers: int
     local: int  # bytes of stack and local memory
-    spills: int  # bytes of spilled registers that are moved; on AMD the registers
+    spills: int  # bytes that spills move; on AMD the number of spilled registers
     shared: int
-    instructions: float | None  # per element, the share of what comes before the loop included
+    instructions: float | None  # per element, with a share of those before the main loop
     loads: list[int]  # widths in bits of the main loop's global loads
     stores: list[int]
     narrow: int  # global accesses of the main loop below 128 bits
     moved: tuple[float, float] | None  # bytes read and written per element in the main loop
-    in_flight: int | None = None  # loads of a thread that are issued before the first of them is used
+    in_flight: int | None = None  # loads that a thread issues before it uses the first of them
     scalar_arithmetic: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> list[str]:
-        """What the audit holds against it, in words."""
+        """The faults that the audit finds, in words."""
         faults = []
         if self.local:
             faults.append(f"{self.local} bytes of local memory")
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def bound(self) -> tuple[str, float] | None:
-        """What limits it on an H200 at perfect issue, and the fraction of the copy bandwidth that leaves."""
+        """The limit of the kernel on an H200 at perfect issue, and its bandwidth over that of a copy."""
         if not self.instructions:
             return None
         fraction = self.entry.bytes / H200_BYTES * H200_LANES / self.instructions
@@ -89,10 +89,10 @@ class Report:
 
 
 def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and alignments as Triton's compiler takes them; pointers are aligned to 16 bytes."""
+    """Returns types, constants and alignments for Triton's compiler; pointers are aligned to 16 bytes."""
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
-    pointers: list[tuple[int, ...]] = []  # within tuples
+    pointers: list[tuple[int, ...]] = []  # their paths within tuples
 
     def leaves(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
@@ -117,19 +117,19 @@ def signature(entry: Entry) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, A
 
 
 def compile_entry(entry: Entry, target: str) -> Any:
-    """Compile an entry point for a target."""
+    """Compiles an entry point for one of the `TARGETS`."""
     source = ASTSource(entry.kernel, *signature(entry))
     return triton.compile(source, target=TARGETS[target], options=entry.options)
 
 
 def audit(entry: Entry, target: str) -> Report:
-    """Compile an entry point and read its code."""
+    """Compiles an entry point and reads its machine code."""
     compiled = compile_entry(entry, target)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     report = read(entry, target, compiled)
     if entry.kernel is step_kernels.step_kernel:
-        # On a block an operation has type tensor<...>; on a scalar f32 it was left to the device to work out
-        # what the host knows better: 1 - beta2 in float32 is off by 1.3e-5 in exp_avg_sq.
+        # Operations on blocks have type tensor<...>; a plain f32 or f64 is arithmetic on scalars, which the
+        # host does more precisely: 1 - beta2 in float32 puts exp_avg_sq off by 1.3e-5.
         report.scalar_arithmetic = re.findall(
             r"arith\.(?:add|sub|mul|div)f [^:]*: f(?:32|64)", compiled.asm["ttir"]
         )
@@ -161,7 +161,7 @@ def _read_nvidia(entry: Entry, target: str, compiled: Any) -> Report:
 
 
 def _elements(moved: int, entry: Entry) -> int:
-    """Elements a thread works on in one turn of the main loop: a chunk's share, or a multiple if unrolled."""
+    """Returns the elements of a thread in one turn of the main loop: `SHARE`, or a multiple if unrolled."""
     share = SHARE
     return share * max(1, round(moved / entry.bytes / share))
 
@@ -177,13 +177,13 @@ def _read_amd(entry: Entry, target: str, compiled: Any) -> Report:
         entry, target, number("vgpr_count"), number("private_segment_fixed_size"), number("vgpr_spill_count"),
         compiled.metadata.shared, None, *([128] * (kind in wide) for kind in ("load", "store")), 0, None,
     )  # fmt: skip
-    expected = entry.bytes * SHARE // 16  # accesses of a thread to its elements of one chunk
+    expected = entry.bytes * SHARE // 16  # 128-bit accesses of a thread to its elements of one chunk
     report.narrow = max(0, expected - len(wide))
     return report
 
 
 def row(report: Report) -> dict[str, Any]:
-    """What the table and the JSON tell of a kernel."""
+    """Returns a kernel's row of the table and of the JSON file."""
     bound, fraction = report.bound or (None, None)
     return {
         "kernel": report.entry.name, "target": report.target, "registers": report.registers,
@@ -212,12 +212,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as aligned text."""
+    """Returns rows as text with aligned columns."""
     return aligned([list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Audit all entry points for the targets given, all of them by default."""
+    """Audits all entry points for some targets, by default all; returns 1 if there are faults, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.audit", description=__doc__)
     parser.add_argument(
         "targets", nargs="*", default=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS)

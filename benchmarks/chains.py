@@ -1,7 +1,8 @@
-"""The written list of chains that fastreg ships, for the code audit and the benchmarks.
+"""Lists the chains that fastreg ships, for the code audit and the benchmarks.
 
-Each row says what a step must move and what it may cost: bytes per parameter follow from the dtypes, the
-instruction budgets are for sm_90 and are what keeps a step bound by memory rather than by issue.
+Each row says how many bytes a step must move and how many instructions it may take.  Bytes per parameter
+follow from the dtypes.  Budgets of instructions are for sm_90: within them a step is bound by memory, not by
+the issue of instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_NORM, VALUE, STD, STRENGTH, DECAY, RHO, K, ALPHA = 1.0, 1.0, 0.01, 1e-3, 0.9
 
 
 class Shipped(NamedTuple):
-    """A chain at a combination of dtypes, with what the audit holds it to."""
+    """A chain at a combination of dtypes, with its budget in the code audit."""
 
     name: str
     storage: str  # one of `STORAGES`
@@ -33,12 +34,12 @@ class Shipped(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Per parameter: weight and state read and written, gradient read."""
+        """Bytes per parameter: weight and state read and written, gradient read."""
         return sum(moved(self.chain, self.dtypes))
 
     @property
     def bytes_with_norm(self) -> int:
-        """Per parameter, with what norms read: of gradients that are clipped, of the momentum of MSAM."""
+        """Bytes per parameter, with those read for norms: of clipped gradients, and of MSAM's momentum."""
         parts = self.name.split("+")
         momentum = momentum_read(self.chain, self.dtypes) if "MSAM" in parts else 0
         return self.bytes + self.dtypes[1].itemsize * ("clip" in parts) + momentum
@@ -64,14 +65,14 @@ COMPONENTS: dict[str, Callable[[float, float], Any]] = {
     "MSAM": lambda max_norm, rho: fastreg.MSAM(rho),
     "dp": lambda *_: PrivateNoise(NoiseKey()),
 }
-"""What else the name of a chain may hold besides SAM or ASAM, made of max_norm and rho."""
+"""Other parts that the name of a chain may hold, besides SAM and ASAM; each is made from max_norm and rho."""
 READ_ONLY = ("l2_sp_start", "slow_momentum")
 """Buffers that a pass does not write."""
 WRITE_ONLY = ("sam_backup", "rounded", "slow_momentum")
-"""Buffers that a stage does not read: the compiler drops the loads.  Buffers in both lists are not touched by
-the pass; another one updates them."""
+"""Buffers that a stage does not read: the compiler drops the loads.  The pass does not touch buffers in both
+lists; another pass updates them."""
 GRADIENT_FREE = ("regularizers.lookahead", "ascent.noise")
-"""Stages that leave the gradient alone; a chain of nothing else does not read it."""
+"""Stages that do not use the gradient; a chain of such stages only does not read it."""
 
 STORAGES = {
     "fp32": (torch.float32, "stochastic", None),
@@ -79,10 +80,10 @@ STORAGES = {
     "bf16": (torch.bfloat16, "stochastic", None),
     "remainder": (torch.bfloat16, "remainder", None),
 }
-"""Weights and gradients, how bf16 is rounded, and the dtype of the state if it is another."""
+"""Dtype of weights and gradients, mode of bf16 weights, and dtype of the state if it is another."""
 
-# Instructions per parameter on sm_90, for each of the storages.  For SAM: the base optimizer's step, reading
-# the backup; for Lookahead the step that synchronizes.
+# Instructions per parameter on sm_90, for each of the storages.  For SAM they are those of the base
+# optimizer's step, which reads the backup; for Lookahead those of a step that synchronizes.
 BUDGETS = {
     "AdamW": (30, 50.5, 49.5, 42.5),
     "clip+AdamW": (31.5, 52, 50.5, 43),
@@ -109,7 +110,7 @@ BUDGETS = {
     "dp+clip+AdamW": (85, 104.5, 104, 98.5),
 }
 
-# Passes of their own, for weights in float32 and in bfloat16.
+# Instructions per parameter on sm_90 of passes outside the step, for weights in float32 and in bfloat16.
 PASSES = {
     "SAM climb": (11.5, 26.5),
     "ASAM climb": (16, 31),
@@ -121,12 +122,15 @@ PASSES = {
 
 
 def without(name: str, part: str) -> str:
-    """The chain that leaves a part out."""
+    """Returns the name of a chain without one of its parts."""
     return "+".join(other for other in name.split("+") if other != part)
 
 
 def known(name: str) -> bool:
-    """Whether a chain of this name can be made and stepped: one update rule, and other parts once each."""
+    """Returns whether a chain of this name can be made and stepped without `DPOptimizer`.
+
+    It must have one update rule, and other parts at most once each.
+    """
     parts = name.split("+")
     others = [part for part in parts if part not in OPTIMIZERS]
     possible = (COMPONENTS.keys() - {"dp"}) | {"SAM", "ASAM"}
@@ -134,13 +138,13 @@ def known(name: str) -> bool:
 
 
 def rule(name: str) -> str:
-    """The update rule of a chain: "AdamW" of "clip+AdamW+EMA"."""
+    """Returns the update rule of a chain: "AdamW" of "clip+AdamW+EMA"."""
     (result,) = set(name.split("+")) & OPTIMIZERS.keys()
     return result
 
 
 def moved(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
-    """Bytes per parameter that a pass reads and writes, by the dtypes of weight, gradient and buffers."""
+    """Returns the bytes read and written per parameter, for dtypes of weight, gradient and buffers."""
     sizes = _sizes(chain, dtypes)
     state = [buffer.name for stage in chain.stages for buffer in stage.buffers]
     read = [*(name for name in state if name not in WRITE_ONLY), *chain.storage.sources]
@@ -150,9 +154,9 @@ def moved(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
 
 
 def momentum_read(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> int:
-    """Bytes per parameter that the norm of the momentum reads: the gradient, and the momentum as it was.
+    """Returns the bytes per parameter that the norm of the momentum reads: gradient and old momentum.
 
-    The weight as well where an L2 penalty belongs to the gradient, as torch's SGD has it.
+    It reads the weight as well where an L2 penalty is added to the gradient, as in torch's SGD.
     """
     names = ["gradient", next(stage.buffers[0].name for stage in chain.stages if stage.momentum)]
     if any(stage.kernel == "regularizers.l2_decay" for stage in chain.stages):
@@ -169,14 +173,14 @@ def _sizes(chain: Chain, dtypes: tuple[torch.dtype, ...]) -> dict[str, int]:
 def optimizer(
     name: str, params: Iterable[Any], max_norm: float = MAX_NORM, rho: float = RHO, **options: Any
 ) -> Any:
-    """The fastreg optimizer that runs the chain of this name; with "dp" one that `DPOptimizer` would step.
+    """Returns the fastreg optimizer that runs a chain; one with "dp" can be stepped by `DPOptimizer` only.
 
     Args:
         name: Such as "clip+noise+AdamW+EMA".
         params: The parameters.
-        max_norm: For the clipping, where the chain clips.
-        rho: For the perturbation, where it has one.
-        options: For the optimizer, such as `lr`.
+        max_norm: Largest norm, if the chain clips.
+        rho: Size of the perturbation, if the chain has one.
+        options: Options of the optimizer, such as `lr`.
     """
     make, settings = OPTIMIZERS[rule(name)]
     parts = name.split("+")
@@ -188,7 +192,7 @@ def optimizer(
 
 
 def whole_step(made: Any) -> Callable[[], Any]:
-    """A step on the gradients that are there; for SAM, of fastreg or others, both of its steps."""
+    """Returns a function that steps on the present gradients; for SAM of any library, by both steps."""
     if not hasattr(made, "first_step"):
         return made.step
 
@@ -200,7 +204,7 @@ def whole_step(made: Any) -> Callable[[], Any]:
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every chain at every combination of dtypes, then what passes over the parameters besides."""
+    """Yields every chain at every combination of dtypes, then the passes outside the step."""
     for name, budgets in BUDGETS.items():
         for storage, budget in zip(STORAGES, budgets, strict=True):
             yield at(name, storage, budget)
@@ -210,7 +214,7 @@ def shipped() -> Iterator[Shipped]:
 
 
 def at(name: str, storage: str, budget: float = float("inf"), **options: Any) -> Shipped:
-    """The chain of this name at a combination of dtypes, with options of the optimizer."""
+    """Returns the chain of a name at one of the `STORAGES`, with options of the optimizer."""
     dtype, bf16, state_dtype = STORAGES[storage]
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
     made = optimizer(name, [parameter], bf16=bf16, state_dtype=state_dtype, **options)
@@ -223,7 +227,7 @@ def at(name: str, storage: str, budget: float = float("inf"), **options: Any) ->
 
 
 def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
-    """A pass of this name over weights of a dtype."""
+    """Returns one of the `PASSES` over weights of the dtype of a storage."""
     dtype = STORAGES[storage][0]
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
     group = 0
@@ -248,7 +252,7 @@ def pass_at(name: str, storage: str, budget: float = float("inf")) -> Shipped:
 
 
 def _state_dtypes(made: MultiTensorOptimizer, chain: Chain, parameter: Any) -> list[torch.dtype]:
-    """What the buffers of a chain hold; as in a step, by all that is ever done to the parameter."""
+    """Returns the dtypes of a chain's buffers; as in a step, they follow from the parameter's whole chain."""
     whole, state = made.chain(made.param_groups[-1], parameter.dtype), made.state[parameter]
     return [
         state[b.name].dtype if b.name in state else made.buffer_dtype(whole, b, parameter)

@@ -1,4 +1,4 @@
-"""What a first step takes in a process: on a CPU compiled or loaded, and kernels compiled for a GPU or found.
+"""Measures the time to compile a step on a CPU and all kernels for a GPU, and the time if they are cached.
 
 python -m fastreg_benchmarks.cold_start --json benchmarks/results/cold_start.json
 """
@@ -35,11 +35,14 @@ for _ in range(2):
 print(*seconds)
 """
 LATER = 3
-"""Processes that find what the first one has made."""
+"""Number of later processes, which load what the first one has compiled."""
 
 
 def steps() -> dict[str, Any]:
-    """Seconds of the first compiled step and of the second, in a first process and in later ones."""
+    """Measures the seconds of the first compiled step in a process, when nothing is cached and later.
+
+    Returns both, and the seconds of a second step; those of later processes are medians.
+    """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ, "FASTREG_BACKEND": "compiled",
@@ -59,7 +62,7 @@ def steps() -> dict[str, Any]:
 
 
 def kernels(target: str = "sm_90") -> dict[str, Any]:
-    """Seconds and bytes of `fastreg precompile`, and its seconds where all is there."""
+    """Measures the seconds and bytes of `fastreg precompile`, and its seconds when all kernels are cached."""
     with tempfile.TemporaryDirectory() as folder:
         work, jobs = precompile.items(), os.cpu_count() or 1
         first = precompile.fill(target, Path(folder), work, jobs)
@@ -72,7 +75,7 @@ def kernels(target: str = "sm_90") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write."""
+    """Measures and prints all figures, and writes them to a file if one is named; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.cold_start", description=__doc__)
     parser.add_argument("--json", type=Path, help="write it here")
     options = parser.parse_args(arguments)

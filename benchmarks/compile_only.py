@@ -1,9 +1,9 @@
-"""A plugin of pytest: kernels are compiled as on a GPU and launched into nothing, to fill Triton's cache.
+"""Plugin of pytest that compiles the kernels of tests as on a GPU, without launching them.
 
     TRITON_CACHE_DIR=... pytest -p fastreg_benchmarks.compile_only tests/kernels
 
-Tests fail, because nothing is computed; what they would launch on `FASTREG_TARGET`, by default sm_90, is in
-the cache afterwards.
+This fills Triton's cache with the kernels that the tests launch on `FASTREG_TARGET`, by default sm_90.  The
+tests fail, because nothing is computed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _entered: list[Any] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Launch into nothing, in this process and in those of workers."""
-    os.environ |= {"TRITON_INTERPRET": "0", "TRITON_STORE_BINARY_ONLY": "1"}  # not by the tests' own choice
+    """Activates a driver that runs nothing, in this process or in a worker."""
+    os.environ |= {"TRITON_INTERPRET": "0", "TRITON_STORE_BINARY_ONLY": "1"}  # `tests` would interpret them
     from .recording import recording_driver
 
     driver = recording_driver(os.environ.get("FASTREG_TARGET", "sm_90"))
@@ -27,6 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Launch as before."""
+    """Deactivates the driver that runs nothing."""
     while _entered:
         _entered.pop().__exit__(None, None, None)

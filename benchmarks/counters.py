@@ -1,4 +1,4 @@
-"""Hardware counters of five kernels by Nsight Compute: bandwidth, issue slots, sectors for each request."""
+"""Reads hardware counters of five kernels by Nsight Compute: bandwidth, issue slots, sectors per request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS: dict[str, tuple[str, tune.Make]] = {
     "noise, 256 M bf16": ("noise_kernel", tune._noise),
     "ghost norms bf16": ("ghost_sums_kernel", functools.partial(tune._ghost, torch.bfloat16)),
 }
-"""What is measured, and the kernel in it."""
+"""The name of the kernel to measure and the workload that launches it, by row."""
 METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes.sum.per_second": "bytes_per_second",
@@ -33,11 +33,14 @@ METRICS = {
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio": "sectors_per_load",
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio": "sectors_per_store",
 }
-"""What ncu is asked for, and what a row calls it; shares are percentages."""
+"""Names of the metrics in ncu, and in a row; shares are percentages."""
 
 
 def run(ledger: Ledger, where: str, dry: bool) -> bool:
-    """Measure all; whether it worked.  In a dry run the kernels are launched, and nothing is measured."""
+    """Measures all kernels; returns whether ncu has reported every one.
+
+    A dry run launches the kernels and measures nothing.
+    """
     if dry:
         launch(where, dry)
         ledger.add("dry", {"launched": list(RUNS)})
@@ -60,7 +63,7 @@ def run(ledger: Ledger, where: str, dry: bool) -> bool:
 
 
 def launch(where: str, dry: bool) -> None:
-    """Run everything once to warm up, and once to be measured."""
+    """Runs every workload once to warm up, then once while the profiler records."""
     runs: list[Callable[[], Any]] = [make(torch.device(where), dry)[0] for _, make in RUNS.values()]
     for run in runs:
         run()
@@ -75,7 +78,7 @@ def launch(where: str, dry: bool) -> None:
 
 
 def parsed(text: str) -> dict[str, Row]:
-    """Rows by kernel, the last launch of each, from what ncu prints as CSV behind its own lines."""
+    """Returns a row for the last launch of each kernel, from ncu's output: other lines, then CSV."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows: dict[str, Row] = {}

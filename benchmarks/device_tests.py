@@ -1,6 +1,7 @@
-"""The kernel tests on a GPU by many workers, the most important files first, each outcome written down.
+"""Runs the kernel tests on a GPU in several processes, the most important files first.
 
-What has passed in an earlier run is not run again (`outcomes` is the plugin of pytest that sees to both).
+The pytest plugin `outcomes` writes the outcome of each test, and leaves out tests that passed in an earlier
+run.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ FILES = (
 )  # fmt: skip
 DRY = ("tests/optim/test_gpu.py", "tests/kernels/test_norm.py", "tests/nn/test_drop_path.py")
 PASSED = "FASTREG_PASSED"
-"""Names the file of what has passed before, which is the same for all workers from start to end."""
+"""Environment variable with the name of the list of tests to leave out; all workers read the same list."""
 
 ledger: Ledger | None = None
-"""Where outcomes go; `None` in a worker, whose outcomes the first process gets."""
+"""Receives the outcomes; `None` in a worker, which sends its outcomes to the first process."""
 
 
 def run(into: Ledger, where: str, dry: bool) -> bool:
-    """Run the tests; whether all have passed."""
+    """Runs the tests that have not passed yet; returns whether none has failed."""
     global ledger
     ledger = into
     passed = [name for name, row in into.rows.items() if settled(row)]
@@ -55,6 +56,6 @@ def run(into: Ledger, where: str, dry: bool) -> bool:
 
 
 def counts(rows: dict[str, Row]) -> dict[str, int]:
-    """How many tests have passed, been skipped and failed."""
+    """Returns the numbers of tests that have passed, were skipped and have failed, by outcome."""
     outcomes = [row["outcome"] for row in rows.values()]
     return {outcome: outcomes.count(outcome) for outcome in ("passed", "skipped", "failed")}

@@ -1,4 +1,4 @@
-"""A kernel entry point with its arguments and its budget, as the code audit reads it."""
+"""Describes a kernel entry point for the code audit: its arguments and its budget."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fastreg.runtime.launch_parameters import LaunchParameters
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel entry point with the arguments it is compiled for.
+    """A kernel entry point with the arguments for which it is compiled, and its limits.
 
     Args:
-        name: What the table calls it.
+        name: Name in the table.
         kernel: The `@triton.jit` function.
-        arguments: Types of the run-time arguments by name; tuples of stages as they are.
+        arguments: Types of the run-time arguments by name; tuples of stages stand for themselves.
         constants: Compile-time arguments.
         reads: Bytes read per element.
         writes: Bytes written per element.
         budget: Instructions per element allowed on sm_90; `None` for a kernel that runs once a step.
-        gathers: Loads per element that are not wide: of what a unit shares, out of the cache.
-        options: How it is compiled.
-        multiples: Integers that are multiples of 16, which a launch sees to.
-        in_flight: Loads that a thread must have issued before the first is used, on sm_90: of kernels with
-            so few programs that nothing else hides how long a load takes.
-        program: Elements that a program works on, where the launch says so at run time.
+        gathers: Narrow loads per element, of values that the elements of a unit share; the cache holds them.
+        options: Triton's options of a launch.
+        multiples: Names of integer arguments that are multiples of 16 in every launch.
+        in_flight: Fewest loads that a thread must issue before it uses the first, on NVIDIA GPUs.  It is for
+            kernels with so few programs that nothing else hides the latency of a load.
+        program: Elements that a program works on, if the launch passes them at run time.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """That a program works on; one of a kernel without blocks has at least a chunk."""
+        """The elements of a program: the block, or, in a kernel without blocks, at least a chunk."""
         return self.program or self.constants.get("BLOCK", self.constants["CHUNK"])
 
     @property

@@ -1,4 +1,4 @@
-"""The kernel entry points there are."""
+"""Finds the kernel entry points of `fastreg_kernels`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fastreg_kernels
 
 
 def entry_points() -> dict[str, Any]:
-    """Every function of `fastreg_kernels` that is launched, by name."""
+    """Returns every kernel of `fastreg_kernels` that is launched, by name."""
     kernels = {}
     for module in pkgutil.iter_modules(fastreg_kernels.__path__):
         members = vars(importlib.import_module(f"fastreg_kernels.{module.name}"))

@@ -1,10 +1,10 @@
-"""Every kernel by families, each one function of a few tensors: to compile, launch, compare and check.
+"""Runs every kernel, in families that are each one function of a few tensors.
 
     precompile   compiles them for a target, without a GPU
     sanitize     runs them on few, odd and misaligned tensors
     gpu smoke    runs them on real shapes, against the reference
 
-A family takes `Inputs` and returns what a backend computes, as float32 tensors on the CPU.
+A family takes `Inputs` and returns a list of tensors; `run` converts them to float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from fastreg.reference.noise import KINDS
 from . import chains
 
 Shape = tuple[int, int, int]
-"""Samples, positions, features."""
+"""The shape of a tensor: samples, positions, features."""
 MOST_POSITIONS = 1024
-"""Of ghost norms, whose work grows with their square."""
+"""Most positions for which ghost norms are computed: the work grows with their square."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a family works on.
+    """The random tensors that a family computes with, and the backend.
 
     Args:
-        dtype: Of all tensors.
-        device: Where they are.
-        backend: What runs.
-        shapes: Of the tensors: samples, positions, features.
-        offsets: Elements between the start of an allocation, a multiple of 16 bytes, and that of a tensor.
+        dtype: Dtype of all tensors.
+        device: Device of all tensors.
+        backend: Backend that computes.
+        shapes: Shapes of the tensors: samples, positions, features.
+        offsets: Elements from the start of an allocation, a multiple of 16 bytes, to the start of a tensor.
         storage: For chains, one of `chains.STORAGES`; by default weights, gradients and state have the dtype.
     """
 
@@ -58,11 +58,11 @@ class Inputs:
     storage: str | None = None
 
     def draw(self, count: int) -> Iterator[list[Tensor]]:
-        """So many tensors of each shape and offset, the same for every device and backend."""
+        """Yields `count` normal tensors for each shape and offset, the same for every backend of a device."""
         generator = torch.Generator(self.device).manual_seed(0)
         for shape in self.shapes:
             elements = shape[0] * shape[1] * shape[2]
-            for offset in self.offsets:  # what lies around a view belongs to nobody
+            for offset in self.offsets:  # no tensor uses the memory before a view
                 made = (
                     torch.randn(elements + offset, generator=generator, device=self.device)
                     for _ in range(count)
@@ -71,7 +71,7 @@ class Inputs:
 
     @property
     def seed(self) -> Tensor:
-        """Of the random numbers of an operator."""
+        """The seed of an operator's random numbers, 0-d."""
         return torch.tensor(7, device=self.device)
 
 
@@ -79,7 +79,10 @@ Family = Callable[[Inputs], list[Tensor]]
 
 
 def dropout(inputs: Inputs) -> list[Tensor]:
-    """Dropout, with one rate and one for each channel, and with all that is fused around it; gradients."""
+    """Returns results and gradients of dropout, alone and fused with bias, activations and residuals.
+
+    Dropout alone has one rate, then one for each channel.
+    """
     outputs = []
     one = rates.drop_thresholds(0.3, torch.device(inputs.device))
     for *tensors, gradient in inputs.draw(3):
@@ -100,7 +103,7 @@ def dropout(inputs: Inputs) -> list[Tensor]:
 
 
 def noise(inputs: Inputs) -> list[Tensor]:
-    """Every kind of noise, of one size, and of a size for each sample and position."""
+    """Returns inputs with each kind of noise, with one size, then one for each sample or position."""
     outputs = []
     for (x,) in inputs.draw(1):
         for kind in KINDS:
@@ -112,7 +115,7 @@ def noise(inputs: Inputs) -> list[Tensor]:
 
 
 def weight_noise(inputs: Inputs) -> list[Tensor]:
-    """Noise on weights, there and back."""
+    """Returns weights with noise, then the weights after the noise was removed."""
     params = [Parameter(x) for (x,) in inputs.draw(1)]
     with fastreg.WeightNoise(params, 0.3, seed=0).perturbed():
         outputs = [p.detach().clone() for p in params]
@@ -120,7 +123,7 @@ def weight_noise(inputs: Inputs) -> list[Tensor]:
 
 
 def penalty(inputs: Inputs) -> list[Tensor]:
-    """Both penalties on all tensors, and their gradients."""
+    """Returns the L1 and L2 penalties on all tensors, each with its gradients."""
     outputs = []
     params = [Parameter(weight) for (weight,) in inputs.draw(1)]
     for function in (fastreg.l1_penalty, fastreg.l2_penalty):
@@ -130,7 +133,10 @@ def penalty(inputs: Inputs) -> list[Tensor]:
 
 
 def adversarial(inputs: Inputs) -> list[Tensor]:
-    """A start and a step in every ball, with bounds for all and for each feature."""
+    """Returns adversarial inputs after steps in balls of each norm, from clean inputs and from random points.
+
+    Bounds are the same for all features, then tensors with one for each feature.
+    """
     outputs = []
     for x, gradient in inputs.draw(2):
         x = x.sigmoid()
@@ -146,7 +152,7 @@ def adversarial(inputs: Inputs) -> list[Tensor]:
 
 
 def private(inputs: Inputs) -> list[Tensor]:
-    """Weights after two private steps on gradients held per sample, one of which is not finite."""
+    """Returns weights after two private steps on per-sample gradients; those of one sample are not finite."""
     outputs = []
     for clipping, chain in (("flat", "AdamW"), ("flat", "SGD-momentum"), ("per_layer", "clip+AdamW")):
         params, per_sample = [], []
@@ -169,7 +175,10 @@ def private(inputs: Inputs) -> list[Tensor]:
 
 
 def ghost_norms(inputs: Inputs) -> list[Tensor]:
-    """Ghost norms and sums over positions, as shares of what they would be without signs."""
+    """Returns ghost sums, divided by those of absolute values, and sums over positions.
+
+    The division makes errors relative to the numbers that are added up.
+    """
     outputs = []
     for left, right in inputs.draw(2):
         if left.shape[1] > MOST_POSITIONS:
@@ -183,7 +192,13 @@ def ghost_norms(inputs: Inputs) -> list[Tensor]:
 
 
 def stepped(chain: str, inputs: Inputs, nonfinite: str = "propagate") -> list[Tensor]:
-    """Weights after the steps of a chain: two, or three where something is not due at every one."""
+    """Returns the weights after two steps of a chain.
+
+    Args:
+        chain: Such as "clip+AdamW".
+        inputs: Shapes and dtypes of the weights and gradients.
+        nonfinite: How the optimizer treats NaN and infinities.
+    """
     params = []
     for weight, gradient in inputs.draw(2):
         params.append(Parameter(weight))
@@ -199,7 +214,7 @@ def stepped(chain: str, inputs: Inputs, nonfinite: str = "propagate") -> list[Te
         state_dtype=state_dtype,
     )
     for group in optimizer.param_groups:
-        group["lookahead_k"] = 2  # where there is one, the second step synchronises
+        group["lookahead_k"] = 2  # with Lookahead, the second step synchronises
     step = chains.whole_step(optimizer)
     for _ in range(2):
         step()
@@ -207,7 +222,7 @@ def stepped(chain: str, inputs: Inputs, nonfinite: str = "propagate") -> list[Te
 
 
 def averaged_model(inputs: Inputs) -> list[Tensor]:
-    """The averages of a model after two updates."""
+    """Returns the averages of a model after two updates of `AveragedModel`."""
     model = torch.nn.ParameterList(Parameter(x) for (x,) in inputs.draw(1))
     average = fastreg.AveragedModel(model)
     with torch.no_grad():
@@ -219,7 +234,7 @@ def averaged_model(inputs: Inputs) -> list[Tensor]:
 
 
 def lookahead(inputs: Inputs) -> list[Tensor]:
-    """Weights after the slow ones have been synchronised around an optimizer of torch."""
+    """Returns weights after Lookahead around torch's SGD has synchronised with the slow weights."""
     params = []
     for weight, gradient in inputs.draw(2):
         params.append(Parameter(weight))
@@ -231,7 +246,7 @@ def lookahead(inputs: Inputs) -> list[Tensor]:
 
 
 def sharpness(inputs: Inputs) -> list[Tensor]:
-    """Weights between and after both steps of SAM and ASAM around an optimizer of torch."""
+    """Returns weights after the first and after the second step of SAM and ASAM around torch's SGD."""
     outputs = []
     for adaptive in (False, True):
         params = []
@@ -264,26 +279,26 @@ FAMILIES: dict[str, Family] = {
     "Lookahead": lookahead,
     "SAM": sharpness,
 }
-"""By name: the shipped chains, then everything else."""
+"""All families by name: the shipped chains without privacy, then the others."""
 
 
 def run(name: str, inputs: Inputs) -> list[Tensor]:
-    """What a family computes, without what has no elements."""
+    """Returns the results of a family as float32 tensors on the CPU, without empty ones."""
     with fastreg.use_backend(inputs.backend):
         outputs = FAMILIES[name](inputs)
     return [t.detach().cpu().float() for t in outputs if t.numel()]
 
 
 def bound(dtype: torch.dtype, shapes: Sequence[Shape], name: str) -> float:
-    """How far a result may be off, as a share of the largest element of its tensor."""
-    if name == "ghost":  # additions in a row, each of which may lose a unit in the last place
+    """Returns the largest `error` that is allowed for the results of a family."""
+    if name == "ghost":  # successive additions, each with an error of up to a unit in the last place
         return max(2 * features + 64 for *_, features in shapes) * 2.0**-23
-    # The interpreter truncates to bfloat16, and either may round the other way: one unit, twice.
+    # The interpreter truncates to bfloat16, and either result may be off by one unit: two units.
     return 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
 def error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """max|Δ| / max|expected| of the worst tensor."""
+    """Returns max|Δ| / max|expected| of the tensor for which it is largest."""
     return max(_off(a, b) for a, b in zip(actual, expected, strict=True))
 
 

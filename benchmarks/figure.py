@@ -1,4 +1,4 @@
-"""Results as a picture: bars of speed-up, and the bandwidth reached against that of a copy."""
+"""Draws results as a picture: bars of speed-up, and the bandwidth reached against that of a copy."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from matplotlib.figure import Figure
 
 from . import report
 
-# Okabe & Ito: told apart with any colour vision.
+# Palette of Okabe & Ito: it can be told apart with any colour vision.
 COLOURS = {
     "fastreg": "#d55e00", "clip + torch fused": "#444444", "torch fused": "#444444",
     "grad_scale + fused": "#0072b2", "torch.compile": "#009e73", "torch foreach": "#a8a8a8",
     "optimi": "#cc79a7", "flashoptim": "#e69f00", "pytorch_optimizer": "#56b4e9",
 }  # fmt: skip
 INK, FAINT = "#222222", "#dddddd"
-ROW = 0.19  # inches
+ROW = 0.19  # height of a line in inches
 
 
 def draw(path: Path, run: dict[str, Any]) -> None:
-    """Draw every result that has numbers.
+    """Draws every result of a run that has times.
 
     Args:
         path: The PNG to write.
-        run: A run, as its JSON holds it.
+        run: The JSON document of the run.
     """
     groups = [(result, _timed(result)) for result in run["results"]]
     groups = [(result, rows) for result, rows in groups if rows]
@@ -81,7 +81,7 @@ def _prepare(axes: Any, title: str) -> None:
 
 
 def _bar(axes: Any, y: float, name: str, row: dict[str, Any]) -> None:
-    """A bar from 1 to the ratio on a logarithmic scale, named by its value."""
+    """Draws a bar from 1 to the ratio on a logarithmic scale, labelled with its value."""
     axes.set_xscale("log")
     ticks = (0.1, 0.2, 0.5, 1, 2, 5)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)

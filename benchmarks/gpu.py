@@ -1,21 +1,22 @@
-"""Everything that needs a GPU, in stages: each with a limit of its own, each going on where it was stopped.
+"""Runs the tests and measurements that need a GPU, in stages that have time limits and can be continued.
 
     python -m fastreg_benchmarks.gpu [--dry] [--out FOLDER] [--limit SECONDS] [--again] [STAGE ...]
 
-| stage    | what                                                                      | leaves        |
+| stage    | work                                                                      | results       |
 |----------|---------------------------------------------------------------------------|---------------|
-| smoke    | every family of kernels once, against the reference                       | smoke.json    |
-| tests    | the kernel tests by many workers                                          | tests.json    |
-| bench    | the benchmarks, in the order of what the README tells, until time is up   | bench.json    |
-| tune     | launch parameters: a few settings of each kernel                          | tune.json     |
-| counters | Nsight Compute on five kernels                                            | counters.json |
-| sanitize | compute-sanitizer on odd and misaligned tensors                           | sanitize.json |
+| smoke    | compares every family of kernels with the reference                       | smoke.json    |
+| tests    | runs the kernel tests in several processes                                | tests.json    |
+| bench    | runs the benchmarks until time is up, those of the README first           | bench.json    |
+| tune     | times a few launch parameters of each kernel                              | tune.json     |
+| counters | reads the hardware counters of five kernels with Nsight Compute           | counters.json |
+| sanitize | runs kernels on odd and misaligned tensors under compute-sanitizer        | sanitize.json |
 
-A stage runs in a process of its own.  What it has is on disk at every moment, as whole JSON: a second call
-with the same folder does what is missing and what has failed or was skipped.  Results of another machine, of
-another version of the kernels or of a dry run are kept beside, and the stage starts afresh.
-`benchmarks/gpu.sh` calls this where nothing is installed; `benchmarks/GPU.md` tells what to carry to a GPU
-and what to type there.
+Each stage runs in its own process.  Its results are valid JSON at every moment.  A second call with the same
+folder does only the work that is missing, has failed or was skipped.  Earlier results that
+differ in machine, version or --dry are renamed, and the stage starts afresh.
+
+`benchmarks/gpu.sh` calls this where fastreg is not installed.  `benchmarks/GPU.md` lists the files to copy to
+the machine with the GPU, and the commands to run there.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from .ledger import EARLIER, Ledger, failed, resumable, settled, version
 from .suite import Case
 
 LIMITS = {"smoke": 75, "tests": 150, "bench": 240, "tune": 100, "counters": 60, "sanitize": 150}
-"""Seconds for each stage, in the order in which they run."""
+"""Most seconds of each stage, in the order in which they run."""
 FIRST = ("smoke", "tests", "bench")
-"""What a first call on a machine does."""
+"""Stages that run by default; a dry run has all stages."""
 WHOLE = 470
-"""Seconds for all stages of a call, by default."""
+"""Most seconds of all stages of a call together, by default."""
 FOLDER, DRY_FOLDER = Path("benchmarks/results/gpu"), Path("runs/gpu-dry")
-"""Where results go by default."""
+"""Default folders for the results of real and of dry runs."""
 
 HEADLINES = (
     "clip+AdamW, GPT-2 124M, fp32", "AdamW, GPT-2 124M, fp32", "clip+AdamW+EMA, GPT-2 124M, fp32",
@@ -53,7 +54,7 @@ HEADLINES = (
     "AdamW, 148 tiny tensors, Python and launch", "clip+AdamW, GPT-2 124M, bf16", "AdamW, GPT-2 124M, bf16",
     "gradient norm, GPT-2 124M, fp32", "ghost norms, 16 x 1024 positions, 768 and 3072 features, bf16",
 )  # fmt: skip
-"""What the README tells, in its order; the other cases follow while there is time."""
+"""Cases that the README reports, in its order; the other cases follow while there is time."""
 STAGES = {"smoke": smoke.run, "tests": device_tests.run, "tune": tune.run, "counters": counters.run}
 
 
@@ -61,7 +62,7 @@ STAGES = {"smoke": smoke.run, "tests": device_tests.run, "tune": tune.run, "coun
 
 
 def stage(name: str, out: Path, dry: bool, again: bool) -> int:
-    """Run a stage; 0 if all is well."""
+    """Runs a stage in this process; returns 0 if all is well, else 1."""
     where = "cpu" if dry else "cuda"
     if name == "bench":
         return bench(out / "bench.json", torch.device(where), dry, again)
@@ -74,7 +75,10 @@ def stage(name: str, out: Path, dry: bool, again: bool) -> int:
 
 
 def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
-    """The benchmarks: `bench.json` as `fastreg bench` writes it, whole after every case."""
+    """Runs the benchmarks; returns 1 if a result of fastreg is wrong, else 0.
+
+    The file is like that of `fastreg bench`, and it is written after every case.
+    """
     from fastreg.cli import document
 
     from . import SUITES, figure, report
@@ -101,20 +105,23 @@ def bench(path: Path, where: torch.device, dry: bool, again: bool) -> int:
 
 
 def ordered(cases: Iterable[Case]) -> list[Case]:
-    """Headlines first, then the others in their order."""
+    """Returns the cases with the `HEADLINES` first, then the others in their order."""
     order = {name: i for i, name in enumerate(HEADLINES)}
     return sorted(cases, key=lambda case: order.get(case.name, len(order)))
 
 
 def pending(cases: Iterable[Case], results: dict[tuple[str, str], suite.Result]) -> list[Case]:
-    """What has not been measured, and then what was wrong or skipped."""
+    """Returns the cases that have no result, then those with results that are wrong or skipped."""
     left = [(case, results.get((case.suite, case.name))) for case in ordered(cases)]
     missing = [case for case, result in left if result is None]
     return missing + [case for case, result in left if result and not finished(result)]
 
 
 def finished(result: suite.Result) -> bool:
-    """Whether a case need not be done again; peers may have been skipped, such as those not installed."""
+    """Returns whether a case need not be measured again.
+
+    Peers that were skipped do not matter: they may not be installed.
+    """
     rows = result["rows"].items()
     return settled(result) and all(
         settled(row) if name.startswith(suite.OURS) else not failed(row) for name, row in rows
@@ -122,13 +129,13 @@ def finished(result: suite.Result) -> bool:
 
 
 def copied(where: torch.device) -> float:
-    """The bandwidth of a copy, in 1e9 bytes per second."""
+    """Measures the bandwidth of a copy on a device: bytes read and written, in 1e9 per second."""
     timings = measure.interleave({"copy": measure.copy(where)}, 5, measure.Clock(where))
     return 2 * measure.COPIED / measure.quantiles(timings["copy"].seconds, 1)["median"] / 1e9
 
 
 def summary(result: suite.Result) -> str:
-    """A case in a line."""
+    """Returns a line with the times of all contenders of a case, and what is wrong."""
     rows = [
         f"{name} {row['ms']['median']:.3f} ms" + (f", {row['gbps']:.0f} GB/s" if "gbps" in row else "")
         for name, row in result["rows"].items() if "ms" in row
@@ -138,7 +145,7 @@ def summary(result: suite.Result) -> str:
 
 
 def sanitized(ledger: Ledger, dry: bool) -> bool:
-    """Families under compute-sanitizer's tools; in a dry run without it."""
+    """Runs families under compute-sanitizer, in a dry run without it; returns whether none has failed."""
     if not dry:
         probe = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').item()"]
         try:
@@ -172,12 +179,20 @@ def sanitized(ledger: Ledger, dry: bool) -> bool:
 
 
 def run(names: list[str], out: Path, dry: bool, again: bool, limit: float) -> int:
-    """Run stages one after the other, each within its limit and within that of all; 1 if any is not well."""
+    """Runs stages one after the other; returns 0 if all is well, else 1.
+
+    Args:
+        names: Stages to run, in this order.
+        out: Folder of the results and of the log.
+        dry: Whether to run a little of every stage on a CPU.
+        again: Whether to start without earlier results.
+        limit: Seconds for all stages together; each also has its own limit.
+    """
     out.mkdir(parents=True, exist_ok=True)
     start, bad = time.monotonic(), []
     environment = dict(os.environ)
     if dry:
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tests run beside it
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tests may run at the same time
     else:
         environment.pop("TRITON_INTERPRET", None)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
@@ -200,7 +215,10 @@ def run(names: list[str], out: Path, dry: bool, again: bool, limit: float) -> in
 
 
 def _within(limit: float, command: list[str], environment: dict[str, str], log: TextIO) -> tuple[str, float]:
-    """How a command ended and when; at its limit it is interrupted, then killed with all that it started."""
+    """Runs a command and prints the end of its output; returns its status and seconds.
+
+    At its limit it is interrupted.  In any case, its process group is killed in the end.
+    """
     start = time.monotonic()
     log.write(f"== {' '.join(command)}\n")
     log.flush()
@@ -234,7 +252,7 @@ def _within(limit: float, command: list[str], environment: dict[str, str], log: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line; returns 0 if all is well, 1 if a stage is not, 2 if there is no GPU."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,13 +1,14 @@
-"""Counts files, functions and record types that a call passes through: what a reader has to follow.
+"""Counts the files, functions and record types of fastreg that a call passes through.
 
     python -m fastreg_benchmarks.journeys
 
-Counted are the files of `fastreg` and `fastreg_kernels`, and the functions in them, that `sys.setprofile`
-sees in one call after a few of the same to warm up; comprehensions and generator expressions belong to the
-function around them.  Record types are dataclasses and named tuples of both packages that are among the
-variables and results of these functions, or in lists, tuples and dictionaries of them.  Files of kernels are
-seen only in Triton's interpreter, where kernels are Python; they are counted apart, because the journey on a
-GPU ends at the launch.
+The counts say how much code a reader of this call has to follow.  They hold the files of `fastreg` and
+`fastreg_kernels`, and the functions in them, that `sys.setprofile` sees in one call after a few of the same
+to warm up; comprehensions and generator expressions belong to the function around them.  Record types are
+dataclasses and named tuples of both packages that are among the variables and results of functions of
+`fastreg`, or in lists, tuples and dictionaries of them.  Files of kernels are seen only in Triton's
+interpreter, where kernels are Python.  They are counted apart, because the journey on a GPU ends at the
+launch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Journey(NamedTuple):
     Attributes:
         host: How often each (file, function) of `fastreg` was called.
         kernels: The same of `fastreg_kernels`.
-        records: The record types.
+        records: Names of the record types.
     """
 
     host: dict[tuple[str, str], int]
@@ -46,7 +47,7 @@ class Journey(NamedTuple):
 
     @property
     def files(self) -> set[str]:
-        """The files of `fastreg`."""
+        """The files of `fastreg` that the call passes through."""
         return {file for file, _ in self.host}
 
     def __str__(self) -> str:
@@ -60,7 +61,7 @@ class Journey(NamedTuple):
 
 
 def start() -> Journey:
-    """Starts a journey, which goes on until `sys.setprofile(None)`."""
+    """Starts to record a journey, until `sys.setprofile(None)` is called; returns it."""
     journey = Journey(collections.Counter(), collections.Counter(), set())
 
     def see(frame: types.FrameType, event: str, result: object) -> None:
@@ -103,8 +104,8 @@ def _records(value: object) -> Iterator[str]:
 
 
 def _function(code: types.CodeType) -> str:
-    """Returns the function, without the comprehensions in it."""
-    parts = getattr(code, "co_qualname", code.co_name).split(".<locals>.")  # Python 3.10 has no qualified one
+    """Returns the name of a function; for a comprehension, that of the function around it."""
+    parts = getattr(code, "co_qualname", code.co_name).split(".<locals>.")  # Python 3.10 lacks co_qualname
     while len(parts) > 1 and parts[-1] in ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>"):
         parts.pop()
     return ".".join(parts)
@@ -163,7 +164,7 @@ def trainer() -> Journey:
 
 
 def journeys() -> dict[str, Callable[[], Journey]]:
-    """Returns the journeys by name; the step by kernels needs `TRITON_INTERPRET=1` on a CPU."""
+    """Returns functions that follow each journey, by name; one of them needs `TRITON_INTERPRET=1`."""
     return {
         "warm step, reference": lambda: step("reference"),
         "warm step, triton": lambda: step("triton"),

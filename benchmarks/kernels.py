@@ -1,4 +1,4 @@
-"""Every kernel entry point and shipped chain, with what the code audit compiles it for and holds it to."""
+"""Lists every kernel entry point and shipped chain, with arguments and budgets for the code audit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def step_entry(
     name: str, chain: Any, dtypes: tuple[torch.dtype, ...], target: Architecture = H200,
     budget: float | None = None,
 ) -> Entry:  # fmt: skip
-    """The step kernel as the launcher would run it for a chain on tensors of these dtypes."""
+    """Returns the step kernel with the arguments of a launch for a chain and dtypes."""
     stages, storage = launchers.device_chain(chain, dtypes)
     chosen = launch_parameters("step", target)
     constants = launchers.step_constants(chain, dtypes, chosen, target.lanes)
@@ -47,7 +47,7 @@ def norm_entry(
     name: str, chain: Chain, dtypes: tuple[torch.dtype, ...], of: NormSpec,
     target: Architecture, budget: float | None, reads: int | None = None,
 ) -> Entry:  # fmt: skip
-    """The norm kernel as the launcher would run it; by default it reads gradients alone."""
+    """Returns the norm kernel with the arguments of a launch; by default it reads gradients only."""
     stages, storage = launchers.device_chain(chain, dtypes)
     chosen = launch_parameters("norm", target)
     constants = launchers.norm_constants(chain, dtypes, of, chosen, target.lanes)
@@ -65,7 +65,8 @@ def norm_entry(
     )  # fmt: skip
 
 
-# Instructions per element on sm_90 of norms of what stages make of the gradient, for each of the storages.
+# Instructions per element on sm_90 of norms of values that stages compute from the gradient, for each of the
+# storages.
 MEASURED = {
     "momentum norm, SGD-momentum": (8.5, 9, 10, 9),
     "momentum norm, SGD-momentum-decay": (11, 12.3, 13, 15),
@@ -76,7 +77,7 @@ MEASURED = {
 
 
 def _measured(shipped: Shipped) -> tuple[str, NormSpec | None, int]:
-    """What a chain takes the norm of besides gradients: its name, the measurand, bytes read per element."""
+    """Returns the norm that a chain takes of other values than gradients: name, spec, bytes per element."""
     parts = shipped.name.split("+")
     if "MSAM" in parts:
         of = NormSpec(kind="momentum")
@@ -89,7 +90,10 @@ def _measured(shipped: Shipped) -> tuple[str, NormSpec | None, int]:
 
 
 def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
-    """Every entry point, for warps of so many lanes; the step kernel once per shipped chain."""
+    """Returns every entry point for an architecture with `lanes` threads in a warp.
+
+    The step kernel has an entry for each shipped chain.
+    """
     target = Architecture(architecture, lanes, H200.multiprocessors)
     chains = list(shipped())
     listed = [step_entry(f"{c.name} {c.storage}", c.chain, c.dtypes, target, c.budget) for c in chains]
@@ -126,11 +130,11 @@ def entries(lanes: int, architecture: str = H200.name) -> list[Entry]:
 
 
 IN_FLIGHT = 8
-"""Loads of a thread that must be under way at a time where there is one program."""
+"""Fewest loads that a thread must have in flight in a kernel that is launched as a single program."""
 
 
 def ghost_entries(target: Architecture) -> list[Entry]:
-    """Sums over the positions of each sample, of features that are multiples of 16."""
+    """Returns the kernels that sum over positions of each sample, for numbers of features divisible by 16."""
     listed = []
     for storage in ("fp32", "bf16"):
         pointer, dtype = f"*{storage}", STORAGES[storage][0]
@@ -167,11 +171,14 @@ def ghost_entries(target: Architecture) -> list[Entry]:
 
 
 PENALTIES = {"L2": (L2, 6.2, 6.7), "L1": (L1, 10.5, 10)}
-"""Chains of the gradients, and their instructions per element on sm_90, in float32 and in bfloat16."""
+"""Chain of each penalty's gradient, and its instructions per element on sm_90, in float32 and bfloat16."""
 
 
 def penalty_entries(target: Architecture) -> list[Entry]:
-    """Sums of magnitudes, where those of squares are the norm's, and the gradients of both penalties."""
+    """Returns the kernels for the sum of magnitudes and for the gradients of both penalties.
+
+    The sum of squares is the kernel of the L2 norm, which is listed already.
+    """
     listed = []
     for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         of = NormSpec(kind="absolute")
@@ -179,6 +186,6 @@ def penalty_entries(target: Architecture) -> list[Entry]:
         for name, (chain, *budgets) in PENALTIES.items():
             entry = step_entry(f"{name} penalty gradient {storage}", chain, (dtype, dtype), target)
             budget = budgets[dtype == torch.bfloat16]
-            # The place of a gradient is only written, and what a chain calls its gradient is the weight.
+            # The chain takes the weight as gradient, and only writes its parameter: the penalty's gradient.
             listed.append(replace(entry, reads=dtype.itemsize, writes=dtype.itemsize, budget=budget))
     return listed

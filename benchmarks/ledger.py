@@ -1,4 +1,4 @@
-"""Results of a stage as JSON that is whole at every moment: whatever ends a stage, what it had is on disk."""
+"""Keeps results of a stage in a JSON file that is complete at every moment, however the stage ends."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fastreg.runtime import kernel_cache
 
 Row = dict[str, Any]
 EARLIER = "earlier results"
-"""How the line begins that tells of results that are not gone on with."""
+"""Start of the printed line about earlier results that are not continued."""
 
 
 class Ledger:
-    """Rows by name, written to a file after each.
+    """Results of a stage: named rows in a JSON file, which is written after each new row.
 
-    A file that is there already is gone on with if it is `resumable`: what has succeeded is not done again.
+    An existing file is continued if it is `resumable`: rows that have succeeded are kept.
 
     Args:
         path: The file.
-        about: What else it tells, such as the machine, besides the version of the kernels.
-        again: Whether to do all of it anew.
-        interval: Seconds between two writes at least, for many small rows.
+        about: Other entries of the file, such as the machine; the version of the kernels is added.
+        again: Whether to start without the rows of an existing file.
+        interval: Fewest seconds between two writes, for many small rows.
     """
 
     def __init__(self, path: Path, about: Row, again: bool = False, interval: float = 0.0) -> None:
@@ -43,7 +43,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the block an interrupt ends what is attempted, also where a library catches it."""
+        """Makes an interrupt (SIGINT) end the block, after the file is written.
+
+        If a library catches the exception, the block ends when the running `attempt` does.
+        """
 
         def interrupt(*_: object) -> None:
             self._interrupted = True
@@ -59,17 +62,17 @@ class Ledger:
             signal.signal(signal.SIGINT, before)
 
     def pending(self, names: Iterable[str]) -> list[str]:
-        """Those that have not succeeded yet, in their order."""
+        """Returns the names whose rows are missing or have not succeeded, in the same order."""
         return [name for name in names if name not in self.rows or not settled(self.rows[name])]
 
     def add(self, name: str, row: Row) -> None:
-        """Write a row down."""
+        """Adds a row, or replaces it, and writes the file if the interval has passed."""
         self.rows[name] = row
         if time.perf_counter() - self._written >= self._interval:
             self.write()
 
     def attempt(self, name: str, work: Callable[[], Row]) -> Row:
-        """Do something and write down what it gives, or how it failed."""
+        """Runs a function, then adds and returns its row, or a row that says how it failed."""
         start = time.perf_counter()
         try:
             row = work()
@@ -78,16 +81,16 @@ class Ledger:
                 "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",
                 "trace": traceback.format_exc()[-4000:],
             }
-        if self._interrupted:  # whatever became of the exception
+        if self._interrupted:  # even if a library caught the exception
             raise KeyboardInterrupt
         self.add(name, {**row, "seconds": time.perf_counter() - start})
         return row
 
     def write(self, complete: bool = False) -> None:
-        """Bring the file up to date.
+        """Writes all rows to the file.
 
         Args:
-            complete: Whether all that there was to do has been tried.
+            complete: Whether all rows of the stage have been tried.
         """
         self._written = time.perf_counter()
         seconds = self._before + time.perf_counter() - self._start
@@ -97,31 +100,32 @@ class Ledger:
 
 
 def failed(row: Row) -> bool:
-    """Whether a row tells of something that did not work."""
+    """Returns whether a row reports a failure or a wrong result."""
     return "failed" in row or "wrong" in row
 
 
 def settled(row: Row) -> bool:
-    """Whether a row tells of something that need not be done again: it has not failed, nor been skipped."""
+    """Returns whether a row is final: it has neither failed nor been skipped."""
     return not failed(row) and "skipped" not in row and row.get("outcome") != "skipped"
 
 
 def version() -> str:
-    """What all results of a file are about: fastreg and its kernels as they are now, and triton."""
+    """Returns a short digest of triton's version and of the sources of fastreg and its kernels."""
     return kernel_cache.identity()[:12]
 
 
 def resumable(path: Path, what: str, kind: type, about: Row, again: bool) -> Row:
-    """The document in a file, if it is of the same machine and version, and dry like this one or not.
+    """Returns the document in a file if new results may be added to it, else an empty one.
 
-    Any other is moved beside, to `<name>.old-<number>.json`, and a line says so.
+    It must be of the same machine and version, and both or neither must be of a dry run.  Any other document
+    is renamed to `<name>.old-<number>.json`, and a line is printed.
 
     Args:
         path: The file.
-        what: What it must hold.
-        kind: And of which type.
-        about: What tells the machine and the version of the results to come.
-        again: Whether to go on with none.
+        what: Key that the document must have.
+        kind: Type of the value of this key.
+        about: Machine and version of the new results, and whether they are of a dry run.
+        again: Whether to continue no document.
     """
     previous = read(path, what, kind)
     if not previous:
@@ -139,7 +143,7 @@ def resumable(path: Path, what: str, kind: type, about: Row, again: bool) -> Row
 
 
 def _source(about: Row) -> Row:
-    """What results must have in common to stand in one file."""
+    """Returns the values that all results in one file must have in common."""
     return {
         "--dry": about.get("dry"),
         "machine": about.get("machine", {}).get("device"),
@@ -148,7 +152,7 @@ def _source(about: Row) -> Row:
 
 
 def read(path: Path, what: str, kind: type) -> Row:
-    """The document in a file, if there is one that holds results of this kind."""
+    """Returns the document in a file, or an empty one unless its key `what` holds a value of type `kind`."""
     try:
         contents = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

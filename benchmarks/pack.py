@@ -1,11 +1,11 @@
-"""Fills one file with all that the stages of `gpu` would have to compile: Triton's cache, and its launchers.
+"""Compiles the kernels for all stages of `gpu` and packs them into one file, with Triton's launchers.
 
     python -m fastreg_benchmarks.pack [--target sm_90] [FILE]
 
-Run it with the versions of Python, torch and triton that the machine with the GPU has: Triton's keys and the
-launchers hold for these alone.  No GPU is needed.  `benchmarks/gpu.sh` unpacks the file there.
+Run it with the versions of Python, torch and triton that the machine with the GPU has: cache keys and
+launchers are valid for these only.  No GPU is needed.  `benchmarks/gpu.sh` unpacks the file there.
 
-Targets are NVIDIA's GPUs from sm_80 on: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200) and others.
+Targets are NVIDIA GPUs from sm_80 on: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200) and others.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from fastreg.runtime.launch_parameters import Architecture
 from . import device_tests, precompile, recording, tune
 
 CACHE = Path("/tmp/fastreg-triton")
-"""Where the cache is made and used: Triton writes absolute paths into it.  What is in it is run."""
+"""Folder of the cache, the same on every machine: Triton writes absolute paths into it.  Its code is run."""
 FILE = Path("benchmarks/results/.carry/triton.tar.gz")
 
 
 def claim(folder: Path) -> None:
-    """Make a folder anew, which nobody else can write to.
+    """Empties a folder or makes it, so that only its owner can write to it.
 
     Raises:
-        PermissionError: If there is something of somebody else, or that others can write to.
+        PermissionError: If it exists and is not a folder, belongs to another user, or others can write to it.
     """
     if os.path.lexists(folder):
         status = folder.lstat()
@@ -53,7 +53,7 @@ def claim(folder: Path) -> None:
 
 
 def tests(jobs: int, target: str) -> None:
-    """Compile what the tests of the stage launch; they fail, because nothing is computed."""
+    """Compiles the kernels of the stage `tests` into `CACHE`; the tests fail, because nothing is computed."""
     files = [str(device_tests.ROOT / file) for file in device_tests.FILES]
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider",
@@ -64,7 +64,7 @@ def tests(jobs: int, target: str) -> None:
 
 
 def settings(target: str) -> None:
-    """Compile every setting of the stage that tunes, as its trials launch them."""
+    """Compiles the kernels of the stage `tune` into `CACHE`, with every setting, in another process."""
     code = f"from fastreg_benchmarks import pack; pack.tried({target!r})"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(CACHE), "TRITON_STORE_BINARY_ONLY": "1"}
     environment.pop("TRITON_INTERPRET", None)
@@ -72,7 +72,7 @@ def settings(target: str) -> None:
 
 
 def tried(target: str) -> None:
-    """The trials, with a driver that launches nothing."""
+    """Runs the trials of `tune` on small CPU tensors, with every setting and a driver that runs nothing."""
     architecture = Architecture(target, 32, device.H200.multiprocessors)
     with recording.recording_driver(target):
         for trial in tune.TRIALS.values():
@@ -85,7 +85,7 @@ def _made(trial: tune.Trial) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line; returns 1 if a kernel did not compile, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.pack", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=FILE, metavar="FILE", help=f"(default: {FILE})")
     parser.add_argument("--target", default="sm_90", help="sm_80 or later (default: sm_90)")

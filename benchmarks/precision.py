@@ -1,4 +1,4 @@
-"""What narrow numbers keep of small changes: averages that arrive, perturbations that are real.
+"""Measures how precise averages and perturbations of bfloat16 weights are, where each change is small.
 
 python -m fastreg_benchmarks.precision --json benchmarks/results/precision.json
 """
@@ -21,7 +21,10 @@ ELEMENTS, SCALE, RHO = 10_000_000, 0.02, 0.05
 
 
 def averages() -> list[dict[str, Any]]:
-    """An average of bfloat16 weights from 1 towards 2: held in bfloat16, in float32, and by `fastreg.EMA`."""
+    """Averages a weight after a jump from 1 to 2, in bfloat16, in float32 and by `fastreg.EMA`.
+
+    Returns a row for each decay: the average after `UPDATES` updates in each way, and the exact one.
+    """
     rows = []
     for decay in (0.999, 0.9999):
         row: dict[str, Any] = {"decay": decay, "updates": UPDATES, "exact": 2 - decay**UPDATES}
@@ -44,7 +47,11 @@ def averages() -> list[dict[str, Any]]:
 
 
 def perturbations() -> list[dict[str, Any]]:
-    """What SAM's perturbation of bfloat16 weights comes to along the gradient and across, in units of rho."""
+    """Measures the perturbation that SAM makes to bfloat16 weights, in units of rho.
+
+    Returns a row for each rounding and bf16 mode: the part along the gradient, 1 without rounding, and the
+    norm of the part across, 0 without rounding.
+    """
     rows = []
     generator = torch.Generator().manual_seed(0)
     start = (SCALE * torch.randn(ELEMENTS, generator=generator)).bfloat16()
@@ -65,7 +72,7 @@ def perturbations() -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and write what was found."""
+    """Measures and prints all rows, and writes them to a file if one is named; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.precision", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Fills Triton's cache for a target, without a GPU: every kernel and chain as its launcher would compile it.
+"""Fills Triton's cache with the kernels for a target, without a GPU.
 
-Nothing is compiled by hand: families of kernels are run on tiny CPU tensors with a driver that launches
-nothing, so that specialisation, options and keys are those of a run on the target.
+Families of kernels run on tiny CPU tensors, with a driver that compiles but launches nothing.  So Triton's
+specialisation, options and cache keys are the same as in a run on the target.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from . import chains, families
 from .entry_points import entry_points
 
 FEATURES = (768, 1024, 4096)
-"""What kernels with a bias or a rate for each channel are compiled for by default."""
+"""Numbers of features for which the `WIDE` families are compiled by default."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("fp32", "bf16", "mixed", "remainder")
-"""What is compiled by default: dtypes, and for chains combinations of weights, gradients and state."""
+"""Kinds that are compiled by default: for chains names of `chains.STORAGES`, for others of `DTYPES`."""
 
 
 WIDE = ("dropout",)
-"""Families that are compiled for a number of features."""
+"""Families with a bias or rates by channel: their kernels are compiled for each number of features."""
 
 
 class Item(NamedTuple):
-    """Something that is compiled in one go.
+    """A family of kernels to compile, for one kind of dtypes.
 
     Args:
-        family: One of `families.FAMILIES`.
-        kind: A dtype; for chains one of `chains.STORAGES`.
-        nonfinite: For chains, what is done about NaN and infinities: with "skip" it is another kernel.
-        features: Of the last dimension.
+        family: One of `families.FAMILIES`, or another chain.
+        kind: One of `DTYPES`; for chains one of `chains.STORAGES`.
+        nonfinite: For chains, how NaN and infinities are treated: "skip" needs other kernels.
+        features: Length of the last dimension.
     """
 
     family: str
@@ -60,13 +60,13 @@ class Item(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What a cache holds after it was filled.
+    """Result of filling a cache: the numbers of its kernels, the time and the errors.
 
     Args:
-        kernels: All that the items need.
-        compiled: How many of these were not there before.
-        seconds: How long it took.
-        failed: Items that did not compile, with the errors.
+        kernels: Number of kernels that the items need.
+        compiled: How many of these were not in the cache before.
+        seconds: Wall time.
+        failed: Errors by the name of the item that did not compile.
     """
 
     kernels: int
@@ -78,7 +78,7 @@ class Filled(NamedTuple):
 def items(
     names: Sequence[str] = (), kinds: Sequence[str] = KINDS, features: Sequence[int] = FEATURES
 ) -> list[Item]:
-    """The work: by default, all that is shipped."""
+    """Returns the items to compile, by default for all shipped families and chains."""
     made = []
     for name in names or families.FAMILIES:
         if chains.known(name):
@@ -92,10 +92,10 @@ def items(
 
 
 class ZeroedMemory(TorchFunctionMode):
-    """Gives zeros instead of uninitialized memory.
+    """Mode in which `torch.empty` and `torch.empty_like` return zeros.
 
-    No kernel runs here, so a flag that the host reads would be left over from earlier tensors. If it were not
-    0, the step would count as skipped, and the kernels of the steps after it would not be compiled.
+    No kernel writes results here, so the host would read flags from uninitialized memory.  If a flag were not
+    0, the step would count as skipped, and kernels of later steps would not be compiled.
     """
 
     ZEROED = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like}
@@ -105,7 +105,7 @@ class ZeroedMemory(TorchFunctionMode):
 
 
 def run(item: Item) -> None:
-    """Launch what an item needs, on tiny tensors."""
+    """Runs an item on tiny tensors, which launches all kernels that it needs."""
     dtype = DTYPES.get(item.kind, torch.bfloat16)
     chain = chains.known(item.family)
     shapes = [(3, 5, item.features)]
@@ -121,19 +121,19 @@ def fill(
     target: str, cache: Path, work: Sequence[Item], jobs: int = 1,
     report: Callable[[Item, int], None] = lambda item, kernels: None, driver: str = "stub",
 ) -> Filled:  # fmt: skip
-    """Compile into a cache.
+    """Compiles items in several processes, into a cache of Triton.
 
     Args:
         target: Such as "sm_90".
         cache: The folder of the cache.
-        work: What to compile.
-        jobs: Processes.
-        report: Called after each item with the number of kernels that it needs.
-        driver: "stub"; or "recording", which also builds Triton's launchers, for the Python that runs this.
+        work: The items to compile.
+        jobs: Number of processes.
+        report: Called after each item, with the item and the number of kernels that it needs.
+        driver: "stub", or "recording", which also builds Triton's launchers, for the running Python.
     """
     start = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=cache).close()  # an error now rather than in every process
+    tempfile.TemporaryFile(dir=cache).close()  # if it fails, it does so once and not in every process
     before, failed = hashes(cache).keys(), {}
     needed: set[str] = set()
     with ProcessPoolExecutor(
@@ -160,9 +160,13 @@ def fill(
 
 
 def strip(cache: Path, made: set[str]) -> None:
-    """Remove what no run reads of these kernels, by their hashes: four fifths of a cache.
+    """Removes the Triton source of kernels, which no run reads: four fifths of a cache.
 
-    Triton 3.9 takes a kernel for lost if a file of its group is, so the group no longer names it.
+    Triton 3.9 ignores a kernel if a file of its group is missing, so the file is taken out of the group.
+
+    Args:
+        cache: The folder of the cache.
+        made: Hashes of the kernels.
     """
     for folder in (folder for hash, folder in hashes(cache).items() if hash in made):
         for group in folder.glob("__grp__*.json"):
@@ -174,7 +178,7 @@ def strip(cache: Path, made: set[str]) -> None:
 
 
 def _begin(target: str, cache: str, driver: str) -> None:
-    """Make this process compile for a target, into a folder."""
+    """Makes this process compile for a target, into a folder."""
     os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1"}
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
@@ -185,11 +189,11 @@ def _begin(target: str, cache: str, driver: str) -> None:
     _entered.append(made)
 
 
-_entered: list[Any] = []  # until the process ends
+_entered: list[Any] = []  # drivers, which stay active until the process ends
 
 
 def _run(item: Item) -> tuple[set[str], str]:
-    """The hashes of the kernels that an item needs; and an error, if there was one."""
+    """Returns the hashes of the kernels that an item needs, and its error or an empty string."""
     from . import stub
 
     stub.forget_compiled()
@@ -202,7 +206,7 @@ def _run(item: Item) -> tuple[set[str], str]:
 
 
 def hashes(cache: Path) -> dict[str, Path]:
-    """Of the kernels that are in a cache, and the folder of each; damaged files count for nothing."""
+    """Returns the folder of each kernel in a cache by its hash, without kernels whose files are damaged."""
     folders = {}
     for name in entry_points():
         for file in cache.glob(f"*/{name}.json"):

@@ -1,7 +1,7 @@
-"""Triton's own CUDA driver and launcher over a stand-in for libcuda: what would reach a GPU, on a CPU.
+"""Records the launches of kernels on CPU tensors, with Triton's CUDA driver over a stand-in for libcuda.
 
-`stub` replaces Triton's driver; here it is the real one, with its C launcher, and only the library below it
-is not NVIDIA's.  Every launch is recorded with its grid and with the parameters that C handed over.
+The module `stub` replaces Triton's driver.  Here the driver and its C launcher are the real ones, and only
+libcuda is replaced.  Every launch is recorded with its grid and with the parameters that it was passed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from . import stub
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 OLDEST = 80
-"""The compute capability, times ten, from which on Triton compiles for NVIDIA's GPUs."""
+"""Oldest compute capability of NVIDIA GPUs that Triton compiles for, times ten."""
 
 
 class _Last(ctypes.Structure):
@@ -44,14 +44,14 @@ class _Last(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launch:
-    """What C was about to launch.
+    """A launch of a kernel, as it reached the stand-in for libcuda.
 
     Attributes:
-        kernel: Its name.
+        kernel: Name of the kernel.
         grid: Programs in each dimension.
-        threads: Of a program.
-        parameters: Addresses and integers by name, as C handed them over.
-        given: What Python gave for them.
+        threads: Threads of a program.
+        parameters: Addresses and integers by name, as Triton's C launcher passed them to libcuda.
+        arguments: The same as Python passed them to the kernel.
     """
 
     kernel: str
@@ -62,10 +62,10 @@ class Launch:
 
 
 def nvidia_target(name: str) -> GPUTarget:
-    """What Triton calls a target that its launcher for NVIDIA can be built for.
+    """Returns Triton's target for an NVIDIA GPU such as "sm_90".
 
     Raises:
-        ValueError: For any other.
+        ValueError: For a GPU that Triton's launcher for NVIDIA cannot be built for.
     """
     target = stub.gpu_target(name)
     if target.backend != "cuda" or int(target.arch) < OLDEST:
@@ -77,7 +77,7 @@ def nvidia_target(name: str) -> GPUTarget:
 
 
 class _Driver(stub.OneDevice, nvidia.CudaDriver):
-    """Triton's driver for NVIDIA, without torch asking whether there is a GPU."""
+    """Triton's driver for NVIDIA, which does not ask torch whether there is a GPU."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -87,7 +87,7 @@ class _Driver(stub.OneDevice, nvidia.CudaDriver):
 
 @functools.cache
 def _library() -> Any:
-    """The stand-in, built and loaded under the name of the real one."""
+    """Returns the stand-in, compiled and loaded under the name of the real libcuda."""
     folder = tempfile.mkdtemp(prefix="fastreg-libcuda-")
     target = Path(folder) / "libcuda.so.1"
     include = Path(nvidia.__file__).with_name("include")
@@ -102,13 +102,16 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
-    """Within the block CPU tensors go to the kernels by Triton's own launcher; gives what it launched.
+    """Launches kernels on CPU tensors by Triton's own launcher in the block; yields a list of the launches.
+
+    The kernels compute nothing.
 
     Args:
-        target: What kernels are compiled for: an NVIDIA GPU, such as "sm_90".
+        target: NVIDIA GPU that kernels are compiled for, such as "sm_90".
 
     Raises:
         ValueError: For any other target.
+        RuntimeError: If torch can use a GPU, or if a launch does not reach libcuda exactly once.
     """
     compiled_for = nvidia_target(target)
     if torch.cuda.is_available():
@@ -147,7 +150,7 @@ def recording_driver(target: str = "sm_90") -> Iterator[list[Launch]]:
 
 
 def _launchers() -> list[Any]:
-    """The modules that launch kernels."""
+    """Returns the modules that have imported the function that launches kernels."""
     from fastreg.engine.launch import triton
     from fastreg.ops import adversarial, ghost
 
@@ -159,13 +162,13 @@ def _name(module: Any) -> str:
 
 
 def _parameters(kernel: Any, arguments: tuple[Any, ...]) -> dict[str, tuple[int, bool]]:
-    """What Triton's launcher hands to the driver: addresses and integers, and whether these have 32 bits."""
+    """Returns the addresses and integers that a launch must pass, by name, and whether each has 32 bits."""
     addresses = {}
     named = list(zip(kernel.arg_names, arguments, strict=False))
     while named:
         name, value = named.pop(0)
         if isinstance(value, tuple):
-            # Of stages and storages only columns would follow, which Triton may compile in.
+            # Integers in tuples are columns: they come last, and Triton may compile them in.
             tensors = [(i, item) for i, item in enumerate(value) if isinstance(item, torch.Tensor)]
             named[:0] = ((f"{name}[{i}]", item) for i, item in tensors)
         elif isinstance(value, torch.Tensor):

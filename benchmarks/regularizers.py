@@ -1,4 +1,4 @@
-"""Regularizers inside the step, against the passes over memory that a training loop makes of them."""
+"""Benchmarks of regularizers inside the step, against training loops that run each as a separate pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .suite import Case
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Clipping over every shape; what else combines with it over GPT-2."""
+    """Returns the cases: clipping over several models, and clipping with other components over GPT-2."""
     components = [("clip+AdamW", "gpt2", "fp32"), ("clip+AdamW", "gpt2", "bf16")]
     if not quick:
         components += [

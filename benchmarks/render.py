@@ -1,4 +1,4 @@
-"""The measured figures of the READMEs, rendered from the JSON files beside them.
+"""Renders the measured figures of the READMEs from the JSON files in `benchmarks/results`.
 
 benchmarks/results/audit.json          the code audit (`make audit`)
 benchmarks/results/*/bench.json        runs of `fastreg bench`, one folder for each machine
@@ -29,11 +29,13 @@ OPTIMIZERS = re.compile("(?<=<!-- optimizers -->).*(?=<!-- end -->)")
 COLD_START = "<!-- cold start, rendered by `make render` -->"
 
 COMPOSED = {"clip": 12, "noise": 16, "EMA": 12, "SWA": 12, "Lookahead": 20, "SAM": 48, "dp": 28}
-"""Bytes per float32 parameter of `clip_grad_norm_`, `randn_like` with `add_`, `_foreach_lerp_` (with
-`_foreach_copy_`), of SAM around a step as davda54/sam makes it: norm 12, copy 8, perturbation 28; and of what
-Opacus does to a sum of clipped gradients: zeros 4, normal 4, add 12, scale 8."""
+"""Bytes per float32 parameter of each part where it is composed of torch's functions.
+
+clip: `clip_grad_norm_`.  noise: `randn_like` with `add_`.  EMA and SWA: `_foreach_lerp_`; Lookahead: with
+`_foreach_copy_`.  SAM: davda54/sam around a step, that is norm 12, copy 8, perturbation 28.  dp: Opacus on a
+sum of clipped gradients, that is zeros 4, normal 4, add 12, scale 8."""
 BESIDE = ("EMA", "SWA", "Lookahead")
-"""Parts whose state the step moves, 8 bytes, and a composition in a pass of its own."""
+"""Parts whose 8 bytes of state fastreg moves in the step, and a composition in a separate pass."""
 
 
 NO_GPU = """\
@@ -66,14 +68,14 @@ ALL_KERNELS = """\
 
 
 def runs() -> dict[str, dict[str, Any]]:
-    """The committed runs by the folder they lie in, GPUs first."""
+    """Returns the committed runs by the name of their folder, those on GPUs first."""
     files = RESULTS.glob("*/bench.json")
     read = {file.parent.name: json.loads(file.read_text("utf-8")) for file in files}
     return dict(sorted(read.items(), key=lambda item: (not _on_gpu(item[1]), item[0])))
 
 
 def audited() -> dict[str, Any]:
-    """The committed audit."""
+    """Returns the committed results of the code audit."""
     return json.loads((RESULTS / "audit.json").read_text("utf-8"))
 
 
@@ -82,7 +84,7 @@ def _on_gpu(run: dict[str, Any]) -> bool:
 
 
 def performance() -> str:
-    """The section of the main README."""
+    """Returns the rendered section on performance of the main README."""
     all_runs = runs()
     parts = []
     if not any(map(_on_gpu, all_runs.values())):
@@ -132,13 +134,13 @@ def _machine_code_of_modules() -> str:
 
 
 SHOWN = {*chains.BUDGETS, "largest", "unit squares"} - {"AdamW+pullback"}
-"""Whole steps, and norms that torch has as well."""
+"""Kernels in the table of the main README: whole steps, and norms that torch has as well."""
 MODULES = (*operators.DROPOUT, *operators.NOISE, *operators.ADVERSARIAL)
-"""What is done to activations and inputs."""
+"""Kernels on activations and inputs, in the order of their table."""
 
 
 def _passes_of(parts: list[str]) -> list[str]:
-    """What else runs for a step."""
+    """Returns the audited passes that a chain needs before its step."""
     if "SAM" in parts:
         return ["norm", "SAM climb"]
     if "MSAM" in parts:
@@ -148,7 +150,7 @@ def _passes_of(parts: list[str]) -> list[str]:
 
 
 def _summary(name: str, run: dict[str, Any]) -> str:
-    """A run in a line for each case: ours against the baseline."""
+    """Returns a summary of a run: fastreg against the baseline, a line for each case."""
     lines = []
     for result in run["results"]:
         ours, theirs = result["rows"].get(OURS, {}), result["rows"].get(result["baseline"], {})
@@ -187,7 +189,10 @@ def _training(result: dict[str, Any]) -> str:
 
 
 def tables(name: str, run: dict[str, Any]) -> str:
-    """All of a run: where it was measured, the picture in the folder of this name, a table for each case."""
+    """Returns a run as Markdown: machine, versions, picture, a table for each case, and notes.
+
+    `name` is the folder of the picture: empty, or with a slash at its end.
+    """
     versions = ", ".join(f"{key} {value}" for key, value in run["machine"]["versions"].items() if value)
     clocks = next((result["clocks"] for result in run["results"] if result.get("clocks")), None)
     about = [f"measured {run['created'][:10]}", versions, f"clocks: {clocks}" if clocks else ""]
@@ -201,7 +206,7 @@ def tables(name: str, run: dict[str, Any]) -> str:
 
 
 def everything() -> str:
-    """`benchmarks/results/README.md`."""
+    """Returns the whole text of `benchmarks/results/README.md`."""
     versions = ", ".join(f"{key} {value}" for key, value in audited()["versions"].items())
     parts = ["# Results", ABOUT, *(tables(f"{name}/", run) for name, run in runs().items())]
     parts += [
@@ -213,7 +218,7 @@ def everything() -> str:
 
 
 def versions() -> str:
-    """What `noxfile.py` has recorded: which versions were tested, and how many tests have passed."""
+    """Returns the table of tested versions and numbers of tests, from the records of `noxfile.py`."""
     records = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("versions/*.json")}
     order = [name for name in ("oldest", "pinned", "newest") if name in records]
     lines = []
@@ -233,7 +238,7 @@ def versions() -> str:
 
 
 def cold_start() -> str:
-    """What first steps take, and compiling ahead of time."""
+    """Returns a paragraph on the time that first steps and compiling ahead of time take."""
     starts = json.loads((RESULTS / "cold_start.json").read_text("utf-8"))
     step, kernels, machine = starts["compiled_step"], starts["kernels"], starts["machine"]
     first, later = f"{step['first_process']:.0f} s", f"{step['later_process'] * 1000:.0f} ms"
@@ -247,13 +252,17 @@ def cold_start() -> str:
 
 
 def optimizers() -> str:
-    """The names of all optimizers, with their features."""
+    """Returns the names of all optimizers, with their features, separated by commas."""
     entries = registry.OPTIMIZERS.values()
     return ", ".join(f"`{e.optimizer.__name__}`" + f" ({e.features})" * bool(e.features) for e in entries)
 
 
 def rendered() -> dict[Path, str]:
-    """What the files should hold."""
+    """Returns the up-to-date text of each rendered file, by path.
+
+    Raises:
+        ValueError: If the main README lacks the comments around a rendered part.
+    """
     readme = ROOT / "README.md"
     text = OPTIMIZERS.sub(optimizers(), readme.read_text("utf-8"))
     for begin, what in ((BEGIN, performance), (COLD_START, cold_start), (VERSIONS, versions)):
@@ -266,7 +275,7 @@ def rendered() -> dict[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files, or tell whether they are up to date."""
+    """Writes the files, or checks whether they are up to date; returns an exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastreg_benchmarks.render", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     parser.add_argument("--only", type=Path, metavar="FOLDER", help="of one run: its README.md beside it")

@@ -1,4 +1,4 @@
-"""Results of the suites as tables: the cells, for a terminal and for Markdown alike."""
+"""Formats results of the suites as tables, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNITS = {
 
 
 def document(device: torch.device, quick: bool) -> dict[str, Any]:
-    """A run without results yet."""
+    """Returns the JSON document of a new run, without results yet."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "quick": quick,
@@ -40,7 +40,7 @@ def document(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def duration(milliseconds: float) -> str:
-    """Three digits and the unit that suits."""
+    """Returns a time as text, with three digits, in s, ms or µs."""
     for unit, scale in (("s", 1e-3), ("ms", 1.0), ("µs", 1e3)):
         if milliseconds * scale >= 1 or unit == "µs":
             value = milliseconds * scale
@@ -59,9 +59,10 @@ def _optional(key: str, show: Callable[[Result, Any], str]) -> Cell:
 
 
 def share(result: Result, row: dict[str, Any]) -> float:
-    """The optimizer's share of a training step, whose forward and backward pass are the same for all rows.
+    """Returns the optimizer's share of the time of a training step, from 0 to 1.
 
-    They vary by more than optimizers differ, so their time is the median over the rows.
+    Forward and backward pass are the same for all rows, but vary by more than optimizers differ, so their
+    time is the median over the rows.
     """
     rest = [
         other["ms"]["median"] - other["optimizer_ms"]["median"]
@@ -93,7 +94,7 @@ COLUMNS: dict[str, Cell] = {
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of one result: what was timed or refused, without columns that would be empty."""
+    """Returns headings and rows of the contenders that were timed or refused, without empty columns."""
     rows = [row | {"name": name} for name, row in result["rows"].items() if "skipped" not in row]
     cells = [[cell(result, row) for cell in COLUMNS.values()] for row in rows]
     used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in cells)]
@@ -102,7 +103,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """What was refused or left out, and why; what is said of several cases is said once."""
+    """Returns notes on everything refused or left out, with reasons; several cases may share a note."""
     said: dict[str, list[str]] = {}
     for result in results:
         if "skipped" in result:
@@ -116,20 +117,20 @@ def notes(results: Iterable[Result]) -> list[str]:
 
 
 def heading(result: Result) -> str:
-    """The case, and the bandwidth it is held against."""
+    """Returns the name of a case, with the bytes to move and the bandwidth of a copy if it has them."""
     if "copy_gbps" not in result:
         return result["case"]
     return f"{result['case']}: {result['bytes'] / 1e9:.2f} GB to move, copy at {result['copy_gbps']:.0f} GB/s"
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, all but the first column aligned to the right."""
+    """Returns a Markdown table, all but the first column aligned to the right."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def show(console: Any, result: Result) -> None:
-    """Print one result."""
+    """Prints the table of a result on a console of rich, unless the case was skipped."""
     from rich import box
     from rich.table import Table
 
@@ -150,7 +151,7 @@ def show(console: Any, result: Result) -> None:
 
 
 def machine_line(run: dict[str, Any]) -> str:
-    """Where a run was measured, in a line."""
+    """Returns the device and the versions of a run, in one line."""
     machine, versions = run["machine"], run["machine"]["versions"]
     parts = [machine["device"]]
     if "multiprocessors" in machine:

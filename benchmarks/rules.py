@@ -1,4 +1,4 @@
-"""Update rules alone: what one launch for all tensors, or one compiled pass, makes of them."""
+"""Benchmarks of update rules alone, which fastreg runs in one launch, or in one compiled pass on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .suite import Case
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """AdamW over every shape; the other rules over GPT-2."""
+    """Returns the cases: AdamW over several models, and other rules over GPT-2."""
     rules = [("AdamW", "gpt2", "fp32"), ("AdamW", "gpt2", "bf16"), ("AdamW", "many", "fp32")]
     if not quick:
         rules += [("AdamW", "huge", "fp32"), ("AdamW", "llama", "fp32"), ("AdamW", "llama", "bf16")]

@@ -1,9 +1,9 @@
-"""Every kernel once over few, odd and misaligned tensors, for compute-sanitizer.
+"""Runs every family of kernels on odd and misaligned tensors, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m fastreg_benchmarks.sanitize [NAME ...]
 
-Names are those of `families.FAMILIES`, all by default.  Without a GPU it runs in Triton's interpreter.  The
-exit status tells whether results were those of the reference, too.
+Names are those of `families.FAMILIES`, all by default.  Without a GPU, TRITON_INTERPRET=1 runs it in Triton's
+interpreter.  Results are compared with the reference, too: the exit status is 1 if any is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHAPES = [
     *((1, size, 1) for size in (1, 15, 16, 17, 127, 4096, 4097, 2 * 4096 + 48)),
     (3, 5, 17), (2, 70, 16),
 ]  # fmt: skip
-"""Few numbers of features, for which kernels are compiled; as many elements as threads and programs take."""
+"""Elements around those of a thread and of a program; few features, since some kernels compile for each."""
 OFFSETS = (0, 1, 3)
 CHOSEN = (
     "clip+noise+AdamW+EMA",
@@ -30,12 +30,12 @@ CHOSEN = (
     "penalty",
     "SGD-momentum",
 )
-"""What is run under compute-sanitizer, in this order."""
+"""Families that `gpu` runs under compute-sanitizer, in this order."""
 DRY = ("penalty",)
 
 
 def main(names: list[str]) -> int:
-    """Run families at all dtypes; 1 if any is wrong."""
+    """Runs families in float32 and bfloat16; returns 1 if any result is wrong, else 0."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = 0
     for name in names or families.FAMILIES:

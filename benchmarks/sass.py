@@ -1,4 +1,4 @@
-"""Reads machine code: how wide its accesses are, what is in local memory, what the main loop costs."""
+"""Reads NVIDIA's machine code (SASS): widths of accesses, local memory, and cost of the main loop."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The address that a branch jumps to; `None` for other instructions."""
         match = re.search(r"0x([0-9a-f]+)", self.operands) if self.kind == "BRA" else None
         return int(match.group(1), 16) if match else None
 
 
 class Cubin(NamedTuple):
-    """A compiled kernel."""
+    """A compiled kernel: its instructions, and the registers and memory of a thread."""
 
     instructions: list[Instruction]
     registers: int
@@ -50,7 +50,7 @@ class Cubin(NamedTuple):
 
 
 def read(cubin: bytes) -> Cubin:
-    """Disassemble a cubin."""
+    """Disassembles a cubin with the cuobjdump that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
@@ -72,10 +72,11 @@ def read(cubin: bytes) -> Cubin:
 
 
 def main_loop(code: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
-    """The instructions before the loop that holds the widest accesses, and those of one turn of it.
+    """Returns the instructions before the main loop, and those of one turn of it.
 
-    Both as they run when every test takes its common way: out-of-line calls (denormals) are not taken.
-    A kernel without a loop of global accesses has all its instructions in the first part.
+    The main loop is the one with the most 128-bit global accesses.  Both lists hold the `common_path`:
+    out-of-line calls (for denormals) are not taken.  Without such a loop the first list is that of the
+    whole kernel, and the second is empty.
     """
     wide_loops = [loop for loop in loops(code) if wide(loop)]
     if not wide_loops:
@@ -86,7 +87,7 @@ def main_loop(code: list[Instruction]) -> tuple[list[Instruction], list[Instruct
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The instructions of every loop, inner ones as parts of outer ones, too."""
+    """Returns the instructions of each loop; those of an inner loop are in the list of the outer one, too."""
     return [
         [i for i in code if branch.target <= i.address <= branch.address]
         for branch in code
@@ -95,7 +96,10 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def common_path(code: list[Instruction]) -> list[Instruction]:
-    """The shortest way through a component of code that makes all its wide accesses and no call."""
+    """Returns the shortest of the forward paths through code that have the most 128-bit global accesses.
+
+    A call counts as 1000 instructions, so paths avoid it.
+    """
     index = {instruction.address: k for k, instruction in enumerate(code)}
     end = len(code)
     best: list[tuple[tuple[int, int], int]] = [((0, 0), end)] * (end + 1)
@@ -120,7 +124,10 @@ def common_path(code: list[Instruction]) -> list[Instruction]:
 
 
 def loads_in_flight(code: list[Instruction]) -> int:
-    """The most global loads that are issued before one of them is used, in the order of the code."""
+    """Returns the most global loads that are issued before one of them is used, in the order of the code.
+
+    Each branch starts the count anew.
+    """
     outstanding: list[set[int]] = []
     most = 0
     for here in code:
@@ -135,10 +142,10 @@ def loads_in_flight(code: list[Instruction]) -> int:
 
 
 def wide(code: list[Instruction]) -> int:
-    """How many global accesses of 128 bits there are."""
+    """Returns the number of global accesses of at least 128 bits."""
     return sum(i.kind in ("LDG", "STG") and i.width >= 16 for i in code)
 
 
 def accesses(code: list[Instruction], *kinds: str) -> Counter[int]:
-    """How many accesses of these kinds there are, by width in bytes."""
+    """Returns the number of accesses of some kinds, such as "LDG", by width in bytes."""
     return Counter(i.width for i in code if i.kind in kinds)

@@ -1,6 +1,6 @@
-"""First minutes on a GPU: every family of kernels once, on real and on odd shapes, against the reference.
+"""Compares every family of kernels with the reference on a GPU, on shapes of real models and on odd ones.
 
-Each row tells the worst error and its bound, or how a family failed.
+Each row has the largest error and its bound, or says how the family failed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ REAL: dict[str, list[Shape]] = {
     "ghost": [(8, 1024, 768), (4, 512, 3072)],
     "private": [(1, 3072, 768), (1, 1, 768)],
 }
-"""Activations of GPT-2, images, gradients that are held per sample."""
+"""Real shapes by family: activations of GPT-2, images, and weights with per-sample gradients."""
 WEIGHTS: list[Shape] = [(1, 50257, 768), (1, 768, 2304), (1, 1, 2304), (1, 3072, 768), (1, 1, 768)]
-"""What other families work on: some of GPT-2's weights, 43 M in all."""
+"""Real shapes for the other families: some of GPT-2's weights, 43 M elements in all."""
 TINY: list[Shape] = [(2, 3, 16)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(ledger: Ledger, where: str, dry: bool) -> bool:
-    """Fill Triton's cache with what is not there, then compare; whether all is right."""
+    """Fills Triton's cache with missing kernels, then compares all families; returns whether all is right."""
     names = ["SGD-momentum", "dropout", "penalty"] if dry else list(families.FAMILIES)
     if not dry or os.environ.get("TRITON_CACHE_DIR"):
         row = ledger.attempt("kernels ahead of time", lambda: _filled(names, where, dry))

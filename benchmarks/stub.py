@@ -1,7 +1,7 @@
-"""A driver that launches nothing: Triton's own launch path, compilation included, without a GPU.
+"""Runs Triton's own launch path without a GPU, by a driver that compiles but launches nothing.
 
-Kernels are specialised, looked up and compiled for a target as on a real device, so that what a launch costs
-on the host and what makes it compile again can be seen anywhere, and Triton's cache can be filled.
+Kernels are specialised, looked up and compiled for a target as on a real device.  This shows the cost of a
+launch on the host and the reasons to compile again, and it fills Triton's cache.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .entry_points import entry_points
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """What Triton calls a target.
+    """Returns Triton's target for the name of an architecture, such as "sm_90" or "gfx942".
 
     Raises:
-        ValueError: If the name is not that of an architecture.
+        ValueError: If the name has another form.
     """
     if match := re.fullmatch(r"sm_(\d+)", name):
         return GPUTarget("cuda", int(match[1]), 32)
@@ -36,11 +36,11 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 TARGETS = {name: gpu_target(name) for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
-"""What the audit reads."""
+"""Targets of the code audit, by name."""
 
 
 class OneDevice:
-    """What a driver is asked about devices, answered for one of a chosen target, without a GPU."""
+    """Mixin for Triton drivers that pretends there is one device, of a chosen target."""
 
     _target: GPUTarget
 
@@ -84,7 +84,7 @@ class _Driver(OneDevice, DriverBase):
 
 @contextlib.contextmanager
 def stub_driver(target: str = "sm_90") -> Iterator[list[str]]:
-    """Within the block CPU tensors go to the kernels, which do nothing; gives the names launched."""
+    """Makes kernels on CPU tensors compile but not run in the block; yields the list of launched names."""
     launches: list[str] = []
     with active(_Driver(launches, gpu_target(target)), target):
         yield launches
@@ -92,7 +92,7 @@ def stub_driver(target: str = "sm_90") -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def active(instead: DriverBase, target: str) -> Iterator[None]:
-    """Within the block CPU tensors go to the kernels by way of a driver, for a target."""
+    """Makes CPU tensors use the Triton kernels in the block, compiled for a target, by a driver."""
     allowed, lanes = backend.why_not_triton, gpu_target(target).warp_size
     forget_compiled()
     driver.set_active(instead)
@@ -105,22 +105,22 @@ def active(instead: DriverBase, target: str) -> Iterator[None]:
             yield
     finally:
         backend.why_not_triton = allowed
-        forget_compiled()  # while there is the driver that has loaded it
+        forget_compiled()  # before the driver that loaded the kernels goes
         driver._active = None  # `reset_active` would look for a real one
 
 
 def variants() -> dict[str, int]:
-    """How many variants of each kernel have been compiled for the driver."""
+    """Returns the number of compiled variants of each kernel, by name, without kernels that have none."""
     counts = {name: len(kernel.device_caches[0][0]) for name, kernel in entry_points().items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def compiled() -> list[Any]:
-    """All variants of all kernels that have been compiled for the driver."""
+    """Returns all compiled variants of all kernels."""
     return [made for kernel in entry_points().values() for made in kernel.device_caches[0][0].values()]
 
 
 def forget_compiled() -> None:
-    """What has been compiled for one driver must not be launched by another."""
+    """Forgets all compiled variants: one driver must not launch those of another."""
     for kernel in entry_points().values():
         kernel.device_caches.clear()

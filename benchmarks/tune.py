@@ -1,6 +1,6 @@
-"""Which launch parameters are fastest on a GPU: a few settings of each kernel, and the line to change.
+"""Times a few launch parameters of each kernel, and writes the line to change if one of them is faster.
 
-A winner is what beats the setting in use by more than rounds of the same setting differ.
+A setting wins only if its gain is larger than the differences between rounds of the same setting.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from . import chains, measure, shapes
 from .ledger import Ledger, Row, failed
 
 MOST = 6
-"""Settings of a kernel."""
+"""Most settings of a kernel, with the one in use."""
 BETTER = 0.02
-"""By how much of its time a setting must be faster to win: rounds of the same one differ by about as much."""
+"""Least gain of a winner, as a share of the time: rounds of the same setting differ by about as much."""
 Make = Callable[[torch.device, bool], tuple[Callable[[], Any], int]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A kernel, what it is tried on, and with what.
+    """A kernel, the workload that times it, and the settings to try.
 
     Args:
-        kernel: Its name in the table of launch parameters.
-        make: Gives a run, and the bytes that it must move, on a device; small in a dry run.  What the run
-            returns is what it computes: tensors, in sequences and mappings.
-        changes: What to replace in the parameters in use, for each setting.
+        kernel: Name of the kernel in the table of launch parameters.
+        make: Takes a device, and whether it is a dry run, which is small.  Returns a run and the bytes that
+            it must move; the run returns its results, as tensors in sequences and mappings.
+        changes: Changes to the parameters in use, for each setting.
     """
 
     kernel: str
@@ -69,7 +69,7 @@ def _norm(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
 
 
 def _partials(where: torch.device, dry: bool) -> tuple[Callable[[], Any], int]:
-    """As many partial sums as 7 G parameters leave."""
+    """Returns a run on as many partial sums as the norm of 7 G parameters has, and its bytes."""
     from fastreg.engine.launch.triton import clip_factor
 
     partial = torch.rand(100 if dry else 430_000, dtype=torch.float64, device=where)
@@ -161,11 +161,11 @@ TRIALS = {
         "sample_sums", _sums, ({"depth": 32}, {"block": 64, "depth": 32}, {"block": 256}, {"warps": 8}),
     ),
 }  # fmt: skip
-"""In the order of what they matter."""
+"""Trials by name, the most important first."""
 
 
 def run(ledger: Ledger, where: str, dry: bool) -> bool:
-    """Try all settings; whether every kernel gave the same results with all of them."""
+    """Runs all trials; returns whether none failed and all settings gave the same results."""
     target = device.architecture(torch.device(where))
     names = ["dropout, 6 M bf16"] if dry else list(TRIALS)
     for name in ledger.pending(names):
@@ -175,16 +175,17 @@ def run(ledger: Ledger, where: str, dry: bool) -> bool:
 
 
 def settings(trial: Trial, target: Architecture) -> list[LaunchParameters]:
-    """What is in use, and what is tried instead."""
+    """Returns the setting in use on an architecture, then the others to try, `MOST` in all."""
     now = launch_parameters(trial.kernel, target)
     return [now, *(now._replace(**change) for change in trial.changes)][:MOST]
 
 
 def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) -> Row:
-    """Times of every setting, and the line for the table of launch parameters if one wins.
+    """Returns a row with the times of every setting, in milliseconds.
 
-    Settings that do not compile, or need more than there is, are refused; one that gives something else than
-    the setting in use is wrong, and so is the row.
+    If a setting wins, the row has the line for the table of launch parameters.  Settings that do not compile
+    or need more memory than there is are refused.  If results of a setting differ from those of the setting
+    in use, it is not timed, and the row is wrong.
     """
     now, *others = settings(trial, target)
     expected = results(trial, now, where, dry)
@@ -220,7 +221,7 @@ def tried(trial: Trial, where: torch.device, target: Architecture, dry: bool) ->
 
 
 def results(trial: Trial, setting: LaunchParameters, where: torch.device, dry: bool) -> list[Tensor]:
-    """What a first run computes with a setting, from the same every time."""
+    """Returns the results of a first run with a setting, from the same random numbers every time."""
     torch.manual_seed(0)
     run, _ = trial.make(where, dry)
     with trying(trial.kernel, setting):
@@ -228,7 +229,7 @@ def results(trial: Trial, setting: LaunchParameters, where: torch.device, dry: b
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in what a run returns."""
+    """Returns all tensors in the results of a run."""
     if isinstance(value, Tensor):
         return [value.detach()]
     parts = list(value.values()) if isinstance(value, Mapping) else value
@@ -236,7 +237,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> str:
-    """By how much results differ, where it is more than rounding."""
+    """Returns how far results differ, as text; empty if it is no more than rounding."""
     for one, other in zip(actual, expected, strict=True):
         rounding = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
         one, other = one.float(), other.float()
@@ -246,13 +247,13 @@ def _difference(actual: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def with_setting(kernel: str, setting: LaunchParameters, run: Callable[[], Any]) -> None:
-    """Run something with launch parameters of a kernel."""
+    """Runs a function with other launch parameters for a kernel."""
     with trying(kernel, setting):
         run()
 
 
 def _describe(setting: LaunchParameters) -> str:
-    """As it would stand in the table."""
+    """Returns the code of a setting, as in the table of launch parameters."""
     names = LaunchParameters._field_defaults
     parts = [
         f"{name}={value}"
