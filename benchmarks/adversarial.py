@@ -1,4 +1,4 @@
-"""Times steps of adversarial inputs for given gradients against steps written in PyTorch."""
+"""Times steps of adversarial attacks, for given gradients, against steps written in PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Workload:
 
     @property
     def size(self) -> float:
-        """The step size, with which steps from the edge leave the ball."""
+        """The step size of PGD, with which steps from the edge of the ball leave the ball."""
         return self.epsilon / 4
 
 
@@ -49,7 +49,8 @@ class AttackCase(Case):
     def __post_init__(self) -> None:
         elements = self.images * IMAGE[0] * IMAGE[1] * IMAGE[2]
         self.name = f"{self.attack} step, {self.norm}, {elements / 2**20:.0f}M {self.storage}"
-        # Read and written; for PGD the clean images, too; for L2 the gradient again, for its norm.
+        # Points and gradient read, points written; for PGD the clean images read, too.  For L2 the gradient
+        # is read again for its norm, and for PGD all three inputs for the norm of the perturbation.
         passes = 3 + (self.attack == "PGD") + (self.norm == "l2") * (1 + 3 * (self.attack == "PGD"))
         self.bytes = elements * DTYPES[self.storage].itemsize * passes
 
@@ -92,7 +93,7 @@ class AttackCase(Case):
         exact = _composite(self.attack == "PGD", self.norm, *wide, workload.epsilon, size)
         bound = 1e-6 if self.storage == "fp32" else torch.finfo(DTYPES[self.storage]).eps
         if name != OURS:
-            bound *= 4  # each operation rounds
+            bound *= 4  # they round after each operation
         return [Check("images", float((run().double() - exact).abs().max()), bound)]
 
 
@@ -105,7 +106,7 @@ def _of(workload: Workload, function: Callable[..., Tensor]) -> Callable[[], Ten
 def _composite(
     project: bool, norm: str, clean: Tensor, point: Tensor, gradient: Tensor, epsilon: float, size: float
 ) -> Tensor:
-    """Takes a step as it is usually written in PyTorch."""
+    """Returns the points after a step as it is usually written in PyTorch."""
 
     def norms(t: Tensor) -> Tensor:
         return t.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)

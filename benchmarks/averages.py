@@ -1,4 +1,4 @@
-"""Averages of weights: Lookahead, a moving average inside the step, and a model of averages beside it."""
+"""Times averages of weights: Lookahead, a moving average inside the step, and `AveragedModel` outside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .suite import OURS, Case, Check
 
 @dataclass(eq=False)  # hashed by identity
 class LookaheadCase(StepCase):
-    """As many steps as there are between synchronisations, with the one that synchronises."""
+    """A run of K steps with Lookahead, one of which synchronises."""
 
     steps: int = chains.K
     part: str = "Lookahead"
@@ -34,20 +34,20 @@ class LookaheadCase(StepCase):
 
 @dataclass
 class Workload:
-    """A model, and what it holds in turn."""
+    """A model, and two sets of weights for it."""
 
     model: nn.ParameterList
     weights: list[list[Tensor]]
 
     @torch.no_grad()
     def hold(self, turn: int) -> None:
-        """Let the model hold the weights of a turn."""
+        """Copies one set of weights into the model."""
         torch._foreach_copy_(list(self.model), self.weights[turn])
 
 
 @dataclass(eq=False)
 class AveragedModelCase(Case):
-    """`AveragedModel.update_parameters` with the fused form of a moving average."""
+    """A call of `AveragedModel.update_parameters` that updates a moving average of all weights at once."""
 
     model: str
     sizes: shapes.Sizes
@@ -67,14 +67,14 @@ class AveragedModelCase(Case):
         return Workload(nn.ParameterList(nn.Parameter(weight.clone()) for weight in weights[0]), weights)
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours and torch's, each with its own function for a moving average."""
+        """Returns the `AveragedModel` of fastreg and of torch, each with its own moving-average function."""
         return {
             OURS: lambda workload: _Update(workload.model, fastreg),
             self.baseline: lambda workload: _Update(workload.model, swa_utils),
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """The first update copies, the second moves by 1 - decay."""
+        """Compares averages after two updates: the first copies weights, the second moves by 1 - decay."""
         for turn in range(2):
             workload.hold(turn)
             run()
@@ -85,7 +85,7 @@ class AveragedModelCase(Case):
 
 
 class _Update:
-    """An update of the `AveragedModel` of a module."""
+    """A run that updates the `AveragedModel` of a Python module, fastreg or torch's `swa_utils`."""
 
     def __init__(self, model: nn.Module, module: Any) -> None:
         average = module.get_ema_multi_avg_fn(chains.DECAY)
@@ -96,7 +96,7 @@ class _Update:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Over GPT-2."""
+    """Returns the cases over GPT-2: Lookahead, a moving average in the step, and `AveragedModel`."""
     over, turns = models(device, quick)["gpt2"], rounds(device, quick)
     return [
         LookaheadCase(

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`."""
+"""Adds the options `--quick` and `--device` to `pytest benchmarks`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Measures dropout and what is fused around it, both passes, and the memory kept for the backward pass."""
+"""Times both passes of dropout with the functions fused around it, and counts the bytes kept in between."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .suite import OURS, Case, Check, Unavailable
 
 P, FEATURES = 0.1, 1024
 ACTIVATION_SIZES = 3 * 2**19, 6 * 2**20, 24 * 2**20
-"""Elements: 2, 8 and 32 samples of 1024 positions and 768 features.  The first two lie in a GPU's cache, as
-they do in a model right after the layer that computes them."""
+"""Elements of 2, 8 and 32 samples of 1024 positions and 768 features.  The first two fit into a GPU's cache,
+where activations are in a model right after the layer that computes them."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Workload:
 
 @dataclass
 class BothPasses:
-    """Forward and backward pass of a function of (x, bias, residual)."""
+    """A run of the forward and backward pass of a function of (x, bias, residual)."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
     workload: Workload
@@ -62,7 +62,8 @@ class PassCase(Case):
     def __post_init__(self) -> None:
         size = f"{self.elements / 2**20:g}M {self.storage}"
         self.name = f"{self.what}, {size}, both passes"
-        # Read and written; and for the gradient; a residual passes it on as it is.
+        # Forward: x, and a residual, read; y written.  Backward: the gradient, and x for GELU, read; the
+        # gradient of x written.  That of the residual is the gradient itself.
         passes = 2 + 2 if self.what == "dropout" else 3 + 3
         self.bytes = self.elements * DTYPES[self.storage].itemsize * passes
 
@@ -77,7 +78,7 @@ class PassCase(Case):
         return Workload(draw(*shape), draw(FEATURES), draw(*shape), draw(*shape).detach())
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours, its reference, and torch's functions, also compiled."""
+        """Returns fastreg's function, its reference, and torch's functions, eager and compiled."""
         plain = self.what == "dropout"
         ours = _dropout if plain else _fused
         theirs = _torch_dropout if plain else _torch_fused
@@ -113,7 +114,7 @@ class PassCase(Case):
         ]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """Returns the bytes kept for the backward pass, besides inputs."""
+        """Returns the bytes kept for the backward pass, without those of the inputs."""
         inputs = workload.x, workload.bias, workload.residual
         with saved_bytes(inputs) as saved, fastreg.use_backend(run.backend):
             run.function(*inputs)
@@ -143,7 +144,7 @@ def _reference(function: Any, workload: Workload) -> BothPasses:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Four million elements on a CPU; on a GPU 256 million, and activations as models have them."""
+    """Returns cases of four million elements on a CPU; of 256 million and `ACTIVATION_SIZES` on a GPU."""
     if device.type == "cuda":
         turns = 10 if quick else 50
         sizes = [(2**28, "bf16"), *((size, "bf16") for size in ACTIVATION_SIZES), (2**28, "fp32")]

@@ -1,7 +1,7 @@
-"""What a step costs the host: Python and launches, over tensors too small to cost anything else.
+"""Times a step on the host, Python and launches, over tensors so small that nothing else takes time.
 
-Without a GPU both sides launch nothing: ours goes through Triton's own launch path to a driver that does
-nothing, and torch's fused kernel is replaced by a function that does nothing.
+On a CPU, `HostCase` launches no kernels.  fastreg goes through Triton's own launch path to a driver that
+launches nothing, and torch's fused kernel is replaced by a function that does nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ELEMENTS = 8
 
 @dataclass
 class Workload:
-    """Tiny parameters; what has been launched instead of kernels."""
+    """Tiny parameters, the launches recorded instead of made, and the patches that do this."""
 
     params: list[Parameter]
     launches: list[Any] = field(default_factory=list)
@@ -55,7 +55,7 @@ class TinyCase(Case):
         workload.stubs.close()
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours, and torch's fewest launches."""
+        """Returns fastreg's step, and torch's fused step, which makes the fewest launches."""
         return {
             OURS: lambda workload: peers.fastreg_step("AdamW", workload.params, 1.0),
             self.baseline: lambda workload: peers.fused("AdamW", workload.params, 1.0),
@@ -63,7 +63,7 @@ class TinyCase(Case):
 
 
 class HostCase(TinyCase):
-    """The time until `step()` returns: Python and launches."""
+    """AdamW over tiny tensors until `step()` returns: Python and launches."""
 
     what = "Python and launch"
 
@@ -84,7 +84,7 @@ class HostCase(TinyCase):
         return workload
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """One launch a step on either side, and every step counted."""
+        """Takes three steps and checks that each is counted and, on a CPU, makes one launch."""
         steps = 3
         workload.launches.clear()
         for _ in range(steps):
@@ -97,7 +97,7 @@ class HostCase(TinyCase):
 
 
 class PerTensorCase(TinyCase):
-    """The CPU's own path: what a tensor costs beyond its elements."""
+    """AdamW over tiny tensors by the compiled CPU backend: the time of a tensor besides its elements."""
 
     what = "CPU"
 
@@ -109,7 +109,10 @@ class PerTensorCase(TinyCase):
         return workload
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """The first step of AdamW from ones with gradients of one: w · (1 - lr · λ) - lr, but for eps."""
+        """Compares the weights after a step, where both they and gradients were 1, with 1 - lr · λ - lr.
+
+        eps is left out, since it matters less than the bound.
+        """
         with torch.no_grad():
             for p in workload.params:
                 p.fill_(1.0)
@@ -123,7 +126,7 @@ class PerTensorCase(TinyCase):
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """As many tensors as GPT-2 has, and a thousand."""
+    """Returns cases of 148 tensors, as many as GPT-2 has, and of a thousand."""
     turns = 100 if quick else 300
     result: list[Case] = [HostCase(count, turns) for count in (148, 1000)]
     if device.type == "cpu":

@@ -1,7 +1,7 @@
-"""Timings that can be believed: contenders take turns, medians and quantiles are reported.
+"""Times contenders in turns, summarizes timings by median and quantiles, and describes the machine.
 
-On a GPU the device's time and the host's are told apart: the device is timed by events behind a pause that
-is longer than the host needs to enqueue everything, the host while the device is idle.
+On a GPU the times of device and host are measured separately.  The device is timed by events behind a pause
+that is longer than the host needs to enqueue all work.  The host is timed while the device is idle.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ Run = Callable[[], Any]
 PACKAGES = ("torch", "triton", "transformers", "pytest-benchmark")
 PEERS = ("torch-optimi", "pytorch-optimizer", "flashoptim")
 COPIED = 2**28
-"""Bytes that the copy reads, and writes: several times what a cache holds."""
+"""Bytes that the copy reads, and as many that it writes: several times the size of a cache."""
 
 
 @dataclass
 class Timing:
-    """Seconds of one contender, a value for every round."""
+    """Seconds that one contender takes, a value for each round."""
 
-    seconds: list[float] = field(default_factory=list)  # of the device where there is one
-    host: list[float] = field(default_factory=list)  # until the call returns, on an idle device
+    seconds: list[float] = field(default_factory=list)  # of the GPU if there is one, otherwise wall time
+    host: list[float] = field(default_factory=list)  # until the call returns, on an idle GPU
 
 
 class Clock:
-    """Times calls on a device."""
+    """A clock for calls on a device, which waits for the work of each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
-        self._longest = 1e-3  # of the host, over all calls so far
+        self._longest = 1e-3  # most seconds that the host has taken for a call
 
     def wait(self) -> None:
-        """Until the device has done all that was asked of it."""
+        """Waits until the device has done all its queued work."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def wall(self, run: Run) -> float:
-        """Seconds from the call until its work is done."""
+        """Returns the seconds from a call until its work on the device is done."""
         self.wait()
         start = time.perf_counter()
         run()
@@ -59,7 +59,10 @@ class Clock:
         return time.perf_counter() - start
 
     def take(self, run: Run, timing: Timing) -> None:
-        """Add one round to a timing."""
+        """Adds one round to a timing.
+
+        On a GPU it calls the run twice: once for the host's time, once for the device's.
+        """
         if not self.cuda:
             timing.seconds.append(self.wall(run))
             return
@@ -80,7 +83,7 @@ class Clock:
 
 
 def interleave(runs: dict[str, Run], rounds: int, clock: Clock, warmup: int = 1) -> dict[str, Timing]:
-    """Time every contender once per round, in an order that turns with the rounds."""
+    """Times each contender once per round, in an order that rotates; returns the timings by name."""
     timings = {name: Timing() for name in runs}
     names = list(runs)
     for turn in range(-warmup, rounds):
@@ -91,20 +94,26 @@ def interleave(runs: dict[str, Run], rounds: int, clock: Clock, warmup: int = 1)
 
 
 def quantiles(values: list[float], unit: float = 1e3) -> dict[str, float]:
-    """Median and 20/80 quantiles, in milliseconds by default."""
+    """Returns the median and the 20 % and 80 % quantiles of seconds, in milliseconds by default."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 2
     summary = {"median": statistics.median(values), "q20": cuts[0], "q80": cuts[-1]}
     return {name: value * unit for name, value in summary.items()}
 
 
 def ratio(run: Timing, baseline: Timing) -> dict[str, float]:
-    """How many times faster a run is: ratio of medians, and quantiles of the ratios within rounds."""
+    """Returns how many times faster a run is than the baseline.
+
+    The median is the ratio of medians; the quantiles are those of the ratios within rounds.
+    """
     paired = quantiles([b / r for r, b in zip(run.seconds, baseline.seconds, strict=True)], 1)
     return paired | {"median": statistics.median(baseline.seconds) / statistics.median(run.seconds)}
 
 
 def temporary_bytes(run: Run, device: torch.device) -> int | None:
-    """How much memory a call takes at its peak beyond what is held before it."""
+    """Returns the bytes of memory that a call takes at its peak beyond those held before it.
+
+    It is `None` where the system does not report them.
+    """
     memory = PeakMemory(device)
     run()
     memory.reset()
@@ -123,13 +132,13 @@ def _resident() -> int | None:
 
 
 def copy(device: torch.device) -> Run:
-    """The copy that bandwidths are compared with: reads and writes `COPIED` bytes."""
+    """Returns the copy that bandwidths are compared with: a call reads and writes `COPIED` bytes each."""
     source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated."""
+    """Returns the bytes that can still be allocated; 8 GiB if the system does not report them."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -141,7 +150,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what a measurement is taken."""
+    """Returns facts about the machine for the JSON file: device, processor, load, and versions."""
     facts: dict[str, Any] = {
         "device": _processor(),
         "threads": torch.get_num_threads(),
@@ -163,7 +172,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> str | None:
-    """Clock rates at this moment, as the system tells them."""
+    """Returns the present clock rates as text, or `None` if the system does not report them."""
     if device.type == "cuda":
         query = "clocks.sm,clocks.mem,clocks.max.sm,driver_version,power.limit"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv", f"--id={device.index or 0}"]

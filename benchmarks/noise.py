@@ -26,7 +26,7 @@ FIVE_SIGMA = 5.0
 
 @dataclass
 class Workload:
-    """An input that takes gradients, and the gradient of the result."""
+    """An input, which takes gradients where both passes are timed, and the gradient of the result."""
 
     x: Tensor
     gradient: Tensor
@@ -34,7 +34,7 @@ class Workload:
 
 @dataclass
 class NoisePasses:
-    """A function of x, with its backward pass if that is asked for."""
+    """A run of a function of x, with or without its backward pass."""
 
     function: Callable[[Tensor], Tensor]
     workload: Workload
@@ -50,7 +50,7 @@ class NoisePasses:
 
 
 def neftune(x: Tensor) -> Tensor:
-    """Adds noise as the hook of transformers does."""
+    """Returns x plus noise, computed as in the NEFTune hook of transformers."""
     dims = torch.tensor(x.size(1) * x.size(2))
     magnitude = ALPHA / torch.sqrt(dims)
     return x + torch.zeros_like(x).uniform_(-magnitude, magnitude)
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], s
         lambda x: uniform_noise(x, ALPHA / math.sqrt(x.shape[1] * x.shape[2])), neftune, "transformers' hook",
     ),
 }  # fmt: skip
-"""Our function, the other function, and the name of the other."""
+"""By the name of an operation: fastreg's function, the function of the baseline, and the baseline's name."""
 
 
 @dataclass(eq=False)  # hashed by identity
@@ -97,7 +97,7 @@ class NoiseCase(Case):
         return Workload(x.requires_grad_(self.both), gradient)
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Ours, and theirs, also compiled."""
+        """Returns fastreg's function, and the baseline's, eager and compiled."""
         ours, theirs, name = KINDS[self.what]
         return {
             OURS: lambda workload: NoisePasses(ours, workload, self.both),
@@ -108,14 +108,14 @@ class NoiseCase(Case):
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """The noise has the moments that it should have, and the gradient its factor."""
+        """Checks mean and variance of the noise, and that the gradient has the same factor as the result."""
         y, *of_x = (t.detach().double() for t in run())
         x = workload.x.detach().double()
         uniform, eps = self.what == "NEFTune", torch.finfo(DTYPES[self.storage]).eps
         std = ALPHA / math.sqrt(3 * LENGTH * FEATURES) if uniform else STD
-        known = x.abs() >= 0.5 * self.both  # for x near 0 the factor is inexact
+        known = x.abs() >= 0.5 * self.both  # for x near 0, y / x is inexact
         z = ((y / x - 1 if self.both else y - x) / std)[known]
-        # Rounding to the storage has a variance of its own, at most that of a unit in the last place.
+        # Rounding to the dtype adds variance: at most that of a unit in the last place.
         size = 1.0 if self.both else float(y.square().mean())
         rounding = 2 * eps**2 * size / 12 / std**2
         kurtosis, n = 9 / 5 if uniform else 3.0, z.numel()
@@ -131,7 +131,7 @@ class NoiseCase(Case):
 
 @dataclass
 class Excursion:
-    """Perturbs weights and restores them."""
+    """A run that perturbs weights and then restores them."""
 
     params: list[Tensor]
     perturb: Callable[[], Any]
@@ -144,7 +144,7 @@ class Excursion:
 
 @dataclass(eq=False)
 class WeightNoiseCase(Case):
-    """All weights of a model with noise, and back."""
+    """Adding noise to all weights of a model, and restoring them."""
 
     model: str
     sizes: shapes.Sizes
@@ -166,18 +166,18 @@ class WeightNoiseCase(Case):
         ]
 
     def contenders(self) -> dict[str, Callable[[list[Tensor]], Any]]:
-        """Ours, a loop over parameters as it is written by hand, and the same in lists."""
+        """Returns fastreg's `WeightNoise`, a loop over parameters, and the same with foreach functions."""
         return {OURS: _ours, "torch": _torch, "torch foreach": _foreach}
 
     def verify(self, name: str, workload: list[Tensor], run: Any) -> list[Check]:
-        """The noise of all has mean 0 and its standard deviation; weights come back bit for bit."""
+        """Checks mean and variance of the noise on all weights, and that they are restored bit for bit."""
         before = [p.clone() for p in run.params]
         run.perturb()
         pairs = list(zip(run.params, before, strict=True))
         z = torch.cat([(p.double() - q.double()).flatten() for p, q in pairs]) / STD
         run.restore()
         lost = sum(not torch.equal(p, q) for p, q in pairs)
-        # Rounded at random, by a unit in the last place that takes one of its two neighbours.
+        # Stochastic rounding to one of two neighbours, a unit in the last place apart, adds this variance.
         n, rounding = z.numel(), torch.finfo(DTYPES[self.storage]).eps ** 2 / 4 / STD**2
         return [
             Check("mean, in σ", abs(float(z.mean())) * math.sqrt(n), FIVE_SIGMA),
@@ -223,7 +223,11 @@ def _foreach(weights: list[Tensor]) -> Excursion:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Four million elements and weights on a CPU; on a GPU 256 million, activations, and GPT-2."""
+    """Returns the cases of activations and of weights.
+
+    Both have four million elements on a CPU.  On a GPU there are 256 million activations, or as many as
+    `ACTIVATION_SIZES`, and the weights of GPT-2.
+    """
     if device.type == "cuda":
         elements, storages, turns = 2**28, ("bf16", "fp32"), 10 if quick else 50
         model, sizes, smaller = "GPT-2 124M", shapes.gpt2(), ACTIVATION_SIZES

@@ -1,4 +1,4 @@
-"""Entries of the kernels behind torch operators: dropout, noise and adversarial inputs."""
+"""Lists entries of the code audit for the kernels of dropout, noise and adversarial inputs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ DROPOUT = {
     "bias+gelu+dropout backward": (40, 40),
     "dropout, a rate for each channel": (34, 34),
 }
-"""Instructions per element on sm_90, in float32 and in bfloat16, with any Triton from 3.6 to 3.9."""
+"""Budgets in instructions per element on sm_90, in float32 and bfloat16, for any Triton from 3.6 to 3.9."""
 FEATURES = 768
 
 
 def dropout_entries(target: Architecture) -> list[Entry]:
-    """Dropout and what is fused around it."""
+    """Returns the entries of dropout with all functions fused around it."""
     listed = []
     for name, budgets in DROPOUT.items():
         for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):
@@ -50,7 +50,10 @@ def dropout_entries(target: Architecture) -> list[Entry]:
 
 
 def dropout_entry(name: str, storage: str, target: Architecture, budget: float) -> Entry:
-    """A kernel of dropout by what it does, such as "bias+gelu+dropout backward"; a bias is cached."""
+    """Returns the entry of a dropout kernel named by its functions, as in "bias+gelu+dropout backward".
+
+    The bytes of a bias count as read, though it comes from a cache.
+    """
     what, backward = name.removesuffix(" backward"), name.endswith(" backward")
     parts, channels = what.split("+"), name.endswith("channel")
     dtype = STORAGES[storage][0]
@@ -88,18 +91,23 @@ ADVERSARIAL = {
     "random start": ("uniform", "none", "scalar", (23.5, 44.5)),
     "random start, L2": ("normal", "none", "scalar", (44.5, 66)),
 }
-"""Direction, ball and bounds of a step; instructions per element on sm_90, in float32 and in bfloat16."""
+"""Direction, ball and bounds of a step, and its budgets on sm_90 in float32 and in bfloat16."""
 SIZES = {
     "gradient size": ("scaled", False, (7, 7.5)),
     "perturbation size": ("scaled", True, (11.5, 13)),
     "normal noise size": ("normal", False, (None, None)),
     "Laplace noise size": ("laplace", False, (None, None)),
 }
-"""What norms are taken of, whether behind a step, and the same; of noise they are taken once an attack."""
+"""Direction; whether the norm is of the perturbation after a step along it, not of itself; budgets as above.
+
+Norms of noise have no budget: they are taken once an attack."""
 
 
 def adversarial_entries(target: Architecture) -> list[Entry]:
-    """Steps of adversarial inputs, and the norms that they need; inputs of 16 bits move in float32."""
+    """Returns the entries of adversarial steps, and of the norms that they need.
+
+    Inputs of 16 bits are moved in float32.
+    """
     attacks = {name: (kind, name.startswith("PGD"), row) for name, (kind, *_, row) in ADVERSARIAL.items()}
     listed = []
     for name, (kind, behind, budgets) in {**attacks, **SIZES}.items():
@@ -160,12 +168,11 @@ NOISE = {
     "uniform noise, a size for each row": ("uniform", FEATURES, (22, 22)),
     "uniform noise, a size for each tiny row": ("uniform", 3, (34.5, 37)),
 }
-"""Kind, elements of a row that has a size of its own, and instructions per element on sm_90 in float32 and in
-bfloat16."""
+"""Kind, elements of a row if each row has its own size of noise, and budgets as above."""
 
 
 def noise_entries(target: Architecture) -> list[Entry]:
-    """Noise on activations."""
+    """Returns the entries of noise on activations."""
     listed = []
     for name, (kind, inner, budgets) in NOISE.items():
         for storage, budget in zip(("fp32", "bf16"), budgets, strict=True):

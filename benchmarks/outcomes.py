@@ -1,4 +1,4 @@
-"""The plugin of pytest behind `device_tests`: leaves out what has passed, and writes every outcome down."""
+"""A pytest plugin for `device_tests`: leaves out tests that have passed, and records all outcomes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from . import device_tests
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what has passed."""
+    """Leaves out the tests that passed in an earlier run."""
     passed = set(json.loads(Path(os.environ[device_tests.PASSED]).read_text()))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
     items[:] = [item for item in items if item.nodeid not in passed]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write down what a test has come to: its call, or what kept it from that."""
+    """Adds the outcome of a test to the ledger: of its call, or of a setup or teardown that did not pass."""
     if device_tests.ledger is None or (
         report.when != "call" and report.outcome == "passed"
-    ):  # a worker, or nothing yet
+    ):  # in a worker, or without an outcome yet
         return
     row: dict[str, Any] = {"outcome": report.outcome, "seconds": report.duration}
     if report.failed:

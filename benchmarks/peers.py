@@ -1,7 +1,7 @@
-"""What a user would run instead of fastreg: the best compositions of torch's parts, and other libraries.
+"""Builds the contenders of fastreg: the fastest compositions of torch's functions, and other libraries.
 
-All of it is imported, none written anew but SAM as published, which is on no package index.  A composition
-is what a training loop does by hand: clip, add noise, step, look ahead, average.
+All optimizers are imported, except SAM as published, which is on no package index and is written out here.
+A composition does what a training loop does by hand: clip, add noise, step, look ahead, average.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .suite import OURS, Unavailable
 
 Params = list[Parameter]
 LR, WEIGHT_DECAY = 0.05, 1.0
-"""Large, so that each step, and each part of it, shows in the weights that are compared."""
+"""Larger than usual, so that each step and each of its parts clearly changes the weights compared."""
 
 _TORCH = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -35,36 +35,39 @@ _TORCH = {
 
 @dataclass
 class Step:
-    """One optimizer step, with what it leaves behind to be verified."""
+    """An optimizer step that can be called, with the results that are verified."""
 
     run: Callable[[], Any]
     optimizer: Any
     averages: Callable[[], list[torch.Tensor]] = list
-    first: float = 0.0  # seconds of the first call: compilation, and making state
-    params: Params = field(default_factory=list)  # what it works on, where not on the workload's own
+    first: float = 0.0  # seconds of the first call, which compiles and makes state
+    params: Params = field(default_factory=list)  # if they are not the workload's
 
     def __call__(self) -> Any:
         return self.run()
 
 
 Build = Callable[[str, Params, float], Step]
-"""Makes the step of a chain on some parameters, clipped to a norm."""
+"""Function of a chain, parameters and the largest gradient norm, which returns the step."""
 
 
 def radius(params: Params) -> float:
-    """Of perturbations: moves an element by about a tenth of the largest weights."""
+    """Returns the radius of perturbations, which move an element by about a tenth of the largest weights."""
     return 0.05 * math.sqrt(sum(p.numel() for p in params))
 
 
 def fastreg_step(chain: str, params: Params, max_norm: float) -> Step:
-    """Everything in one pass."""
+    """Returns fastreg's step of a chain, with all parts in one pass."""
     made = chains.optimizer(chain, params, max_norm, radius(params), lr=LR, weight_decay=WEIGHT_DECAY, seed=0)
     run = chains.whole_step(made)
     return Step(run, made, lambda: [made.state[p]["ema"] for p in params] if "EMA" in chain else [])
 
 
 def composed(chain: str, params: Params, max_norm: float, optimizer: Optimizer) -> Step:
-    """What a training loop does around an optimizer's step, in torch's fastest form of each part."""
+    """Returns an optimizer's step with the other parts of a chain around it, as a training loop runs them.
+
+    Each part is in torch's fastest form: clipping, noise, Lookahead and EMA.
+    """
     parts = chain.split("+")
     averages = [p.detach().clone() for p in params] if "EMA" in parts else []
     average = get_ema_multi_avg_fn(chains.DECAY)  # a foreach lerp, as timm's ModelEmaV3 makes it
@@ -91,7 +94,11 @@ def composed(chain: str, params: Params, max_norm: float, optimizer: Optimizer) 
 
 
 def torch_optimizer(chain: str, params: Params, lr: Any = LR, **implementation: Any) -> Optimizer:
-    """torch's optimizer for the rule of a chain."""
+    """Returns torch's optimizer for the update rule of a chain.
+
+    Raises:
+        Unavailable: If torch does not have the rule.
+    """
     if chains.rule(chain) not in _TORCH:
         raise Unavailable(f"torch has no {chains.rule(chain)}")
     make, settings = _TORCH[chains.rule(chain)]
@@ -99,17 +106,20 @@ def torch_optimizer(chain: str, params: Params, lr: Any = LR, **implementation: 
 
 
 def fused(chain: str, params: Params, max_norm: float) -> Step:
-    """`fused=True`."""
+    """Returns a composition around torch's optimizer with `fused=True`."""
     return composed(chain, params, max_norm, torch_optimizer(chain, params, fused=True))
 
 
 def foreach(chain: str, params: Params, max_norm: float) -> Step:
-    """`foreach=True`, what torch takes by default on a GPU."""
+    """Returns a composition around torch's optimizer with `foreach=True`, its default on a GPU."""
     return composed(chain, params, max_norm, torch_optimizer(chain, params, foreach=True))
 
 
 def grad_scale(chain: str, params: Params, max_norm: float) -> Step:
-    """The norm, then `fused=True` told to divide by it: saves the pass that scales the gradients."""
+    """Returns a step with `fused=True` that clips: the kernel divides the gradients by `grad_scale`.
+
+    This saves the pass that scales the gradients.
+    """
     if "noise" in chain:
         raise Unavailable("would scale the noise as well")
     optimizer: Any = torch_optimizer(chain, params, fused=True)
@@ -125,14 +135,17 @@ def grad_scale(chain: str, params: Params, max_norm: float) -> Step:
 
 
 def compiled(chain: str, params: Params, max_norm: float) -> Step:
-    """The whole composition through `torch.compile`; lr is a tensor, so a schedule does not recompile."""
+    """Returns the composition under `torch.compile`; lr is a tensor, so that schedules do not recompile."""
     lr = torch.tensor(LR, device=params[0].device)
     step = composed(chain, params, max_norm, torch_optimizer(chain, params, lr=lr))
     return Step(torch.compile(step.run), step.optimizer, step.averages)
 
 
 def optimi(chain: str, params: Params, max_norm: float) -> Step:
-    """optimi, in Triton where it can: its own default would take the loop over parameters."""
+    """Returns a composition around optimi's optimizer: in Triton on a GPU, with `foreach=True` on a CPU.
+
+    optimi's default would be a loop over the parameters.
+    """
     library = _peer("optimi", "torch-optimi")
     rules = {
         "AdamW": (library.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8}),
@@ -147,7 +160,10 @@ def optimi(chain: str, params: Params, max_norm: float) -> Step:
 
 
 def flashoptim(chain: str, params: Params, max_norm: float) -> Step:
-    """flashoptim, with state in full precision: what it stores in 8 bits gives other results."""
+    """Returns a composition around flashoptim's optimizer, with state in full precision.
+
+    Its state in 8 bits would give other results.
+    """
     if params[0].device.type != "cuda":
         raise Unavailable("flashoptim needs CUDA")
     library = _peer("flashoptim", "flashoptim")
@@ -164,7 +180,7 @@ def flashoptim(chain: str, params: Params, max_norm: float) -> Step:
 
 
 def pytorch_optimizer(chain: str, params: Params, max_norm: float) -> Step:
-    """pytorch_optimizer, for the rules that are its own."""
+    """Returns a composition around pytorch_optimizer's Lion; its AdamW and SGD are torch's."""
     library = _peer("pytorch_optimizer", "pytorch-optimizer")
     make, settings = _of({"Lion": (library.Lion, {"foreach": True})}, chain, "pytorch_optimizer")
     return composed(chain, params, max_norm, make(params, lr=LR, weight_decay=WEIGHT_DECAY, **settings))
@@ -173,8 +189,8 @@ def pytorch_optimizer(chain: str, params: Params, max_norm: float) -> Step:
 class PublishedSAM:
     """SAM as github.com/davda54/sam publishes it (MIT licence), around any optimizer.
 
-    What it does, in its order: the norm of all gradients from that of each, a copy of each weight, a
-    perturbation that is made and added; then the copy takes the place of the perturbed weight.
+    It does the same in the same order: it takes the norm of all gradients from those of each, copies each
+    weight, and adds the perturbation; then the copy replaces the perturbed weight.
     """
 
     def __init__(self, base: Optimizer, rho: float, adaptive: bool) -> None:
@@ -184,7 +200,7 @@ class PublishedSAM:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """Climb."""
+        """Adds the perturbation to the weights, after it has copied them."""
         norms = [((p.abs() if self.adaptive else 1.0) * p.grad).norm(p=2) for p in self.params]
         scale = self.rho / (torch.norm(torch.stack(norms), p=2) + 1e-12)
         self.old = []
@@ -194,21 +210,21 @@ class PublishedSAM:
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Come back, and step."""
+        """Restores the weights, and takes the base optimizer's step."""
         for p, old in zip(self.params, self.old, strict=True):
             p.data = old
         self.base.step()
 
 
 def published_sam(chain: str, params: Params, max_norm: float, **implementation: Any) -> Step:
-    """SAM as published around torch's optimizer."""
+    """Returns both steps of SAM as published, around torch's optimizer."""
     base = torch_optimizer(chain, params, **implementation)
     made = PublishedSAM(base, radius(params), "ASAM" in chain)
     return Step(chains.whole_step(made), made)
 
 
 def pytorch_optimizer_sam(chain: str, params: Params, max_norm: float) -> Step:
-    """pytorch_optimizer's SAM around torch's fused optimizer."""
+    """Returns both steps of pytorch_optimizer's SAM, around torch's fused optimizer."""
     library = _peer("pytorch_optimizer", "pytorch-optimizer")
     make, settings = _TORCH[chains.rule(chain)]
     made = library.SAM(
@@ -219,17 +235,17 @@ def pytorch_optimizer_sam(chain: str, params: Params, max_norm: float) -> Step:
 
 
 def pytorch_optimizer_lookahead(chain: str, params: Params, max_norm: float) -> Step:
-    """pytorch_optimizer's Lookahead around torch's fused optimizer."""
+    """Returns a step of pytorch_optimizer's Lookahead, around torch's fused optimizer."""
     library = _peer("pytorch_optimizer", "pytorch-optimizer")
     made = library.Lookahead(torch_optimizer(chain, params, fused=True), k=chains.K, alpha=chains.ALPHA)
     return Step(made.step, made)
 
 
 def averaged_model(chain: str, params: Params, max_norm: float) -> Step:
-    """torch's fused optimizer, then torch's `AveragedModel`, at its fastest setting."""
+    """Returns a step of torch's fused optimizer, then of torch's `AveragedModel` with a `foreach` update."""
     model = torch.nn.ParameterList(params)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(chains.DECAY))
-    averaged.n_averaged += 1  # the copy at the start is the first: else it would start after the first step
+    averaged.n_averaged += 1  # the initial weights count: else the first update would copy
     step = fused(chains.without(chain, "EMA"), params, max_norm)
 
     def run() -> None:
@@ -257,9 +273,9 @@ def _of(rules: dict[str, Any], chain: str, library: str) -> Any:
 
 
 def contenders(chain: str) -> dict[str, Build]:
-    """Those who can run a chain, torch's best composition first after ours.
+    """Returns the contenders for a chain by name: fastreg, then the baseline, then others.
 
-    Who is named "... without ..." runs the chain without that: it shows what that costs.
+    A contender named "... without PART" runs the chain without that part, to show what the part costs.
     """
     parts = chain.split("+")
     if {"SAM", "ASAM"} & set(parts):
@@ -295,7 +311,7 @@ def _leaving_out(part: str, build: Build) -> Build:
 
 
 def baseline(chain: str) -> str:
-    """What the others are compared with: the fastest that documentation tells of."""
+    """Returns the name of a chain's baseline: the fastest way to run it that documentation describes."""
     parts = chain.split("+")
     if {"SAM", "ASAM"} & set(parts):
         return "davda54 + torch fused"

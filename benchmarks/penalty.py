@@ -1,4 +1,4 @@
-"""Times penalties in the loss, forward and backward, against sums written in PyTorch."""
+"""Times L1 and L2 penalties in the loss, forward and backward, against sums written in PyTorch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PenaltyCase(Case):
 
     def __post_init__(self) -> None:
         self.name = f"{self.kind} penalty, forward and backward, {self.model}, {self.storage}"
-        # Read for the value; read, and written, for the gradients.
+        # Weights are read for the value and again for the gradients, which are written.
         self.bytes = 3 * sum(map(math.prod, self.sizes)) * DTYPES[self.storage].itemsize
 
     def setup(self, device: torch.device) -> Workload:
@@ -55,7 +55,7 @@ class PenaltyCase(Case):
         )
 
     def contenders(self) -> dict[str, Callable[[Workload], Any]]:
-        """Returns fastreg's penalty, a sum over a loop, and one by torch's norm of many tensors."""
+        """Returns fastreg's penalty, a loop that sums each weight, and torch's norm of many tensors."""
         contenders: dict[str, Callable[[Workload], Any]] = {
             OURS: lambda workload: _Run(
                 workload, fastreg.l1_penalty if self.kind == "L1" else fastreg.l2_penalty
@@ -71,7 +71,10 @@ class PenaltyCase(Case):
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Compares value and gradients with float64; other contenders sum in the weights' dtype."""
+        """Compares value and gradients with those in float64.
+
+        The bounds of other contenders are wider, since they sum in the dtype of the weights.
+        """
         value, gradients = run()
         narrow = DTYPES[self.storage] != torch.float32
         off = 0.0
@@ -86,7 +89,7 @@ class PenaltyCase(Case):
 
 
 class _Run:
-    """Computes value and gradients of a penalty."""
+    """A run that computes value and gradients of a penalty."""
 
     def __init__(self, workload: Workload, penalty: Callable[[list[Parameter]], Tensor]) -> None:
         self._parameters, self._penalty = workload.parameters, penalty

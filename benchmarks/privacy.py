@@ -1,4 +1,4 @@
-"""Measures time and memory of a private training step, beside Opacus and a step without privacy."""
+"""Measures time and memory of a private training step, against Opacus and a step without privacy."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def plain(workload: Workload) -> Step:
 
 
 def ours(workload: Workload, around_torch: bool = False) -> Step:
-    """Returns a step of `DPOptimizer` around fastreg's AdamW, or around torch's."""
+    """Returns a step of fastreg's `DPOptimizer` around fastreg's AdamW, or around torch's."""
     model, (ids, labels) = workload.model(), workload.batch
     make: Any = torch.optim.AdamW if around_torch else fastreg.AdamW
     options = {"fused": True} if around_torch else {}
@@ -160,7 +160,7 @@ def opacus(workload: Workload, ghost: bool = False) -> Step:
 
     def backward() -> None:
         loss = losses(wrapped(ids), labels)
-        with warnings.catch_warnings():  # of torch about Opacus' hooks of embeddings
+        with warnings.catch_warnings():  # torch warns about Opacus' hooks on embeddings
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
             (
                 utils.DPTensorFastGradientClipping(wrapped, optimizer, loss) if ghost else loss.mean()
@@ -195,7 +195,7 @@ def one_by_one(model: Transformer, ids: Tensor, labels: Tensor) -> list[Tensor]:
 
 @dataclass(eq=False)  # hashed by identity
 class PrivateStepCase(Case):
-    """A private step of a small GPT."""
+    """A private training step of a small GPT."""
 
     samples: int
     layers: int = 4
@@ -222,7 +222,7 @@ class PrivateStepCase(Case):
         return Workload(make, start, batch, one_by_one(model, *batch))  # type: ignore[arg-type]
 
     def contenders(self) -> dict[str, Callable[[Workload], Step]]:
-        """Returns a step without privacy, ours around both optimizers, and both of Opacus."""
+        """Returns a step without privacy, fastreg's around two optimizers, and two ways of Opacus."""
         return {
             BASELINE: plain,
             OURS: ours,
@@ -232,22 +232,22 @@ class PrivateStepCase(Case):
         }
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Compares sums of clipped gradients with those of one sample at a time, then takes a step."""
+        """Compares the sums of clipped gradients with those of `one_by_one`, then takes a step."""
         off = 0.0
         if run.sums is not None:
             for actual, expected in zip(run.sums(), workload.sums, strict=True):
                 off = max(off, float((actual.double() - expected).norm() / expected.norm()))
         run()
-        # Ours adds a bound on rounding errors to norms.
+        # fastreg adds a bound on rounding errors to norms.
         return [Check("clipped sums", off, 1e-3)]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """Returns the peak memory of a step beyond that between steps."""
+        """Returns the bytes that tensors take at the peak of a step beyond those held between steps."""
         return {"peak_bytes": peak_bytes(run, run.device)}
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Returns the peak memory of tensors in a call beyond that before it."""
+    """Returns the bytes that tensors take at the peak of a call beyond those held before it."""
     if device.type == "cuda":
         return measure.temporary_bytes(run, device) or 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log lines of the profiler
@@ -274,7 +274,7 @@ class Factors:
 
 @dataclass(eq=False)  # hashed by identity
 class GhostCase(Case):
-    """Norms of a linear layer's per-sample gradients from factors `[samples, positions, features]`."""
+    """Norms of a linear layer's per-sample gradients, from their factors `[samples, positions, features]`."""
 
     samples: int
     positions: int
@@ -303,24 +303,27 @@ class GhostCase(Case):
         return Factors(left, right, torch.cat(sums, 1))
 
     def contenders(self) -> dict[str, Callable[[Factors], Any]]:
-        """Returns the kernel, which stores no products of positions, and batched products by torch."""
+        """Returns fastreg's kernel, which stores no products of positions, and torch's batched products."""
         return {
             OURS: lambda factors: lambda: ghost_ops.ghost_sums(factors.left, factors.right),
             self.baseline: lambda factors: lambda: reference.ghost_sums(factors.left, factors.right),
         }
 
     def verify(self, name: str, workload: Factors, run: Any) -> list[Check]:
-        """Compares with float64, relative to the largest sum of each kind."""
+        """Compares the sums with those in float64, relative to the largest sum of each kind."""
         off = (run().double() - workload.sums).abs().amax(1) / workload.sums.abs().amax(1)
         return [Check("sums", float(off.max()), 1e-4)]
 
     def details(self, workload: Factors, run: Any) -> dict[str, Any]:
-        """Returns the peak memory of a call."""
+        """Returns the bytes that tensors take at the peak of a call."""
         return {"peak_bytes": peak_bytes(run, workload.left.device)}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Returns a GPT of 3.7 M parameters on a CPU; on a GPU one of the size of GPT-2, and the norms alone."""
+    """Returns cases of private steps, and on a GPU of the norms alone.
+
+    The GPT has 3.7 M parameters on a CPU, fewer if quick, and the size of GPT-2 on a GPU.
+    """
     if device.type == "cuda":
         rounds = 5 if quick else 20
         return [

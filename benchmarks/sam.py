@@ -1,4 +1,4 @@
-"""The optimizer's share of sharpness-aware minimization: both steps of SAM, on given gradients."""
+"""Times the optimizer's part of sharpness-aware minimization: both steps of SAM, on given gradients."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .suite import OURS, Case, Check
 
 @dataclass(eq=False)  # hashed by identity
 class SamCase(StepCase):
-    """`first_step` and `second_step` of SAM or ASAM.
+    """A run of `first_step` and `second_step` of SAM or ASAM.
 
-    Both get the same gradients, so that the base optimizer alone determines the weights after both; the
-    perturbed weights in between are verified on their own.
+    Both use the same gradients, so the weights after both are those of the base optimizer.  The perturbed
+    weights in between are verified separately.
     """
 
     def __post_init__(self) -> None:
@@ -30,22 +30,25 @@ class SamCase(StepCase):
         self.bytes += self.elements * (climb.bytes + gradient + weight * self.adaptive)
 
     def _build(self, name: str, workload: Workload) -> peers.Step:
-        # Every optimizer gets copies of the weights: published ones move them in memory at every step, which
-        # would make others that keep addresses look for them again.
+        # Each optimizer gets its own copies of the weights.  `PublishedSAM` gives weights new memory at each
+        # step, so an optimizer that keeps addresses of the same weights would have to collect them again.
         params = [Parameter(weight.clone()) for weight in workload.start]
         for p, other in zip(params, workload.params, strict=True):
             p.grad = other.grad
         return replace(super()._build(name, replace(workload, params=params)), params=params)
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Three steps against the base optimizer's; the perturbed weights against ρT²g/‖Tg‖ in float64."""
+        """Compares three runs with steps of the base optimizer, and the perturbation with ρT²g / ‖Tg‖.
+
+        T is the identity for SAM and |w| for ASAM; the norm is in float64.
+        """
         copy = replace(workload, params=run.params)
         checks = super().verify(name, copy, run)
         copy.reset()
         run.optimizer.first_step()
         off = difference([p.detach() for p in copy.params], self._perturbed(copy))
         run.optimizer.second_step()
-        # Others take the norm in float32.
+        # Other contenders take the norm in float32.
         return [*checks, Check("perturbed weights", off, BOUNDS[self.storage] if name == OURS else LOOSE)]
 
     def _perturbed(self, workload: Workload) -> list[Tensor]:
@@ -59,16 +62,16 @@ class SamCase(StepCase):
 
 @dataclass(eq=False)
 class MsamCase(StepCase):
-    """A step with momentum-SAM, against the same step without."""
+    """A step with momentum-SAM, compared with the same step without it."""
 
     def _judge(self, workload: Workload, judged: str) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights after torch's loop, and away from them by ρ along its momentum."""
+        """Returns for MSAM the weights of torch's loop minus ρ · momentum / ‖momentum‖, and no averages."""
         if "MSAM" not in judged.split("+"):
             return super()._judge(workload, judged)
         params = [Parameter(weight.to(torch.float32, copy=True)) for weight in workload.start]
         optimizer = peers.torch_optimizer(judged, params, foreach=False)
         away = [torch.zeros_like(p) for p in params]
-        # A penalty belongs to the loss: its gradient, too, is that at the perturbed weights.
+        # An L2 penalty is part of the loss, so its gradient is also taken at the perturbed weights.
         penalty = 0.0 if "AdamW" in judged else peers.WEIGHT_DECAY
         for scale in SCALES:
             for p, gradient, e in zip(params, workload.gradients, away, strict=True):
@@ -82,7 +85,7 @@ class MsamCase(StepCase):
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """SAM, ASAM and momentum-SAM over GPT-2."""
+    """Returns the cases over GPT-2: SAM, momentum-SAM, and ASAM unless quick."""
     over, turns = models(device, quick)["gpt2"], 5 if quick else 20 if device.type == "cuda" else 7
     chosen = [("SAM+AdamW", SamCase), ("MSAM+AdamW", MsamCase)]
     if not quick:

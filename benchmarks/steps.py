@@ -1,4 +1,4 @@
-"""One optimizer step over the parameters of a model: what `rules` and `regularizers` measure."""
+"""Defines the case of one optimizer step over a model's parameters, the base of several suites."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from .suite import OURS, Case, Check, Unavailable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCALES = (1.0, 4.0, 0.5)
-"""Of the gradients in the steps that are verified: clipped, clipped more, not clipped.  Powers of two round
-nothing."""
+"""Factors of the gradients in the three steps that are verified: clipped, clipped more, not clipped.
+
+They are powers of two, so that scaling does not round."""
 BOUNDS = {"fp32": 1e-6, "bf16": len(SCALES) * 2**-7}
-"""Of the largest weight of a tensor.  In bf16: a unit in the last place for every step, by which rounding at
-random may be off, or rounding to nearest twice a step, as foreach does."""
+"""Largest errors allowed after these steps, relative to the largest weight of a tensor.
+
+In bf16 this is a unit in the last place for each step: so much stochastic rounding may be off, and so may
+rounding to nearest twice a step, as foreach does."""
 LOOSE = 1e-2
-"""For what others clip: on a CPU torch's own norm of 38 M elements is off by 0.3 %."""
+"""Bound for other contenders that clip: on a CPU torch's own norm of 38 M elements is off by 0.3 %."""
 
 
 @dataclass
 class Workload:
-    """Parameters with gradients, how both started, and what three steps must make of them."""
+    """Parameters with gradients, the initial values of both, and the results expected after three runs."""
 
     params: list[Parameter]
     start: list[Tensor]
@@ -38,17 +41,17 @@ class Workload:
     max_norm: float
     weights: list[Tensor]
     averages: list[Tensor]
-    plain: list[Tensor] = field(default_factory=list)  # what comes of the chain without a part
+    plain: list[Tensor] = field(default_factory=list)  # expected weights of the chain without `part`
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Weights and gradients as at the start."""
+        """Restores the initial weights and gradients."""
         torch._foreach_copy_(self.params, self.start)
         self.scale(SCALES[0])
 
     @torch.no_grad()
     def scale(self, scale: float) -> None:
-        """Gradients as at the start, times a factor."""
+        """Sets the gradients to the initial ones times a factor."""
         gradients = [p.grad for p in self.params]
         torch._foreach_copy_(gradients, self.gradients)
         torch._foreach_mul_(gradients, scale)
@@ -59,15 +62,15 @@ class StepCase(Case):
     """The step of a chain over the tensors of a model.
 
     Args:
-        suite: Where it belongs.
+        suite: The suite that it belongs to.
         chain: Such as "clip+AdamW".
-        model: What the tensors are those of.
-        sizes: Their shapes.
+        model: Name of the model that has these tensors.
+        sizes: Shapes of the tensors.
         storage: "fp32", or "bf16" for weights, gradients and state alike.
         rounds: How often each contender is timed.
-        compiles: Whether `torch.compile` of the whole composition is worth its time.
-        part: What the contenders leave out that are named "... without ..." it.
-        steps: How many steps a run takes.
+        compiles: Whether to measure `torch.compile` of the whole composition, which takes long.
+        part: The part that contenders named "... without PART" leave out.
+        steps: Steps of a run.
     """
 
     suite: str
@@ -110,7 +113,10 @@ class StepCase(Case):
         return workload
 
     def _check_memory(self, device: torch.device) -> None:
-        """A step of each contender holds state of its own, and foreach as much again as the weights."""
+        """Raises `Unavailable` if memory is short.
+
+        Each contender has its own state, and foreach takes as much again as the weights.
+        """
         weight, _, *state = (dtype.itemsize for dtype in self.shipped.dtypes)
         needed = self.elements * ((len(self.contenders()) + 2) * max(sum(state), 4) + 6 * weight)
         free = measure.free_memory(device)
@@ -118,9 +124,10 @@ class StepCase(Case):
             raise Unavailable(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
 
     def _judge(self, workload: Workload, judged: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and averages after three runs of a chain in float32, by torch's loop or by our reference.
+        """Returns the expected weights and averages after three runs of a chain, in float32.
 
-        Clipping is done here, with the norm in float64.
+        They come from torch's loop over parameters; for rules that torch does not have, from fastreg's
+        reference.  Gradients are clipped here, with the norm in float64.
         """
         params = [Parameter(weight.to(torch.float32, copy=True)) for weight in workload.start]
         chain = chains.without(judged, "clip")
@@ -141,7 +148,7 @@ class StepCase(Case):
         return [p.detach() for p in params], [average.detach() for average in step.averages()]
 
     def contenders(self) -> dict[str, Callable[[Workload], peers.Step]]:
-        """Ours, torch's compositions, and other libraries."""
+        """Returns fastreg's step, torch's compositions, and other libraries' steps."""
         return {name: partial(self._build, name) for name in peers.contenders(self.chain)}
 
     def _build(self, name: str, workload: Workload) -> peers.Step:
@@ -154,7 +161,10 @@ class StepCase(Case):
         return replace(step, run=lambda: [step.run() for _ in range(self.steps)])
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """Three steps from the start, against the judge; noise against what noise must be like."""
+        """Compares three runs from the start with the expected weights and averages.
+
+        For a chain with noise, checks the statistics of the noise and the clip factor after one run.
+        """
         loose = name != OURS and "clip" in self.chain
         if self.part and name.endswith(f" without {self.part}"):
             workload = replace(workload, weights=workload.plain, averages=[])
@@ -174,7 +184,7 @@ class StepCase(Case):
         return checks
 
     def _noise(self, workload: Workload, run: Any, bound: float) -> list[Check]:
-        """The first moment after a step is 0.1 · (factor · gradient + noise): neither may be off."""
+        """Checks noise and clip factor from the first moment, 0.1 · (factor · gradient + noise)."""
         norm, along = whole_norm(workload.gradients), 0.0
         moments = [run.optimizer.state[p]["exp_avg"].double() / 0.1 for p in workload.params]
         for moment, gradient in zip(moments, workload.gradients, strict=True):
@@ -193,17 +203,20 @@ class StepCase(Case):
         ]
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """What the first step took: compilation where it is needed, caches as they were found."""
+        """Returns the milliseconds of the first run, which compiles what caches do not hold."""
         return {"first_ms": 1e3 * run.first}
 
 
 def whole_norm(tensors: list[Tensor]) -> float:
-    """Of all together, in float64."""
+    """Returns the norm of all tensors together, in float64."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """max|Δ| / max|expected| of the worst tensor; infinite where there is nothing to compare."""
+    """Returns max|Δ| / max|expected| of the worst tensor, without empty ones.
+
+    It is infinite if the numbers of tensors differ.
+    """
     if len(actual) != len(expected):
         return math.inf
     worst = [
@@ -215,7 +228,7 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def models(device: torch.device, quick: bool) -> dict[str, tuple[str, shapes.Sizes]]:
-    """What a device is given to step over: sizes by the name of the model."""
+    """Returns the models for a device by key: a name for the table and the shapes of the parameters."""
     gpu = device.type == "cuda"
     small = quick and not gpu
     return {
@@ -227,5 +240,5 @@ def models(device: torch.device, quick: bool) -> dict[str, tuple[str, shapes.Siz
 
 
 def rounds(device: torch.device, quick: bool) -> int:
-    """How often contenders are timed."""
+    """Returns how often to time each contender on a device."""
     return (20 if quick else 50) if device.type == "cuda" else (5 if quick else 11)

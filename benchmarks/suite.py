@@ -1,10 +1,10 @@
-"""What a benchmark is, and how all of them are measured: set up, verify, run.
+"""Defines benchmark cases, and sets up, verifies and times their contenders.
 
     suite module ──cases(device, quick)──▶ cases ──measure──▶ results (plain data) ──▶ table, picture, JSON
 
-A case is one workload and the contenders that run it.  Each contender is set up on the same workload, its
-result is verified, and only then is it timed, in turns with the others.  A result that is wrong prints no
-number: its row says what is wrong instead.
+A case is one workload and the contenders that run it.  Each contender is set up on the same workload.  Its
+result is verified before it is timed, in turns with the others.  A contender whose result is wrong is not
+timed: its row says what is wrong instead.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ OURS = "fastreg"
 
 
 class Unavailable(Exception):
-    """A contender or a case that cannot run here; the message says why."""
+    """Raised where a contender or a case cannot run on this machine; the message says why."""
 
 
 class Check(NamedTuple):
-    """How far a result is off; it is wrong where the error is above the bound, or no number."""
+    """Comparison of a result with the expected one; it is wrong if the error is above the bound, or NaN."""
 
     what: str
     error: float
@@ -36,20 +36,20 @@ class Check(NamedTuple):
 
     @property
     def wrong(self) -> str | None:
-        """What to print instead of a number."""
+        """Text to show instead of a timing, or `None` if the result is right."""
         return (
             None if self.error <= self.bound else f"{self.what} off by {self.error:.1e} (<= {self.bound:.1e})"
         )
 
 
 class Case(abc.ABC):
-    """One workload and who runs it.
+    """One workload and the contenders that run it.
 
     Attributes:
-        suite: The module it stands in.
-        name: What is done, to what, in which dtype.
+        suite: Name of the module that defines it.
+        name: The operation, its operands and their dtype, for the table.
         baseline: The contender that the others are compared with.
-        bytes: What must be moved at least; `None` where bandwidth is not the point.
+        bytes: Fewest bytes that a run must move; `None` where bandwidth does not matter.
         rounds: How often each contender is timed.
     """
 
@@ -61,29 +61,32 @@ class Case(abc.ABC):
 
     @abc.abstractmethod
     def setup(self, device: torch.device) -> Any:
-        """The workload.
+        """Returns the workload, which all contenders run.
 
         Raises:
-            Unavailable: If it cannot be had here.
+            Unavailable: If it cannot be made on this machine.
         """
 
     def teardown(self, workload: Any) -> None:  # noqa: B027  (most have nothing to undo)
-        """Undo what the setup did to others."""
+        """Undoes global changes that the setup made; by default there are none."""
 
     @abc.abstractmethod
     def contenders(self) -> dict[str, Callable[[Any], Run]]:
-        """What makes each contender's run from the workload; it may raise `Unavailable`."""
+        """Returns the contenders by name: functions that make a run from the workload.
+
+        A function may raise `Unavailable`.
+        """
 
     @abc.abstractmethod
     def verify(self, name: str, workload: Any, run: Run) -> list[Check]:
-        """How far what a contender's run computes is off, and how far it may be."""
+        """Calls a contender's run and compares what it computes with what is expected."""
 
     def details(self, workload: Any, run: Run) -> dict[str, Any]:
-        """What else a row tells of a run, after it has been timed."""
+        """Returns further fields of a contender's row; it is called after the run has been timed."""
         return {}
 
     def time(self, workload: Any, runs: dict[str, Run], clock: measure.Clock) -> dict[str, measure.Timing]:
-        """Time the runs."""
+        """Times the runs in turns, and returns their timings by name."""
         return measure.interleave(runs, self.rounds, clock)
 
 
@@ -91,20 +94,20 @@ Result = dict[str, Any]
 
 
 def cases(suite: str, device: torch.device, quick: bool) -> list[Case]:
-    """The cases of a suite for a device."""
+    """Returns the cases of a suite for a device; `quick` asks for fewer and smaller ones."""
     return importlib.import_module(f"{__package__}.{suite}").cases(device, quick)
 
 
 def refused(results: Iterable[Result]) -> bool:
-    """Whether any result of ours is wrong."""
+    """Returns whether any of fastreg's results is wrong."""
     return any("wrong" in row for r in results for name, row in r["rows"].items() if name.startswith(OURS))
 
 
 def measured(case: Case, device: torch.device) -> tuple[Result, dict[str, measure.Timing]]:
-    """Set up, verify and time the contenders of a case.
+    """Sets up, verifies and times the contenders of a case.
 
     Returns:
-        The result for table, picture and JSON, and the single rounds of those who were timed.
+        The result for table, picture and JSON, and the rounds of each contender that was timed.
     """
     timings: dict[str, measure.Timing] = {}
     result: Result = {
@@ -138,7 +141,7 @@ def measured(case: Case, device: torch.device) -> tuple[Result, dict[str, measur
 def _prepared(
     case: Case, name: str, build: Callable[[Any], Run], workload: Any, row: dict[str, Any]
 ) -> Run | None:
-    """A contender's run, verified; `None` where the row says why there is none."""
+    """Returns a contender's verified run; otherwise `None`, and writes the reason into its row."""
     try:
         run = build(workload)
         checks = case.verify(name, workload, run)
@@ -146,7 +149,7 @@ def _prepared(
         row["skipped"] = str(reason)
     except torch.OutOfMemoryError as error:
         row["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
-    except Exception as error:  # a peer may fail in any way: the others are measured all the same
+    except Exception as error:  # a library may fail in any way: measure the others all the same
         row["wrong"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         row["errors"] = {check.what: check.error for check in checks}

@@ -1,9 +1,9 @@
-"""The suites under pytest-benchmark: a row for every contender, grouped by case.
+"""Runs the suites under pytest-benchmark: a row for each contender, grouped by case.
 
     pytest benchmarks --quick --benchmark-columns=median,iqr,rounds -k "clip and fp32"
 
-Contenders of a case are timed in turns, all of them before the first is reported; pytest-benchmark is then
-given a clock that shows what was measured.  A contender whose result is wrong fails and has no row.
+All contenders of a case are timed in turns before the first is reported.  pytest-benchmark then reads a
+clock that replays the measured times.  A contender whose result is wrong fails and has no row.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import pytest
 from fastreg.cli.usage import device
 from fastreg_benchmarks import SUITES, suite
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of other libraries are theirs
+pytestmark = pytest.mark.filterwarnings("default")  # other libraries' warnings are no errors
 
 
 class Replay:
-    """A clock that moves by the next of some durations whenever `run` is called."""
+    """A clock that each call of `run` advances by the next of the measured durations."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.durations: Iterator[float] = iter(())
 
     def read(self) -> float:
-        """Seconds since the first call."""
+        """Returns the sum of the durations so far, in seconds."""
         return self.now
 
     def run(self) -> None:
-        """What pytest-benchmark times."""
+        """Advances the clock by a duration; pytest-benchmark times this call."""
         self.now += next(self.durations)
 
 
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.benchmark(timer=CLOCK.read)
 def test_speed(case: suite.Case, contender: str, where: Any, benchmark: Any) -> None:
-    """Measure the case unless that has been done, and report the contender."""
+    """Measures the case unless that has been done, and reports the contender."""
     result, timings = measured(case, where)
     row = result["rows"].get(contender, {})
     if reason := result.get("skipped") or row.get("skipped"):

@@ -1,4 +1,4 @@
-"""A whole training step of GPT-2, with and without each regularizer, and the optimizer's share of it."""
+"""Times a whole training step of GPT-2, with and without regularizers, and the optimizer's part of it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .suite import OURS, Case, Check, Unavailable
 CHAINS = ("AdamW", "clip+AdamW", "clip+AdamW+EMA", "clip+noise+AdamW+EMA")
 LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.1, 1.0
 STEPS = 3
-"""Steps from the start after which losses are compared."""
+"""Steps that a contender takes from the start before its loss is compared."""
 
 
 @dataclass
 class Workload:
-    """A model, its weights at the start, a batch of tokens, and the losses that others reached."""
+    """A model, its initial weights, a batch of tokens, and the expected loss of each chain."""
 
     model: Any
     start: list[Tensor]
@@ -34,20 +34,20 @@ class Workload:
     losses: dict[str, float] = field(default_factory=dict)
 
     def loss(self) -> Tensor:
-        """The loss of the model on the batch."""
+        """Returns the loss of the model on the batch."""
         with self.autocast():
             return self.model(input_ids=self.batch, labels=self.batch).loss
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Weights as at the start, no gradients."""
+        """Restores the initial weights and clears the gradients."""
         torch._foreach_copy_(list(self.model.parameters()), self.start)
         self.model.zero_grad()
 
 
 @dataclass
 class TrainingStep:
-    """Forward, backward and the optimizer's step, which is timed apart."""
+    """A training step: forward pass, backward pass and the optimizer's step, which is also timed alone."""
 
     workload: Workload
     step: peers.Step
@@ -84,7 +84,7 @@ class TrainingCase(Case):
             raise Unavailable(f"needs transformers: pip install 'fastreg[cli]' ({error})") from None
         transformers.logging.set_verbosity_error()
         torch.manual_seed(0)
-        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # so that losses compare
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # losses are compared
         config = transformers.GPT2Config(
             n_layer=self.layers, vocab_size=self.vocabulary, bos_token_id=0, eos_token_id=0, use_cache=False,
             **rates,
@@ -102,7 +102,7 @@ class TrainingCase(Case):
         return Workload(model, [p.detach().clone() for p in model.parameters()], batch, autocast)
 
     def contenders(self) -> dict[str, Callable[[Workload], TrainingStep]]:
-        """Every chain by torch's composition, then in one pass."""
+        """Returns two contenders for each chain: torch's composition, then fastreg's single pass."""
         makers = {"torch": peers.fused, OURS: peers.fastreg_step}
         return {
             f"{who} {chain}": partial(self._build, make, chain)
@@ -118,21 +118,24 @@ class TrainingCase(Case):
         return TrainingStep(workload, step, Stopwatch(workload.batch.device))
 
     def verify(self, name: str, workload: Workload, run: Any) -> list[Check]:
-        """The loss after three steps is that of torch's composition; noise may move it a little."""
+        """Compares the loss after `STEPS` steps with that of torch's composition.
+
+        torch's is verified first, so its loss becomes the expected one.  With noise it may differ by 5 %.
+        """
         workload.reset()
         for _ in range(STEPS):
             run()
         reached = float(workload.loss().detach())
         who, chain = name.split(" ")
         expected = workload.losses.setdefault(chain, reached)
-        # In bf16 the backward pass of attention adds up in no fixed order.
+        # In bf16 the backward pass of attention sums in no fixed order.
         exact = 5e-3 if workload.batch.is_cuda else 1e-3
         return [Check("loss", abs(reached / expected - 1), 0.05 if "noise" in chain else exact)]
 
     def time(
         self, workload: Workload, runs: dict[str, Any], clock: measure.Clock
     ) -> dict[str, measure.Timing]:
-        """The whole step by the wall clock, the optimizer by its watch."""
+        """Times the wall time of each whole step, and the optimizer's part of it by a stopwatch."""
         timings = {name: measure.Timing() for name in runs}
         names = list(runs)
         for turn in range(-1, self.rounds):
@@ -147,12 +150,12 @@ class TrainingCase(Case):
         return timings
 
     def details(self, workload: Workload, run: Any) -> dict[str, Any]:
-        """Time and share of the optimizer."""
+        """Returns median and quantiles of the optimizer's part, in milliseconds."""
         return {"optimizer_ms": measure.quantiles(run.optimizer.seconds)}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """GPT-2 small on a GPU; on a CPU few tokens, and a small model where it must be quick."""
+    """Returns one case: GPT-2 small, on a CPU with fewer tokens, and there a smaller model if quick."""
     if device.type == "cuda":
         return [TrainingCase("GPT-2 124M", 12, 50257, 8, 1024, 10 if quick else 30)]
     if quick:
