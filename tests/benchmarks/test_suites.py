@@ -290,6 +290,14 @@ def test_training_step_and_the_optimizers_share():
         assert 0 < row["optimizer_ms"]["median"] < row["ms"]["median"]
 
 
+def test_a_training_step_is_not_compared_with_itself():
+    toy = TrainingCase("toy", 1, 64, 1, 8, 2)
+    workload = toy.setup(CPU)
+    run = toy.contenders()["fastreg AdamW"](workload)
+    with pytest.raises(suite.Unavailable, match="torch AdamW failed"):
+        toy.verify("fastreg AdamW", workload, run)
+
+
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_cases_have_names_of_their_own(name, quick):
