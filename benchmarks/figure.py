@@ -62,7 +62,9 @@ def draw(path: Path, run: dict[str, Any]) -> None:
     left.set_yticks(ticks, names, fontsize=9, color="#444444")
     left.set_ylim(max(y - 0.8, 1), -0.8)
     ratios = [row["ratio"]["median"] for _, rows in groups for _, row in rows if "ratio" in row] or [1.0]
-    left.set_xlim(min([*ratios, 0.5]) / 1.35, max([*ratios, 2.0]) * 1.35)
+    low, high = min([*ratios, 0.5]), max([*ratios, 2.0])
+    margin = (high / low) ** 0.12  # room for the labels, as a share of the width
+    left.set_xlim(low / margin, high * margin)
     right.set_xlim(left=0)
     figure.savefig(path)
 
